@@ -1,0 +1,49 @@
+# make demo: the whole two-stage run on real drawings, on the CPU.  make test: all checks but the slow ones.
+PYTHON ?= python3.11
+BIN := .venv/bin
+TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
+STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml model.pretrained=demo_run/tiny_base \
+	data.posts=[demo/stage1.jsonl] data.shards=demo_run/shards1
+STAGE2 := --config configs/stage2_refine_unet.yaml configs/demo.yaml \
+	data.posts=[demo/stage2.jsonl] data.shards=demo_run/shards2
+
+.PHONY: setup setup-dev demo test test-slow check clean-demo
+
+setup: .venv/installed
+setup-dev: .venv/installed-dev
+
+# torch first and by its exact version: the CPU build where one is offered, the CUDA build on a CUDA machine
+.venv/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,wandb,tensorboard]'
+	touch $@
+
+demo: .venv/installed
+	test -d demo_run/tiny_base || $(BIN)/python scripts/make_tiny_base.py demo_run/tiny_base
+	$(BIN)/python scripts/build_shards.py $(STAGE1)
+	$(TRAIN) $(STAGE1)
+	$(BIN)/python scripts/export.py demo_run/runs/stage1_feature_alignment
+	$(BIN)/python scripts/build_shards.py $(STAGE2)
+	$(TRAIN) $(STAGE2)
+	$(BIN)/python scripts/export.py demo_run/runs/stage2_refine_unet
+	$(BIN)/python scripts/show_demo.py demo_run
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# one thread a process: two processes of one thread finish sooner on 2 cores than one of two
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+clean-demo:
+	rm -rf demo_run

@@ -1,0 +1,32 @@
+"""A checkpoint -> a single file in Stability's layout and a diffusers folder.
+
+    python scripts/export.py runs/NAME [--out DIR] [--dtype fp16|bf16|fp32]
+    python scripts/export.py runs/NAME/checkpoints/step-00001000
+
+What the config's publish.formats lists is written into RUN/export. Nothing that lies there is overwritten.
+"""
+
+import argparse
+from pathlib import Path
+
+from trainer.errors import run_command
+from trainer.export import export
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Export a run's newest checkpoint, or the given one.")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="instead of RUN/export")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="instead of the config's publish.dtype")
+    arguments = parser.parse_args()
+    for path in export(arguments.source, arguments.out, arguments.dtype):
+        if path.is_dir():
+            print(f"diffusers folder: {path}")
+            print(f'  StableDiffusionXLPipeline.from_pretrained("{path}"), or as model.pretrained of the next stage')
+        else:
+            print(f"single file: {path}")
+            print("  for ComfyUI, Forge and others: into their folder of checkpoints")
+
+
+if __name__ == "__main__":
+    run_command(main)

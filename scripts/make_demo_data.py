@@ -1,0 +1,238 @@
+"""Make the demo's images and posts from Debian's `openclipart-svg` package: real drawings, real metadata.
+
+Each drawing named in `demo/drawings.txt` is rendered by `rsvg-convert` (Debian's `librsvg2-bin`), trimmed to
+its ink and shrunk; each post holds what the SVG's RDF states, in Danbooru's field names, and nothing else: no
+rating, no score, and a date only where the RDF has one. The same package and renderer give the same files.
+Example: `python scripts/make_demo_data.py --out demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import calendar
+import contextlib
+import datetime
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+LONG_SIDE = 272  # px
+RENDER_SIDE = 1088  # px; rendered larger, trimmed, then shrunk, so that edges are smooth whatever the SVG's margins
+MARGIN = 0.03  # of the drawing's longer side
+ALPHA_EVERY = 5  # every fifth drawing with a transparent ground keeps it, the others stand on white
+MIN_PALETTE_PSNR = 40.0  # dB; a drawing that 256 colours would band stays true-colour
+# Titles that name a batch of uploads instead of the drawing; the file's name says what it is.
+BATCH_TITLE = re.compile(r"^(clipart by|r16 sibmission|homes clipart|etiquette icons|balloons-aj)", re.IGNORECASE)
+# Left by the collection's own tools, not by people: empty hashes, the folder for what nobody sorted, links.
+NO_KEYWORD = re.compile(r"^(hash(\(0x[0-9a-f]+\))?|unsorted|https?:.*|\d+)?$", re.IGNORECASE)
+MONTHS = {name.lower(): number for number, name in enumerate(calendar.month_name) if name}
+NS = {
+    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
+    "cc": "http://web.resource.org/cc/",
+    "dc": "http://purl.org/dc/elements/1.1/",
+}
+PUBLIC_DOMAIN = (
+    "http://web.resource.org/cc/PublicDomain",
+    "http://creativecommons.org/licenses/publicdomain/",
+)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a drawing's RDF says, as written there; empty where it says nothing."""
+
+    title: str
+    creator: str
+    keywords: tuple[str, ...]
+    date: str
+    license: str
+
+
+def read_metadata(svg: Path) -> Metadata:
+    """The RDF block of an SVG file. Raises ValueError if the file holds none."""
+    work = ET.parse(svg).getroot().find(".//cc:Work", NS)
+    if work is None:
+        raise ValueError(f"{svg}: no RDF metadata")
+
+    def text(path: str) -> str:
+        return " ".join((work.findtext(path, "", NS) or "").split())
+
+    license_element = work.find("cc:license", NS)
+    return Metadata(
+        title=text("dc:title"),
+        creator=text("dc:creator/cc:Agent/dc:title"),
+        keywords=tuple((li.text or "").strip() for li in work.iterfind("dc:subject/rdf:Bag/rdf:li", NS)),
+        date=text("dc:date"),
+        license="" if license_element is None else license_element.get(f"{{{NS['rdf']}}}resource", ""),
+    )
+
+
+def parse_date(text: str) -> str | None:
+    """ISO date (YYYY-MM-DD) where the text can be read as exactly one day; None for anything else.
+
+    "2005/06/21", "19 08 2005", "6/24/2005" and "May 3, 2005" are one day each, "03/04/2005" may be two.
+    """
+    words = re.findall(r"[A-Za-z]+|\d+", text)
+    named = [MONTHS[word.lower()] for word in words if word.lower() in MONTHS]
+    numbers = [int(word) for word in words if word.isdigit()]
+    if len(words) != 3 or len(named) + len(numbers) != 3 or max(numbers) < 1900:
+        return None
+    if named:
+        readings = {(max(numbers), named[0], min(numbers))}
+    elif numbers[0] >= 1900:
+        readings = {(numbers[0], numbers[1], numbers[2])}
+    else:
+        readings = {(numbers[2], numbers[0], numbers[1]), (numbers[2], numbers[1], numbers[0])}
+    dates = set()
+    for reading in readings:
+        with contextlib.suppress(ValueError):  # one RDF has a 39th of August
+            dates.add(datetime.date(*reading).isoformat())
+    return dates.pop() if len(dates) == 1 else None
+
+
+def to_tag(text: str) -> str:
+    """Danbooru's spelling: lower case, an underscore for a run of spaces; commas would split a caption."""
+    return re.sub(r"[\s,;|]+", "_", text.strip().lower()).strip("_")
+
+
+def compose_tags(metadata: Metadata, stem: str) -> str:
+    """General tags: the keywords, then the drawing's name, since many drawings share their keywords."""
+    artist = to_tag(metadata.creator)
+    name = stem if BATCH_TITLE.match(metadata.title) or not metadata.title else metadata.title
+    words = [k for k in metadata.keywords if not NO_KEYWORD.match(k)]
+    tags = dict.fromkeys(to_tag(word) for word in [*words, name])
+    return " ".join(tag for tag in tags if tag and tag != artist)
+
+
+def render(svg: Path) -> Image.Image:
+    """RGBA drawing with LONG_SIDE px on its longer side, trimmed to its ink and a margin."""
+    command = [
+        "rsvg-convert",
+        "--keep-aspect-ratio",
+        "-w",
+        str(RENDER_SIDE),
+        "-h",
+        str(RENDER_SIDE),
+        str(svg),
+    ]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"make_demo_data: rsvg-convert cannot render {svg}: {done.stderr.decode().strip()}")
+    image = Image.open(io.BytesIO(done.stdout)).convert("RGBA")
+    box = flatten_difference(image).getbbox()
+    if box is None:
+        raise SystemExit(f"make_demo_data: {svg} renders to an empty page")
+    border = round(MARGIN * max(box[2] - box[0], box[3] - box[1]))
+    image = image.crop((box[0] - border, box[1] - border, box[2] + border, box[3] + border))
+    scale = LONG_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Pillow premultiplies alpha while it resizes, so no dark fringe appears.
+    return image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.LANCZOS)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGBA -> RGB on white."""
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def flatten_difference(image: Image.Image) -> Image.Image:
+    """Where the drawing differs from a white page: a white rectangle behind a drawing is margin, too."""
+    page = flatten(image)
+    return ImageChops.difference(page, Image.new("RGB", page.size, "white"))
+
+
+def palette_psnr(image: Image.Image, quantised: Image.Image) -> float:
+    """dB between an RGB image and its palette version, peak 255."""
+    histogram = ImageChops.difference(image, quantised.convert("RGB")).histogram()
+    squares = sum(count * (index % 256) ** 2 for index, count in enumerate(histogram))
+    mean = squares / (3 * image.width * image.height)
+    return 99.0 if mean == 0 else 10 * math.log10(255**2 / mean)
+
+
+def encode(image: Image.Image, keep_alpha: bool) -> bytes:
+    """Optimised PNG: RGBA, or on white in a palette where 256 colours are enough, or true-colour."""
+    if not keep_alpha:
+        image = flatten(image)
+        quantised = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        if palette_psnr(image, quantised) >= MIN_PALETTE_PSNR:
+            image = quantised
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[str, object]]:
+    """Write each drawing into the folder `images`; yields its post, numbered from 1 in order of the paths."""
+    for number, relative in enumerate(sorted(drawings), 1):
+        svg = root / relative
+        if not svg.is_file() or svg.is_symlink():
+            raise SystemExit(f"make_demo_data: no drawing {svg}; install Debian's openclipart-svg 0.18, or give --svg")
+        metadata = read_metadata(svg)
+        if metadata.license not in PUBLIC_DOMAIN:
+            raise SystemExit(f"make_demo_data: {svg} is not in the public domain by its RDF: {metadata.license!r}")
+        image = render(svg)
+        name = re.sub(r"[^a-z0-9-]+", "_", svg.stem.lower()).strip("_") + ".png"
+        transparent = 0 in image.getchannel("A").tobytes()
+        (images / name).write_bytes(encode(image, keep_alpha=transparent and number % ALPHA_EVERY == 0))
+        date = parse_date(metadata.date)
+        yield {
+            "id": number,
+            "file": name,
+            "file_ext": "png",
+            "image_width": image.width,
+            "image_height": image.height,
+            **({"created_at": date} if date else {}),
+            "tag_string_general": compose_tags(metadata, svg.stem),
+            "tag_string_character": "",
+            "tag_string_copyright": relative.split("/")[0],
+            "tag_string_artist": to_tag(re.sub(r"\s*\(\S+@\S+\)", "", metadata.creator)),  # no addresses of people
+            "tag_string_meta": "",
+            "source": f"openclipart-svg/svg/{relative}",
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--svg", type=Path, default=Path("/usr/share/openclipart/svg"), help="the package's drawings")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for images/ and posts.jsonl")
+    parser.add_argument("--drawings", type=Path, default=Path("demo/drawings.txt"), help="which, one path a line")
+    args = parser.parse_args(argv)
+    if shutil.which("rsvg-convert") is None:
+        parser.error("rsvg-convert is missing; install Debian's librsvg2-bin")
+    if not args.drawings.is_file():
+        parser.error(f"no list {args.drawings}; start in the repository, or give --drawings")
+    drawings = args.drawings.read_text(encoding="utf-8").split()
+    args.out.mkdir(parents=True, exist_ok=True)
+    # Made beside the old files and moved in whole: a run that fails leaves them as they were.
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".making-") as folder:
+        images = Path(folder) / "images"
+        images.mkdir()
+        posts = list(make_posts(args.svg, drawings, images))
+        files = [str(post["file"]) for post in posts]
+        if len(set(files)) != len(files):
+            raise SystemExit("make_demo_data: two drawings share a file name")
+        lines = Path(folder) / "posts.jsonl"
+        lines.write_text("".join(json.dumps(post, ensure_ascii=False) + "\n" for post in posts), encoding="utf-8")
+        shutil.rmtree(args.out / "images", ignore_errors=True)
+        images.rename(args.out / "images")
+        lines.replace(args.out / "posts.jsonl")
+    size = sum(path.stat().st_size for path in (args.out / "images").iterdir())
+    print(f"{len(posts)} drawings, {size / 1e6:.2f} MB, in {args.out / 'images'}, posts beside them")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The end of ``make demo``: draw the captions with both exported stages, beside the drawings they were trained on.
+
+``scripts/show_demo.py demo_run`` writes demo_run/samples.png and says where everything lies.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from trainer.buckets import fit_to_bucket
+from trainer.captions import compose_caption, draw_caption
+from trainer.config import load_config
+from trainer.data.images import read_pixels
+from trainer.data.shards import open_index
+from trainer.errors import run_command
+from trainer.files import write_file
+from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
+from trainer.models.sdxl import build_sdxl
+from trainer.models.text import load_tokenizers
+from trainer.models.vae import build_vae
+from trainer.rng import rng
+from trainer.sampling import make_grid, sample_images
+from trainer.schema import Config, MemoryConfig, ModelConfig, PrecisionConfig, SamplingConfig
+
+STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
+
+
+def draw(config: Config, export: Path, prompts: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
+    """One image a prompt from an exported folder alone, each at its own (width, height)."""
+    base = find_base(str(export))
+    model = build_sdxl(base, ModelConfig("", train_unet=False), PrecisionConfig("fp32", "fp32"), MemoryConfig(False))
+    weights = read_vae(None, base)
+    vae = build_vae(weights.config, weights.state, torch.float32)
+    vocab_sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
+    tokenizers = load_tokenizers(*find_tokenizers(base, None), (vocab_sizes[0], vocab_sizes[1]))
+    # guidance 1: a model made from nothing without caption dropout has no unconditional branch
+    sampling = SamplingConfig(prompts=prompts, guidance_scale=1.0)
+    images: list[Image.Image] = []
+    for number, size in enumerate(sizes):
+        drawn = sample_images(
+            model, vae, tokenizers, sampling, config.diffusion, size=size, seed=config.run.seed,
+            max_token_length=config.captions.max_token_length, compute=torch.float32, numbers=range(number, number + 1),
+        )  # fmt: skip
+        images.append(drawn[number])
+    return images
+
+
+def newest_export(run: Path) -> Path:
+    """The diffusers folder of a run's last export."""
+    return max(path for path in (run / "export").iterdir() if path.is_dir())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the demo's captions with both exported stages.")
+    parser.add_argument("folder", type=Path, help="where make demo wrote")
+    folder = parser.parse_args().folder
+    runs = [folder / "runs" / name for name in STAGES]
+    config = load_config([runs[1] / "config.yaml"])
+    index = open_index(config.data.shards)
+    records = [index.row(row) for row in range(len(index))]
+    unshuffled = dataclasses.replace(config.captions, shuffle=False)
+    prompts = [draw_caption(compose_caption(record, config.captions), unshuffled, rng("prompt")) for record in records]
+    sizes = [(record["bucket_width"], record["bucket_height"]) for record in records]
+    posts = [json.loads(line) for file in config.data.posts or [] for line in Path(file).read_text().splitlines()]
+    files = {str(post["id"]): Path(config.data.images or "") / post["file"] for post in posts}
+    drawings = []
+    for record, size in zip(records, sizes, strict=True):
+        fit = fit_to_bucket((record["original_width"], record["original_height"]), size)
+        drawings.append(Image.fromarray(read_pixels(files[record["key"]], fit)))
+    exports = [newest_export(run) for run in runs]
+    drawn = [draw(config, export, prompts, sizes) for export in exports]
+    cells = [image for row in zip(drawings, *drawn, strict=True) for image in row]
+    labels = [
+        label for prompt in prompts for label in (f"trained on: {prompt}", "drawn after stage 1", "after stage 2")
+    ]
+    grid = make_grid(cells, labels, columns=6)
+    write_file(folder / "samples.png", lambda path: grid.save(path, format="PNG"))
+    print(TELL.format(folder=folder, stage1=exports[0], stage2=exports[1]))
+
+
+TELL = """
+The two-stage run is done. Look at {folder}/samples.png first: drawings, and what the exported models draw for their captions.
+
+  shards           {folder}/shards1, {folder}/shards2  (index.arrow, manifest.json, quarantine.jsonl)
+  runs             {folder}/runs  (config.yaml, metrics.jsonl, samples/, checkpoints/)
+  stage 1 export   {stage1}
+  stage 2 export   {stage2}  (and .safetensors beside it)
+
+For your own data, with a GPU of 80 GB:
+
+  python scripts/build_shards.py --config configs/stage1_feature_alignment.yaml data.posts=[my/posts.jsonl] data.images=my/images data.shards=my/shards
+  accelerate launch train.py --config configs/stage1_feature_alignment.yaml data.shards=my/shards
+  python scripts/export.py runs/stage1_feature_alignment
+
+The README says the rest."""  # noqa: E501
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,232 @@
+"""Checkpoints: bit by bit, whole or not at all, never a pickle, never over another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from trainer import checkpoint
+from trainer.checkpoint import restore_checkpoint, save_checkpoint, verify_checkpoint
+from trainer.errors import UserError
+from trainer.files import sha256_file
+from trainer.optim import build_optimizer
+from trainer.schema import OptimConfig
+
+OPTIMIZERS = {
+    "adamw": OptimConfig(unet_lr=1e-2, text_encoder_1_lr=1e-3),
+    "adamw8bit": OptimConfig(name="adamw8bit", unet_lr=1e-2, text_encoder_1_lr=1e-3),
+    "adafactor": OptimConfig(name="adafactor", unet_lr=1e-2, text_encoder_1_lr=1e-3, betas=None, eps=None),
+}
+
+
+class Parts(nn.Module):
+    """The parts' names, with a matrix large enough for 8-bit state and a bias that is not."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.unet = nn.Linear(96, 96)
+        self.text_encoder_1 = nn.Linear(96, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder_1(torch.tanh(self.unet(x)))
+
+
+def train_steps(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(8, 96, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def small_checkpoint(folder: Path, step: int, **state: Any) -> Path:
+    model = Parts(0)
+    optimizer = build_optimizer(model, OPTIMIZERS["adamw"])
+    train_steps(model, optimizer, 0, 1)
+    return save_checkpoint(folder, model, optimizer, {"step": step, **state})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_going_on_from_a_checkpoint_gives_the_bits_of_going_on(tmp_path: Path, name: str) -> None:
+    model = Parts(0)
+    optimizer = build_optimizer(model, OPTIMIZERS[name])
+    train_steps(model, optimizer, 0, 3)
+    saved = save_checkpoint(tmp_path, model, optimizer, {"step": 3})
+    train_steps(model, optimizer, 3, 6)
+    straight = save_checkpoint(tmp_path, model, optimizer, {"step": 6})
+
+    other = Parts(1)
+    other_optimizer = build_optimizer(other, OPTIMIZERS[name])
+    verify_checkpoint(saved)
+    restore_checkpoint(saved, other, other_optimizer)
+    train_steps(other, other_optimizer, 3, 6)
+    resumed = save_checkpoint(tmp_path / "resumed", other, other_optimizer, {"step": 6})
+    for file in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE):
+        assert sha256_file(straight / file) == sha256_file(resumed / file)
+
+
+def test_tensors_that_an_optimizer_shares_are_stored_once(tmp_path: Path) -> None:
+    model = Parts(0)
+    optimizer = build_optimizer(model, OPTIMIZERS["adamw8bit"])
+    train_steps(model, optimizer, 0, 1)
+    weights = {id(optimizer.state[p]["qmap1"]) for p in (model.unet.weight, model.text_encoder_1.weight)}
+    assert len(weights) == 1
+    saved = save_checkpoint(tmp_path, model, optimizer, {"step": 1})
+    with safe_open(saved / checkpoint.OPTIMIZER_FILE, "pt") as file:
+        names = list(file.keys())
+    assert len([name for name in names if name.startswith("shared.")]) == 2  # qmap1 and qmap2
+    assert not [name for name in names if "qmap" in name]
+    restore_checkpoint(saved, model, optimizer)
+    assert optimizer.state[model.unet.weight]["qmap1"] is optimizer.state[model.text_encoder_1.weight]["qmap1"]
+
+
+def test_a_checkpoint_is_three_files_and_no_pickle(tmp_path: Path) -> None:
+    saved = small_checkpoint(tmp_path, 7)
+    assert saved.name == "step-00000007"
+    assert sorted(file.name for file in saved.iterdir()) == [
+        "model.safetensors", "optimizer.safetensors", "train_state.json",
+    ]  # fmt: skip
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == [
+            "text_encoder_1.text_model.bias", "text_encoder_1.text_model.weight", "unet.bias", "unet.weight",
+        ]  # fmt: skip
+    with safe_open(saved / "optimizer.safetensors", "pt") as file:
+        assert {"unet.weight.exp_avg", "unet.weight.exp_avg_sq", "unet.weight.step"} <= set(file.keys())
+
+
+@pytest.mark.parametrize("file", [checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, file: str) -> None:
+    saved = small_checkpoint(tmp_path, 1)
+    verify_checkpoint(saved)
+    content = bytearray((saved / file).read_bytes())
+    content[-3] ^= 1
+    (saved / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} is damaged"):
+        verify_checkpoint(saved)
+    (saved / file).unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        verify_checkpoint(saved)
+
+
+def test_nothing_is_overwritten_and_unfinished_work_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    saved = small_checkpoint(checkpoints, 5)
+    with pytest.raises(UserError, match="exists already"):
+        small_checkpoint(checkpoints, 5)
+    (checkpoints / ".tmp-step-00000009-abcd").mkdir()
+    (checkpoints / "step-00000010").mkdir()  # no train_state.json: not ours, or not whole
+    assert checkpoint.find_newest(tmp_path) == saved
+    small_checkpoint(checkpoints, 6)
+    assert not list(checkpoints.glob(".tmp-*"))
+    assert (checkpoints / "step-00000010").exists()
+
+
+def test_a_save_that_fails_leaves_the_newest_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    saved = small_checkpoint(checkpoints, 1)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        small_checkpoint(checkpoints, 2)
+    assert checkpoint.list_checkpoints(checkpoints) == [saved]
+    verify_checkpoint(saved)
+
+
+def test_retention_keeps_the_last_few_and_the_milestones(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        small_checkpoint(tmp_path, step)
+    checkpoint.retain_checkpoints(tmp_path, keep_last=2, keep_every_steps=20)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-00000020", "step-00000040", "step-00000050",
+    ]  # fmt: skip
+    checkpoint.retain_checkpoints(tmp_path, keep_last=1, keep_every_steps=None)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000050"]
+
+
+def test_another_format_and_a_torn_state_are_refused(tmp_path: Path) -> None:
+    saved = small_checkpoint(tmp_path, 1)
+    state = json.loads((saved / "train_state.json").read_text())
+    (saved / "train_state.json").write_text(json.dumps({**state, "format_version": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.read_train_state(saved)
+    (saved / "train_state.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoint.read_train_state(saved)
+
+
+WRITTEN = {
+    "run": {"name": "a", "seed": 1, "num_processes": 1},
+    "data": {"micro_batch_size": 2, "global_batch_size": 4},
+    "model": {"attention": "sdpa", "compile": False, "pretrained": "x"},
+    "schedule": {"lr": "constant", "epochs": 2, "max_steps": None, "warmup_steps": 0},
+    "memory": {"gradient_checkpointing": False},
+    "checkpoint": {"every_steps": 5},
+    "logging": {"every_steps": 5},
+    "sampling": {"every_steps": None},
+    "publish": {"title": None},
+}
+
+
+def changed(key: str, value: Any, base: dict[str, Any] = WRITTEN) -> dict[str, Any]:
+    section, name = key.split(".")
+    return {**base, section: {**base[section], name: value}}
+
+
+CHANGEABLE = {
+    "run.num_processes": 2, "data.micro_batch_size": 1, "model.attention": "xformers", "model.compile": True,
+    "schedule.epochs": 3, "memory.gradient_checkpointing": True, "checkpoint.every_steps": 7, "logging.every_steps": 1,
+    "sampling.every_steps": 3, "publish.title": "t",
+}  # fmt: skip
+FIXED = {"run.seed": 2, "data.global_batch_size": 8, "model.pretrained": "y", "schedule.lr": "cosine",
+         "schedule.warmup_steps": 3}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CHANGEABLE)
+def test_what_may_change_on_resume(key: str) -> None:
+    checkpoint.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, CHANGEABLE[key]), "")
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_what_may_not_change_on_resume_is_named_with_both_values(key: str) -> None:
+    section, name = key.split(".")
+    with pytest.raises(UserError) as error:
+        checkpoint.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, FIXED[key]), "")
+    assert f"{key}: {WRITTEN[section][name]!r} in the checkpoint, {FIXED[key]!r} now" in str(error.value)
+
+
+def test_the_length_is_fixed_where_the_rate_depends_on_it() -> None:
+    cosine = changed("schedule.lr", "cosine")
+    with pytest.raises(UserError, match=r"schedule.epochs: 2 in the checkpoint, 3 now"):
+        checkpoint.check_resumable(
+            Path("c"), {"config": cosine, "config_digest": ""}, changed("schedule.epochs", 3, cosine), ""
+        )
+
+
+def test_another_environment_is_noticed_without_storing_it() -> None:
+    with pytest.raises(UserError, match="environment variable"):
+        checkpoint.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": "a"}, WRITTEN, "b")
+
+
+def test_the_loss_scaler_comes_back() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for value in (1.0, float("inf"), 1.0):
+        scaler.scale(weight * value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    state = checkpoint.scaler_state(scaler)
+    assert state == {"scale": 512.0, "growth_tracker": 1}
+    other = torch.amp.GradScaler("cpu")
+    checkpoint.restore_scaler(other, json.loads(json.dumps(state)))
+    assert other.state_dict() == scaler.state_dict()
+    assert checkpoint.scaler_state(None) is None

@@ -1,0 +1,172 @@
+"""Every rule between a config's values is turned once, and the borders of what it allows are held."""
+
+import ast
+import inspect
+import sys
+import typing
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from trainer import config_rules
+from trainer.config import find_problems, load_config
+from trainer.errors import UserError
+from trainer.schema import Config
+
+MINIMAL = [
+    "run.name=tiny", "run.stage=test", "model.pretrained=base", "data.shards=shards", "optim.unet_lr=1e-6",
+    "schedule.epochs=1",
+]  # fmt: skip
+
+
+OFF = "model.train_unet=false"
+RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> key and part of the message
+    *[([f"{key}=-1"], key, "must be at least 0, not -1") for key in (
+        "run.seed", "data.num_workers", "captions.keep_tokens", "captions.keep_underscore_max_length",
+        "diffusion.min_timestep", "diffusion.noise_offset", "optim.text_encoder_1_lr", "optim.text_encoder_2_lr",
+        "optim.weight_decay", "schedule.warmup_steps")],
+    *[([f"{key}=0"], key, "must be at least 1, not 0") for key in (
+        "run.num_processes", "data.samples_per_shard", "data.global_batch_size", "data.bucket_batch_size",
+        "data.micro_batch_size", "data.prefetch_factor", "schedule.epochs", "precision.max_skipped_steps",
+        "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps", "logging.every_steps",
+        "sampling.every_steps", "sampling.num_inference_steps")],
+    (["optim.unet_lr=-1", OFF, "model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1"],
+     "optim.unet_lr", "must be at least 0, not -1"),
+    (["schedule.epochs=null", "schedule.max_steps=0"], "schedule.max_steps", "must be at least 1, not 0"),
+    (["schedule.lr=cosine_restarts", "schedule.num_cycles=0"], "schedule.num_cycles", "must be at least 1, not 0"),
+    (["sampling.guidance_scale=0.5"], "sampling.guidance_scale", "must be at least 1, not 0.5"),
+    *[([f"{key}={value}"], key, f"must lie between 0 and 1, not {value}")
+      for key in ("data.max_bad_fraction", "captions.tag_dropout", "captions.caption_dropout")
+      for value in (-0.1, 1.1)],
+    (["schedule.lr=cosine", "schedule.min_lr_ratio=1.1"], "schedule.min_lr_ratio", "between 0 and 1, not 1.1"),
+    *[([f"{key}=0"], key, "must be above 0, not 0")
+      for key in ("diffusion.min_snr_gamma", "optim.eps", "optim.max_grad_norm")],
+    (["schedule.lr=cosine_restarts", "schedule.num_cycles=2", "schedule.cycle_gamma=0"],
+     "schedule.cycle_gamma", "must be above 0, not 0"),
+    *[([f"run.name={name}"], "run.name", "names a folder")
+      for name in ("''", "a/b", "..", ".hidden", "-x", "'a b'", '"a\\n"', "ä")],
+    ([OFF, "optim.unet_lr=0"], "model.train_unet", "nothing is trained"),
+    (["model.pretrained=.", "model.revision=main"], "model.revision", "has no effect: model.pretrained is a local"),
+    (["optim.unet_lr=0"], "optim.unet_lr", "must be above 0, because model.train_unet is true"),
+    *[([f"model.train_{part}=true"], f"optim.{part}_lr", f"must be above 0, because model.train_{part} is true")
+      for part in ("text_encoder_1", "text_encoder_2")],
+    *[([f"optim.{part}_lr=1"], f"optim.{part}_lr", f"has no effect: model.train_{part} is false")
+      for part in ("text_encoder_1", "text_encoder_2")],
+    ([OFF, "model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1"],
+     "optim.unet_lr", "has no effect: model.train_unet is false"),
+    (["data.global_batch_size=100"], "data.bucket_batch_size", "48 does not divide data.global_batch_size 100"),
+    (["data.micro_batch_size=32"], "data.micro_batch_size", "32 does not divide data.bucket_batch_size 48"),
+    (["data.num_workers=0", "data.prefetch_factor=2"], "data.prefetch_factor", "has no effect: data.num_workers is 0"),
+    (["run.num_processes=4"], "run.num_processes", "4 processes x data.micro_batch_size 16 = 64 does not divide"),
+    *[([f"captions.keep_tokens_separator='{text}'"], "captions.keep_tokens_separator", "some text without commas")
+      for text in ("", "  ", "a,b")],
+    (["captions.keep_tokens=1", "captions.shuffle=false"], "captions.keep_tokens", "has no effect without"),
+    (["captions.ratings={general: safe}"], "captions.ratings", "is g, s, q or e, never general"),
+    (["captions.quality=[{tag: a, min_score: 5}, {tag: b, min_score: 5}]"], "captions.quality", "the same min_score"),
+    (["captions.quality=[{tag: a}, {tag: b}]"], "captions.quality", "the same min_score"),
+    (["captions.years=[{first: 1, last: 5, tag: a}, {first: 5, last: 6, tag: b}]"], "captions.years", "not overlap"),
+    (["captions.years=[{first: 6, last: 5, tag: a}]"], "captions.years", "ends before it begins"),
+    *[([f"buckets.step={step}"], "buckets.step", f"must be a multiple of 32, not {step}") for step in (0, 48, -32)],
+    (["buckets.base_resolution=1000"], "buckets.base_resolution", "must be a multiple of buckets.step 64, not 1000"),
+    (["buckets.min_side=500"], "buckets.min_side", "must be a multiple of buckets.step 64, not 500"),
+    (["buckets.min_side=0"], "buckets.min_side", "must be a multiple of buckets.step 64, not 0"),
+    (["buckets.max_side=2050"], "buckets.max_side", "must be a multiple of buckets.step 64, not 2050"),
+    (["buckets.min_side=1088"], "buckets.base_resolution", "must lie between buckets.min_side and buckets.max_side"),
+    (["buckets.max_side=960"], "buckets.base_resolution", "must lie between buckets.min_side and buckets.max_side"),
+    (["diffusion.max_timestep=1001"], "diffusion.max_timestep", "must be at most 1000, not 1001"),
+    (["diffusion.min_timestep=5", "diffusion.max_timestep=5"], "diffusion.min_timestep", "must be below"),
+    (["diffusion.zero_terminal_snr=true"], "diffusion.zero_terminal_snr", "needs prediction_type v_prediction"),
+    (["optim.name=adafactor", "optim.eps=null"], "optim.betas", "has no effect with adafactor"),
+    (["optim.name=adafactor", "optim.betas=null"], "optim.eps", "has no effect with adafactor"),
+    (["optim.betas=null"], "optim.betas", "adamw needs it"),
+    (["optim.name=adamw8bit", "optim.eps=null"], "optim.eps", "adamw8bit needs it"),
+    *[([f"optim.betas={betas}"], "optim.betas", "two numbers from 0 to below 1")
+      for betas in ([0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9], [])],
+    (["optim.weight_decay=0", "optim.decay_norms_and_biases=false"],
+     "optim.decay_norms_and_biases", "has no effect: optim.weight_decay is 0"),
+    (["schedule.max_steps=5"], "schedule.epochs", "set exactly one of"),
+    (["schedule.epochs=null"], "schedule.epochs", "set exactly one of"),
+    (["schedule.min_lr_ratio=0.1"], "schedule.min_lr_ratio", "has no effect with a constant rate"),
+    (["schedule.num_cycles=2"], "schedule.num_cycles", "has no effect with schedule.lr constant"),
+    (["schedule.lr=cosine", "schedule.cycle_gamma=0.9"], "schedule.cycle_gamma", "no effect with schedule.lr cosine"),
+    (["schedule.lr=cosine_restarts", "schedule.cycle_gamma=0.9"], "schedule.cycle_gamma", "schedule.num_cycles is 1"),
+    (["checkpoint.keep_every_steps=1500"], "checkpoint.keep_every_steps", "a multiple of checkpoint.every_steps 1000"),
+    (["sampling.every_steps=100"], "sampling.prompts", "sampling.every_steps is set, but there are no prompts"),
+    (["sampling.prompts=[a]"], "sampling.every_steps", "sampling.prompts have no effect"),
+    *[([f"sampling.{name}={side}"], f"sampling.{name}", f"must be a multiple of 32, not {side}")
+      for name in ("width", "height") for side in (1000, 0, -32)],
+    (["publish.formats=[]"], "publish.formats", "name at least one of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "key", "part"), RULES, ids=[" ".join(words) for words, _, _ in RULES])
+def test_rules(words: list[str], key: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config([], [*MINIMAL, *words])
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert len([line for line in lines if line.startswith(f"{key}: ") and part in line]) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optim.name=adafactor", "optim.betas=null", "optim.eps=null"],
+        ["schedule.lr=cosine_restarts", "schedule.num_cycles=2", "schedule.cycle_gamma=0.9", "schedule.min_lr_ratio=1"],
+        ["schedule.epochs=null", "schedule.max_steps=1", "schedule.warmup_steps=0"],
+        ["diffusion.zero_terminal_snr=true", "diffusion.prediction_type=v_prediction", "diffusion.min_snr_gamma=5"],
+        ["diffusion.min_timestep=999", "diffusion.max_timestep=1000", "diffusion.noise_offset=0.0357"],
+        ["captions.keep_tokens=1", "captions.shuffle=false", "captions.tag_dropout=1", "captions.caption_dropout=0"],
+        ["sampling.prompts=[a]", "sampling.every_steps=100", "sampling.width=832", "sampling.guidance_scale=1"],
+        ["data.num_workers=0", "run.num_processes=6", "run.seed=0"],
+        ["buckets.step=32", "buckets.min_side=1024", "buckets.max_side=1024"],
+        ["model.pretrained=owner/name", "model.revision=main", "run.name=_a.B-9"],
+        ["checkpoint.keep_every_steps=3000", "optim.weight_decay=0", "optim.betas=[0, 0]"],
+        ["captions.years=[]", "captions.quality=[]", "captions.ratings={}", "captions.people=[]"],
+    ],
+    ids=" ".join,
+)
+def test_the_borders_of_the_rules_are_allowed(words: list[str]) -> None:
+    load_config([], [*MINIMAL, *words])
+
+
+def test_every_rule_has_a_case() -> None:
+    """Each ``yield`` of config_rules is reached by one of RULES: a rule without a case fails here."""
+    path = inspect.getfile(config_rules)
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    yields = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
+    reached: set[int] = set()
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        if frame.f_code.co_filename != path:
+            return None
+        reached.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    for words, _, _ in RULES:
+        resolved: Any = OmegaConf.to_container(OmegaConf.from_dotlist([*MINIMAL, *words]))
+        sys.settrace(trace)
+        try:
+            list(find_problems(resolved))
+        finally:
+            sys.settrace(before)
+    assert len(yields) > 30
+    assert yields - reached == set()
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    """Each field that is a number is refused somewhere: an unbounded knob fails here, as does a range without case."""
+    numbers = {
+        f"{section}.{name}"
+        for section, hint in typing.get_type_hints(Config).items() if section != "written"
+        for name, field in typing.get_type_hints(hint).items() if {int, float} & {field, *typing.get_args(field)}
+    }  # fmt: skip
+    ranged = {key for keys in config_rules.AT_LEAST.values() for key in keys.split()}
+    ranged |= {*config_rules.SHARES.split(), *config_rules.ABOVE_ZERO.split()}
+    told = {key for _, key, part in RULES if part.startswith(("must", "between"))}
+    one_of = {"captions.max_token_length"}  # a Literal
+    assert ranged <= numbers and len(numbers) > 40
+    assert numbers - told - one_of == set()

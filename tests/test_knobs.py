@@ -1,0 +1,95 @@
+"""Every knob is turned: training's knobs change the numbers of a run, and every field is named in some test."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainer.checkpoint import find_newest, read_train_state
+from trainer.loop import train
+from trainer.schema import Config
+
+ENCODER_1 = ["model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1e-3"]
+# what each knob that training's numbers depend on is turned to, and what else that needs
+KNOBS: dict[str, list[str]] = {
+    "run.seed": ["run.seed=43"],
+    "model.train_text_encoder_1": ENCODER_1,
+    "optim.text_encoder_1_lr": [*ENCODER_1, "optim.text_encoder_1_lr=1e-4"],
+    "model.train_text_encoder_2": ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-3"],
+    "optim.text_encoder_2_lr": ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-4"],
+    "optim.unet_lr": ["optim.unet_lr=1e-4"],
+    "data.global_batch_size": ["data.global_batch_size=8"],
+    "data.bucket_batch_size": ["data.bucket_batch_size=4"],
+    "captions.keep_tokens_separator": ["captions.keep_tokens_separator=###"],
+    "captions.shuffle": ["captions.shuffle=false"],
+    "captions.tag_dropout": ["captions.tag_dropout=0.5"],
+    "captions.caption_dropout": ["captions.caption_dropout=1.0"],
+    "captions.keep_underscore_max_length": ["captions.keep_underscore_max_length=99"],
+    "captions.max_token_length": ["captions.max_token_length=150"],
+    "captions.years": ["captions.years=[{first: 1990, last: 2050, tag: recent}]"],
+    "diffusion.prediction_type": ["diffusion.prediction_type=v_prediction"],
+    "diffusion.min_timestep": ["diffusion.min_timestep=500"],
+    "diffusion.max_timestep": ["diffusion.max_timestep=500"],
+    "diffusion.noise_offset": ["diffusion.noise_offset=0.0357"],
+    "diffusion.min_snr_gamma": ["diffusion.min_snr_gamma=5"],
+    "diffusion.zero_terminal_snr": ["diffusion.prediction_type=v_prediction", "diffusion.zero_terminal_snr=true"],
+    "optim.name": ["optim.name=adafactor", "optim.betas=null", "optim.eps=null"],
+    "optim.betas": ["optim.betas=[0.5, 0.6]"],
+    "optim.eps": ["optim.eps=1e-3"],
+    "optim.weight_decay": ["optim.weight_decay=0.5"],
+    "optim.decay_norms_and_biases": ["optim.decay_norms_and_biases=false"],
+    "optim.max_grad_norm": ["optim.max_grad_norm=0.01", "optim.eps=1e-3"],  # Adam alone undoes a constant factor
+    "schedule.lr": ["schedule.lr=cosine"],
+    "schedule.warmup_steps": ["schedule.warmup_steps=5"],
+    "schedule.min_lr_ratio": ["schedule.lr=cosine", "schedule.min_lr_ratio=0.5"],
+    "schedule.num_cycles": ["schedule.lr=cosine_restarts", "schedule.num_cycles=2"],
+    "schedule.cycle_gamma": ["schedule.lr=cosine_restarts", "schedule.num_cycles=2", "schedule.cycle_gamma=0.5"],
+    "precision.compute": ["precision.compute=bf16"],
+    "precision.frozen": ["precision.compute=bf16", "precision.frozen=bf16"],
+}
+
+
+def run_hash(config: Config) -> str:
+    train(config)
+    newest = find_newest(Path(config.run.output_dir) / config.run.name)
+    assert newest is not None
+    return read_train_state(newest)["files"]["model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[tuple[str, ...], str]:
+    """Hashes of runs already made: knobs without the one that is looked at often coincide."""
+    return {}
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_training_knob_changes_the_weights(
+    make_config: Callable[..., Config], seen: dict[tuple[str, ...], str], knob: str
+) -> None:
+    turned = KNOBS[knob]
+    # the same words without the knob itself; what it needs beside it stays
+    without = [word for word in turned if not word.startswith(f"{knob}=")]
+    if knob.startswith("model.train_") or knob == "optim.name":
+        without = []
+    hashes = []
+    for number, words in enumerate((turned, without)):
+        name = tuple(words)
+        if name not in seen:
+            seen[name] = run_hash(make_config("schedule.max_steps=2", *words, f"run.name=knob{number}"))
+        hashes.append(seen[name])
+    assert hashes[0] != hashes[1]
+
+
+def test_every_field_is_named_in_some_test() -> None:
+    texts = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
+    sections = typing.get_type_hints(Config)
+    missing = [
+        f"{section}.{field.name}"
+        for section, hint in sections.items()
+        if dataclasses.is_dataclass(hint)
+        for field in dataclasses.fields(hint)
+        if f"{section}.{field.name}" not in texts
+    ]
+    assert missing == []

@@ -1,0 +1,17 @@
+"""Train one stage: ``accelerate launch train.py --config configs/stage1_feature_alignment.yaml [key=value ...]``.
+
+Starting the same command again continues from the newest checkpoint.
+"""
+
+from trainer.config import load_config, parse_command_line
+from trainer.errors import run_command
+from trainer.loop import train
+
+
+def main() -> None:
+    arguments = parse_command_line("Train one stage of SDXL fine-tuning.")
+    train(load_config(arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    run_command(main)

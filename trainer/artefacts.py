@@ -1,0 +1,64 @@
+"""Files that others read: .safetensors stamped with their own hash, and the classic files of a CLIP tokenizer."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.files import sha256_file, write_bytes, write_text
+
+TOKENIZER_WORDS = ("vocab.json", "merges.txt")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+HASH_KEY = "modelspec.hash_sha256"
+NO_HASH = "0x" + "0" * 64
+
+
+def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A .safetensors file whose header names the SHA-256 of the bytes behind it, its metadata in order.
+
+    The library writes metadata in random order; here the same tensors and metadata give the same bytes.
+    """
+    save_file(dict(tensors), path, dict(metadata) | {HASH_KEY: NO_HASH})
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # from here to the end
+        said = header.pop("__metadata__") | {HASH_KEY: f"0x{digest}"}
+        header = {"__metadata__": dict(sorted(said.items()))} | header
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(encoded) <= length, "the header became longer"
+        file.seek(8)
+        file.write(encoded.ljust(length))  # spaces behind the JSON are part of the format
+
+
+def write_tokenizer(target: Path, source: Path, name: str) -> None:
+    """The four classic files of "tokenizer" or "tokenizer_2", copied from ``source``.
+
+    Where transformers 5 wrote ``tokenizer.json`` alone, the words are taken from it and the settings are SDXL's.
+    """
+    present = {file for file in (*TOKENIZER_WORDS, *TOKENIZER_SETTINGS) if (source / file).is_file()}
+    if present.issuperset(TOKENIZER_WORDS):
+        for file in TOKENIZER_WORDS:
+            write_bytes(target / file, (source / file).read_bytes())
+    else:
+        fast = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        vocab = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast.get("added_tokens", [])}
+        in_order = dict(sorted(vocab.items(), key=lambda item: item[1]))
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in fast["model"]["merges"]]
+        write_text(target / "vocab.json", json.dumps(in_order, ensure_ascii=False))
+        write_text(target / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    # settings that transformers 5 wrote, without the map, are not ones that transformers 4 understands
+    own = source if present.issuperset(TOKENIZER_SETTINGS) else resources.files("trainer") / "assets/sdxl" / name
+    for file in TOKENIZER_SETTINGS:
+        write_text(target / file, (own / file).read_text(encoding="utf-8"))
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file in a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}

@@ -1,0 +1,92 @@
+"""Post -> ordered caption; caption -> this pass's draw (keep, shuffle, drop).
+
+A composed caption reads ``fixed ||| free``: people, characters, copyrights and artists in order, then all that is
+shuffled. The index stores the post's fields, not the caption, so rules can change without encoding an image again.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer.schema import CaptionsConfig
+
+
+def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
+    """The caption of one sample, before any shuffling.
+
+    ``record`` has the index's columns: ``caption`` (a finished one, which wins), ``tags_general`` ... ``tags_meta``
+    (separated by spaces), ``rating``, ``score``, ``year``; each may be None. Recipe, section 2.
+    """
+    if record["caption"] is not None:
+        return record["caption"]
+    general = split_tags(record["tags_general"], rules)
+    people = [tag for tag in general if tag in rules.people]
+    fixed = people + [
+        tag for name in ("character", "copyright", "artist") for tag in split_tags(record[f"tags_{name}"], rules)
+    ]
+    free = [
+        rules.ratings.get(record["rating"], ""),
+        *(tag for tag in general if tag not in rules.people),
+        year_tag(record["year"], rules),
+        *split_tags(record["tags_meta"], rules),
+        quality_tag(record["score"], rules),
+    ]
+    # the separator stays even beside an empty part: without it the caption would count as one that has none
+    parts = [join_tags(fixed), rules.keep_tokens_separator, join_tags(free)]
+    return " ".join(part for part in parts if part)
+
+
+def split_tags(tags: str | None, rules: CaptionsConfig) -> list[str]:
+    """Tags at spaces; "_" becomes " " only in tags longer than ``keep_underscore_max_length`` (``^_^`` stays)."""
+    longest = rules.keep_underscore_max_length
+    return [tag if len(tag) <= longest else tag.replace("_", " ") for tag in (tags or "").split()]
+
+
+def year_tag(year: int | None, rules: CaptionsConfig) -> str:
+    """The period's tag; none where the year is missing or outside all periods."""
+    if year is None:
+        return ""
+    return next((rule.tag for rule in rules.years if rule.first <= year <= rule.last), "")
+
+
+def quality_tag(score: int | None, rules: CaptionsConfig) -> str:
+    """The tag of the highest rule that the score reaches; none without a score."""
+    if score is None:
+        return ""
+    reached = [rule for rule in rules.quality if rule.min_score is None or score >= rule.min_score]
+    best = max(reached, key=lambda rule: float("-inf") if rule.min_score is None else rule.min_score, default=None)
+    return best.tag if best else ""
+
+
+def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Generator) -> str:
+    """What the model sees of a caption this time: free tags dropped and shuffled, without any separator.
+
+    Text behind a second separator is a fixed tail. A caption without separator is free as a whole but for its
+    ``keep_tokens`` leading tags. Recipe, section 2.
+    """
+    # all is drawn always and in this order, so that turning one knob leaves the draws of the others as they were
+    if generator.random() < rules.caption_dropout:
+        return ""
+    parts = caption.split(rules.keep_tokens_separator)
+    if len(parts) == 1:
+        tags = split_caption(caption)
+        head, free, tail = tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
+    else:
+        head, free = split_caption(parts[0]), split_caption(parts[1])
+        tail = [tag for part in parts[2:] for tag in split_caption(part)]
+    order = generator.permutation(len(free))
+    kept = generator.random(len(free)) >= rules.tag_dropout
+    if not rules.shuffle:
+        order = np.arange(len(free))
+    return join_tags([*head, *(free[i] for i in order if kept[i]), *tail])
+
+
+def split_caption(text: str) -> list[str]:
+    """Tags at every comma, so that ``rating: explicit`` and ``nsfw`` move apart, as in the original."""
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
+
+
+def join_tags(tags: Iterable[str]) -> str:
+    """Tags joined by commas; empty ones leave no stray comma."""
+    return ", ".join(tag for tag in tags if tag)

@@ -1,0 +1,183 @@
+"""Rules between the values of a config. A field that would have no effect is an error, not a shrug."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.schema import Config
+
+Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
+
+
+def find_broken_rules(config: Config) -> Iterator[Broken]:
+    """Every rule that a well-typed config breaks."""
+    yield from range_rules(config)
+    yield from run_and_model_rules(config)
+    yield from batch_rules(config)
+    yield from caption_rules(config)
+    yield from bucket_rules(config)
+    yield from diffusion_rules(config)
+    yield from optim_rules(config)
+    yield from schedule_rules(config)
+    yield from output_rules(config)
+
+
+AT_LEAST = {
+    0: "run.seed data.num_workers captions.keep_tokens captions.keep_underscore_max_length diffusion.min_timestep "
+    "diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr optim.weight_decay "
+    "schedule.warmup_steps",
+    1: "run.num_processes data.samples_per_shard data.global_batch_size data.bucket_batch_size data.micro_batch_size "
+    "data.prefetch_factor schedule.epochs schedule.max_steps schedule.num_cycles precision.max_skipped_steps "
+    "checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps "
+    "sampling.every_steps sampling.num_inference_steps sampling.guidance_scale",
+}
+SHARES = "data.max_bad_fraction captions.tag_dropout captions.caption_dropout schedule.min_lr_ratio"
+ABOVE_ZERO = "diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"
+
+
+def range_rules(config: Config) -> Iterator[Broken]:
+    """Numbers within their ranges; null is within any."""
+
+    def value(key: str) -> float | None:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    for least, keys in AT_LEAST.items():
+        for key in keys.split():
+            if (number := value(key)) is not None and not number >= least:
+                yield (key,), f"must be at least {least}, not {number}"
+    for key in SHARES.split():
+        if (number := value(key)) is not None and not 0 <= number <= 1:
+            yield (key,), f"must lie between 0 and 1, not {number}"
+    for key in ABOVE_ZERO.split():
+        if (number := value(key)) is not None and not number > 0:
+            yield (key,), f"must be above 0, not {number}"
+
+
+def run_and_model_rules(config: Config) -> Iterator[Broken]:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
+        yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
+    model = config.model
+    if not (model.train_unet or model.train_text_encoder_1 or model.train_text_encoder_2):
+        yield ("model.train_unet", "model.train_text_encoder_1", "model.train_text_encoder_2"), "nothing is trained"
+    if model.revision is not None and Path(model.pretrained).exists():
+        yield ("model.revision", "model.pretrained"), "has no effect: model.pretrained is a local file or folder"
+    for part in ("unet", "text_encoder_1", "text_encoder_2"):
+        trained, rate = getattr(model, f"train_{part}"), getattr(config.optim, f"{part}_lr")
+        keys = (f"optim.{part}_lr", f"model.train_{part}")
+        if trained and not rate > 0:
+            yield keys, f"must be above 0, because model.train_{part} is true"
+        if not trained and rate > 0:
+            yield keys, f"has no effect: model.train_{part} is false"
+
+
+def batch_rules(config: Config) -> Iterator[Broken]:
+    data = config.data
+    if data.bucket_batch_size > 0 and data.global_batch_size % data.bucket_batch_size:
+        keys = ("data.bucket_batch_size", "data.global_batch_size")
+        yield keys, f"{data.bucket_batch_size} does not divide data.global_batch_size {data.global_batch_size}"
+    if data.micro_batch_size > 0 and data.bucket_batch_size % data.micro_batch_size:
+        keys = ("data.micro_batch_size", "data.bucket_batch_size")
+        yield keys, f"{data.micro_batch_size} does not divide data.bucket_batch_size {data.bucket_batch_size}"
+    if data.num_workers == 0 and data.prefetch_factor is not None:
+        yield ("data.prefetch_factor", "data.num_workers"), "has no effect: data.num_workers is 0"
+    processes = config.run.num_processes
+    if processes and data.micro_batch_size > 0 and data.global_batch_size % (data.micro_batch_size * processes):
+        concerned = ("run.num_processes", "data.micro_batch_size", "data.global_batch_size")
+        yield concerned, explain_processes(processes, data.micro_batch_size, data.global_batch_size)
+
+
+def explain_processes(processes: int, micro_batch_size: int, global_batch_size: int) -> str:
+    """The message for a number of processes that cannot share a step evenly."""
+    return (
+        f"{processes} processes x data.micro_batch_size {micro_batch_size} = {processes * micro_batch_size} "
+        f"does not divide data.global_batch_size {global_batch_size}"
+    )
+
+
+def caption_rules(config: Config) -> Iterator[Broken]:
+    captions = config.captions
+    if not captions.keep_tokens_separator.strip() or "," in captions.keep_tokens_separator:
+        yield ("captions.keep_tokens_separator",), "must be some text without commas"
+    if captions.keep_tokens and not captions.shuffle and not captions.tag_dropout:
+        yield ("captions.keep_tokens", "captions.shuffle"), "has no effect without captions.shuffle or tag_dropout"
+    if unknown := [rating for rating in captions.ratings if rating not in ("g", "s", "q", "e")]:
+        yield ("captions.ratings",), f"a post's rating is g, s, q or e, never {unknown[0]}"
+    scores = [rule.min_score for rule in captions.quality]
+    if len(set(scores)) < len(scores):
+        yield ("captions.quality",), "two tags have the same min_score"
+    if any(first.last >= second.first for first, second in zip(captions.years, captions.years[1:], strict=False)):
+        yield ("captions.years",), "ranges must be in order and not overlap"
+    if any(rule.first > rule.last for rule in captions.years):
+        yield ("captions.years",), "a range ends before it begins"
+
+
+def bucket_rules(config: Config) -> Iterator[Broken]:
+    buckets = config.buckets
+    if buckets.step <= 0 or buckets.step % 32:
+        # the VAE divides by 8, the UNet's two downsamplings by 4
+        yield ("buckets.step",), f"must be a multiple of 32, not {buckets.step}"
+        return
+    for name in ("base_resolution", "min_side", "max_side"):
+        side = getattr(buckets, name)
+        if side <= 0 or side % buckets.step:
+            yield (f"buckets.{name}", "buckets.step"), f"must be a multiple of buckets.step {buckets.step}, not {side}"
+    if not buckets.min_side <= buckets.base_resolution <= buckets.max_side:
+        keys = ("buckets.base_resolution", "buckets.min_side", "buckets.max_side")
+        yield keys, "must lie between buckets.min_side and buckets.max_side"
+
+
+def diffusion_rules(config: Config) -> Iterator[Broken]:
+    diffusion = config.diffusion
+    if diffusion.max_timestep > 1000:
+        yield ("diffusion.max_timestep",), f"must be at most 1000, not {diffusion.max_timestep}"
+    if diffusion.min_timestep >= diffusion.max_timestep:
+        yield ("diffusion.min_timestep", "diffusion.max_timestep"), "must be below diffusion.max_timestep"
+    if diffusion.zero_terminal_snr and diffusion.prediction_type == "epsilon":
+        keys = ("diffusion.zero_terminal_snr", "diffusion.prediction_type")
+        yield keys, "needs prediction_type v_prediction: pure noise says nothing about itself"
+
+
+def optim_rules(config: Config) -> Iterator[Broken]:
+    optim = config.optim
+    for name in ("betas", "eps"):
+        value = getattr(optim, name)
+        if optim.name == "adafactor" and value is not None:
+            yield (f"optim.{name}", "optim.name"), "has no effect with adafactor; set it to null"
+        if optim.name != "adafactor" and value is None:
+            yield (f"optim.{name}", "optim.name"), f"{optim.name} needs it"
+    if optim.betas is not None and (len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas)):
+        yield ("optim.betas",), "must be two numbers from 0 to below 1"
+    if not optim.decay_norms_and_biases and not optim.weight_decay:
+        yield ("optim.decay_norms_and_biases", "optim.weight_decay"), "has no effect: optim.weight_decay is 0"
+
+
+def schedule_rules(config: Config) -> Iterator[Broken]:
+    schedule = config.schedule
+    if (schedule.epochs is None) == (schedule.max_steps is None):
+        yield ("schedule.epochs", "schedule.max_steps"), "set exactly one of schedule.epochs and schedule.max_steps"
+    if schedule.lr == "constant" and schedule.min_lr_ratio:
+        yield ("schedule.min_lr_ratio", "schedule.lr"), "has no effect with a constant rate"
+    if schedule.lr == "cosine_restarts" and schedule.num_cycles == 1 and schedule.cycle_gamma != 1:
+        yield ("schedule.cycle_gamma", "schedule.num_cycles"), "has no effect: schedule.num_cycles is 1"
+    if schedule.lr != "cosine_restarts":
+        for name in ("num_cycles", "cycle_gamma"):
+            if getattr(schedule, name) != 1:
+                yield (f"schedule.{name}", "schedule.lr"), f"has no effect with schedule.lr {schedule.lr}"
+
+
+def output_rules(config: Config) -> Iterator[Broken]:
+    checkpoint, sampling = config.checkpoint, config.sampling
+    if checkpoint.keep_every_steps and checkpoint.keep_every_steps % checkpoint.every_steps:
+        keys = ("checkpoint.keep_every_steps", "checkpoint.every_steps")
+        yield keys, f"must be a multiple of checkpoint.every_steps {checkpoint.every_steps}"
+    if sampling.every_steps and not sampling.prompts:
+        yield ("sampling.prompts", "sampling.every_steps"), "sampling.every_steps is set, but there are no prompts"
+    if sampling.prompts and not sampling.every_steps:
+        yield ("sampling.every_steps", "sampling.prompts"), "null, so that sampling.prompts have no effect"
+    for name in ("width", "height"):
+        side = getattr(sampling, name)
+        if side is not None and (side <= 0 or side % 32):
+            yield (f"sampling.{name}",), f"must be a multiple of 32, not {side}"
+    if not config.publish.formats:
+        yield ("publish.formats",), "name at least one of single_file and diffusers"

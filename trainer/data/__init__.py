@@ -1,0 +1,1 @@
+"""Posts, images, shards, the plan and the loader."""

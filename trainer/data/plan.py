@@ -1,0 +1,142 @@
+"""Index -> the samples of every step, written before the run.
+
+Each bucket is an endless stream of reshuffled passes over its images, cut into units of ``bucket_batch_size``
+samples. By the end of epoch e a bucket of n images has had c(e) = max(1, (2 e n + U) // (2 U)) units; the units
+c(e-1) .. c(e) of all buckets belong to epoch e and are shuffled together. Epochs follow each other without end, and a
+step takes ``global_batch_size / bucket_batch_size`` units in a row. Nothing is partial, dropped or padded, and what
+a step sees does not depend on how long the run is. Design, idea 3.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from trainer.rng import rng
+
+
+@dataclass(frozen=True)
+class Unit:
+    """``bucket_batch_size`` samples that share a bucket."""
+
+    epoch: int  # from 1
+    bucket: int  # position in Plan.buckets
+    number: int  # how many units this bucket had before
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One sample of a step."""
+
+    row: int  # in the index
+    pass_: int  # how often the bucket's stream had gone through all its images before
+    position: int  # in the global batch
+    unit: Unit
+
+
+class Plan:
+    """The order of everything, as pure functions of the step; caches only what costs time to compute."""
+
+    def __init__(self, bucket_sizes: np.ndarray, *, seed: int, bucket_batch_size: int, global_batch_size: int):
+        """``bucket_sizes``: (n, 2) int, width and height of the bucket of each row of the index."""
+        assert global_batch_size % bucket_batch_size == 0
+        if not len(bucket_sizes):
+            raise ValueError("a plan needs at least one image")
+        self.seed = seed
+        self.unit_size = bucket_batch_size
+        self.units_per_step = global_batch_size // bucket_batch_size
+        # one number per size, sorted by (width, height); widths and heights are far below 2^20
+        codes = (bucket_sizes[:, 0].astype(np.int64) << 20) | bucket_sizes[:, 1]
+        found, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+        self.buckets = [(int(code >> 20), int(code & 0xFFFFF)) for code in found]  # (width, height)
+        self.counts = counts  # images of each bucket
+        # rows of bucket b, in the index's order, are rows[starts[b] : starts[b + 1]]
+        self._rows = np.argsort(inverse, kind="stable").astype(np.int32)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._epoch_units = lru_cache(maxsize=2)(self._shuffle_epoch)
+        self._order = lru_cache(maxsize=2 * len(self.buckets))(self._shuffle_pass)
+
+    def units_until(self, epoch: int) -> np.ndarray:
+        """c_b(epoch): units of each bucket by the end of an epoch, int64 (buckets,)."""
+        if epoch == 0:
+            return np.zeros(len(self.counts), dtype=np.int64)
+        return np.maximum(1, (2 * epoch * self.counts + self.unit_size) // (2 * self.unit_size))
+
+    def steps_for_epochs(self, epochs: int) -> int:
+        """Steps of a run of so many epochs; the last one is filled from the next epoch."""
+        return -(-int(self.units_until(epochs).sum()) // self.units_per_step)
+
+    def step_units(self, step: int) -> list[Unit]:
+        """The units of a step, in order."""
+        return [self.unit_at(step * self.units_per_step + i) for i in range(self.units_per_step)]
+
+    def unit_at(self, position: int) -> Unit:
+        """The unit at a place in the endless sequence of all epochs."""
+        epoch = self.find_epoch(position)
+        buckets, numbers = self._epoch_units(epoch)
+        offset = position - int(self.units_until(epoch - 1).sum())
+        return Unit(epoch, int(buckets[offset]), int(numbers[offset]))
+
+    def find_epoch(self, position: int) -> int:
+        """The epoch, from 1, that holds the unit at ``position``."""
+        # units grow by about sum(n) / U an epoch: guess, then walk the rest
+        epoch = max(1, position * self.unit_size // int(self.counts.sum()))
+        while epoch > 1 and position < int(self.units_until(epoch - 1).sum()):
+            epoch -= 1
+        while position >= int(self.units_until(epoch).sum()):
+            epoch += 1
+        return epoch
+
+    def unit_samples(self, unit: Unit) -> list[tuple[int, int]]:
+        """(row, pass) of a unit's samples, in order. A small bucket may repeat an image, in another pass."""
+        count = int(self.counts[unit.bucket])
+        first = unit.number * self.unit_size
+        places = [divmod(first + i, count) for i in range(self.unit_size)]
+        return [(int(self._order(unit.bucket, pass_)[place]), pass_) for pass_, place in places]
+
+    def step_samples(self, step: int) -> list[Planned]:
+        """All samples of a step in the order of their position in the global batch."""
+        return [
+            Planned(row, pass_, number * self.unit_size + i, unit)
+            for number, unit in enumerate(self.step_units(step))
+            for i, (row, pass_) in enumerate(self.unit_samples(unit))
+        ]
+
+    def micro_batch(self, step: int, number: int, size: int) -> list[Planned]:
+        """Samples ``number * size`` .. of a step; ``size`` divides the unit, so they share a bucket."""
+        place, offset = divmod(number * size, self.unit_size)
+        unit = self.unit_at(step * self.units_per_step + place)
+        samples = self.unit_samples(unit)[offset : offset + size]
+        return [Planned(row, pass_, number * size + i, unit) for i, (row, pass_) in enumerate(samples)]
+
+    def views(self, epochs: int) -> np.ndarray:
+        """How often each row of the index is seen by the end of an epoch, int64 (n,).
+
+        Counts the units of whole epochs, not the few that fill the last step.
+        """
+        seen = np.zeros(len(self._rows), dtype=np.int64)
+        for bucket, units in enumerate(self.units_until(epochs)):
+            rows = self._rows[self._starts[bucket] : self._starts[bucket + 1]]
+            passes, rest = divmod(int(units) * self.unit_size, len(rows))
+            seen[rows] = passes
+            if rest:
+                seen[self._order(bucket, passes)[:rest]] += 1
+        return seen
+
+    def repeating_buckets(self) -> list[tuple[int, int]]:
+        """Buckets (width, height) with fewer images than a unit: an image repeats within it."""
+        return [size for size, count in zip(self.buckets, self.counts, strict=True) if count < self.unit_size]
+
+    def _shuffle_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(bucket, number) of an epoch's units in their shuffled order, int32 each."""
+        before, after = self.units_until(epoch - 1), self.units_until(epoch)
+        buckets = np.repeat(np.arange(len(before)), after - before)
+        numbers = np.concatenate([np.arange(low, high) for low, high in zip(before, after, strict=True)])
+        order = rng("units", self.seed, epoch).permutation(len(buckets))
+        return buckets[order].astype(np.int32), numbers[order].astype(np.int32)
+
+    def _shuffle_pass(self, bucket: int, pass_: int) -> np.ndarray:
+        """Rows of a bucket in the order of one pass, int32 (n_b,)."""
+        width, height = self.buckets[bucket]
+        order = rng("order", self.seed, pass_, width, height).permutation(int(self.counts[bucket]))
+        return self._rows[self._starts[bucket] : self._starts[bucket + 1]][order]

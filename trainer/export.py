@@ -1,0 +1,305 @@
+"""A checkpoint -> what others load: a single file in Stability's layout, a diffusers folder in the classic layout.
+
+Frozen parts come from the base, the VAE is the one that made the latents; both are refused when they are not the ones
+that the checkpoint names by hash. The same checkpoint gives the same bytes, so that exporting twice changes nothing.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.artefacts import hash_files, save_stamped, write_tokenizer
+from trainer.checkpoint import MODEL_FILE, STATE_FILE, find_newest, read_train_state, verify_checkpoint
+from trainer.config import load_config
+from trainer.errors import UserError
+from trainer.files import sha256_file, sync_folder, temporary_path, write_file, write_json
+from trainer.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
+from trainer.models.base import (
+    CONFIGS_KEY,
+    Base,
+    LazyFile,
+    config_file,
+    find_base,
+    find_tokenizers,
+    hash_base,
+    read_config,
+    read_sdxl_config,
+    read_state,
+    read_vae,
+)
+from trainer.models.hub import STEMS
+from trainer.models.sdxl import COMPONENTS, DTYPES
+from trainer.models.single_file import some, to_single_file
+from trainer.schema import Config, DiffusionConfig, Dtype
+
+RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
+Parts = dict[str, dict[str, Tensor]]
+Configs = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, whatever the format."""
+
+    name: str
+    parts: Parts
+    configs: Configs  # of the components, the scheduler and the pipeline ("model_index")
+    metadata: dict[str, str]  # ModelSpec's keys and ours; without the hash
+    lineage: dict[str, Any]
+    tokenizers: tuple[Path, Path] | None  # only for a diffusers folder
+
+
+def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) -> list[Path]:
+    """Write a run's newest checkpoint, or the given one, in the formats of ``publish.formats``; returns what is there.
+
+    ``out`` is RUN/export unless given, ``dtype`` that of ``publish.dtype``.
+
+    Raises:
+        UserError: for a damaged checkpoint, another base or VAE than it names, values that the dtype cannot hold, or
+            where another export lies under the same name.
+    """
+    checkpoint, run_folder = find_source(source)
+    if out is None and run_folder is None:
+        raise UserError(f"{checkpoint} does not lie in a run's checkpoints/: say where to write with --out DIR")
+    folder = out or Path(str(run_folder)) / "export"
+    verify_checkpoint(checkpoint)
+    state = read_train_state(checkpoint)
+    config = read_run_config(run_folder, state)
+    made = build_export(checkpoint, state, config, dtype or config.publish.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for form in config.publish.formats:
+        match form:
+            case "single_file":
+                written.append(write_single_file(folder / f"{made.name}.safetensors", made))
+            case "diffusers":
+                written.append(write_diffusers(folder / made.name, made))
+    return written
+
+
+def find_source(source: Path) -> tuple[Path, Path | None]:
+    """The checkpoint that ``source`` is, or the newest of the run that it is; and the run's folder, if there is one."""
+    if (source / STATE_FILE).is_file():
+        checkpoint = source.resolve()
+        return checkpoint, checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    newest = find_newest(source)
+    if newest is None:
+        raise UserError(f"{source} is neither a checkpoint nor a run with a complete one in checkpoints/step-XXXXXXXX")
+    return newest, source
+
+
+def read_run_config(run_folder: Path | None, state: Mapping[str, Any]) -> Config:
+    """The run's config.yaml; of a checkpoint alone the config inside it."""
+    if run_folder is not None and (run_folder / "config.yaml").is_file():
+        return load_config([run_folder / "config.yaml"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(state["config"]), encoding="utf-8")
+        return load_config([file])
+
+
+def build_export(checkpoint: Path, state: Mapping[str, Any], config: Config, dtype: Dtype) -> Export:
+    """Collect all that is written: tensors in the export's dtype, configs, metadata."""
+    base = find_named_base(state["base"], config)
+    vae = read_vae(config.model.vae, base)
+    if vae.sha256 != state["vae_sha256"]:
+        raise UserError(
+            f"the VAE of {config.model.vae or base.reference} is not the one that made the latents of {checkpoint}: "
+            f"SHA-256 {vae.sha256}, not {state['vae_sha256']}. Set model.vae to that one"
+        )
+    trained = LazyFile(checkpoint / MODEL_FILE)
+    if strange := [name for name in trained if name.partition(".")[0] not in COMPONENTS]:
+        raise UserError(f"{checkpoint} holds tensors of no known part: {some(strange)}")
+    parts = {component: overlay(part, base, trained, dtype) for part, component in COMPONENTS.items()}
+    parts["vae"] = {name: cast(f"vae.{name}", tensor, dtype) for name, tensor in vae.state.items()}
+    configs = build_configs(base, vae.config, config.diffusion, dtype)
+    lineage = shorten_paths(state["lineage"])
+    wants_tokenizers = "diffusers" in config.publish.formats
+    return Export(
+        name=f"{state['run']}-step-{state['step']:08d}-{dtype}",
+        parts=parts,
+        configs=configs,
+        metadata=build_metadata(config, state, lineage, configs),
+        lineage=lineage,
+        tokenizers=find_tokenizers(base, config.model.tokenizer) if wants_tokenizers else None,
+    )
+
+
+def find_named_base(named: Mapping[str, Any], config: Config) -> Base:
+    """The start weights that a checkpoint names, where it says or where the config says now.
+
+    Raises:
+        UserError: when they are other weights.
+    """
+    moved = not Path(named["reference"]).expanduser().exists() and Path(config.model.pretrained).expanduser().exists()
+    base = find_base(config.model.pretrained) if moved else find_base(named["reference"], named["revision"])
+    sha256 = hash_base(base)
+    if sha256 != named["sha256"]:
+        raise UserError(
+            f"{base.reference} is not the model that this checkpoint was trained from: SHA-256 {sha256}, not "
+            f"{named['sha256']}. Put that model back, or point model.pretrained in the run's config.yaml to it"
+        )
+    return base
+
+
+def overlay(part: str, base: Base, trained: LazyFile, dtype: Dtype) -> dict[str, Tensor]:
+    """A component of the base with the trained tensors in place of its own, in the export's dtype.
+
+    One tensor at a time, so that the fp32 weights are never in memory as a whole.
+
+    Raises:
+        UserError: for a trained tensor that the base does not have in that shape.
+    """
+    component = COMPONENTS[part]
+    state = read_state(base, component)
+    own = [name.removeprefix(f"{part}.") for name in trained if name.startswith(f"{part}.")]
+    if strange := set(own) - set(state):
+        raise UserError(f"the checkpoint's {part} has tensors that {base.reference} has not: {some(strange)}")
+    for name in own:
+        tensor = trained[f"{part}.{name}"]
+        if tensor.shape != state[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(state[name].shape)} in {base.reference}"
+            raise UserError(f"{part}.{name} has different shapes: {shapes}")
+        state[name] = cast(f"{component}.{name}", tensor, dtype)
+    for name in set(state) - set(own):
+        state[name] = cast(f"{component}.{name}", state[name], dtype)
+    return state
+
+
+def cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        UserError: when it holds values that are not finite in it.
+    """
+    result = tensor.to(DTYPES[dtype]).contiguous()
+    if not math.isfinite(result.sum(dtype=torch.float64)):  # a sum that finite values cannot overflow
+        raise UserError(
+            f"{name} holds values that are not finite in {dtype} (the largest is {float(tensor.abs().max()):g}): "
+            "export with --dtype bf16 or fp32; if it is nan or inf already, the run has diverged"
+        )
+    return result
+
+
+def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionConfig, dtype: Dtype) -> Configs:
+    """The configs of components, scheduler and pipeline, as transformers 4 and 5 and diffusers understand them."""
+    configs = {component: dict(read_config(base, component)) for component in COMPONENTS.values()}
+    for component, architecture in {
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    }.items():
+        configs[component].pop("dtype", None)  # transformers 5's name for it
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        configs[component] |= {"architectures": [architecture], "model_type": "clip_text_model", "torch_dtype": name}
+    configs["vae"] = dict(vae_config)
+    for config in configs.values():
+        config.pop("_name_or_path", None)
+    scheduler = read_config(base, "scheduler") | {"prediction_type": diffusion.prediction_type}
+    if diffusion.zero_terminal_snr:  # sampling must begin at the last timestep (Lin et al. 2023)
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif scheduler.get("rescale_betas_zero_snr"):
+        scheduler["rescale_betas_zero_snr"] = False
+    index = read_sdxl_config("model_index")
+    index["force_zeros_for_empty_prompt"] = read_config(base, "model_index").get("force_zeros_for_empty_prompt", True)
+    index["scheduler"] = ["diffusers", scheduler.get("_class_name", "EulerDiscreteScheduler")]
+    return shorten_paths(configs | {"scheduler": scheduler, "model_index": index})
+
+
+def build_metadata(
+    config: Config, state: Mapping[str, Any], lineage: Mapping[str, Any], configs: Configs
+) -> dict[str, str]:
+    """What a single file's header says: ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec), and our own keys."""
+    publish, side = config.publish, config.buckets.base_resolution
+    described = (
+        f"Stage {state['stage']} of {state['run']}: {state['step']} steps of {config.data.global_batch_size} samples "
+        f"over {state['images']} images, from {lineage['base']['reference']}."
+    )
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": "stable-diffusion-xl-v1-base",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": publish.title or state["run"],
+        "author": publish.author,
+        "description": described,
+        "date": lineage["written_at"],  # of the checkpoint: exporting it again gives the same bytes
+        "resolution": f"{side}x{side}",
+        "prediction_type": "v" if config.diffusion.prediction_type == "v_prediction" else "epsilon",
+        "license": publish.license_name,
+    }
+    ours = {LINEAGE_KEY: lineage, CONFIGS_KEY: configs, RECIPE_KEY: shorten_paths(state["config"])}
+    return (
+        {"format": "pt"}
+        | {f"modelspec.{name}": value for name, value in spec.items() if value is not None}
+        | {name: json.dumps(value, ensure_ascii=False) for name, value in ours.items()}
+    )
+
+
+def write_single_file(path: Path, made: Export) -> Path:
+    """Stability's layout, whole or not at all; nothing happens where it lies already.
+
+    Raises:
+        UserError: when another file has the name.
+    """
+    tensors = to_single_file(made.parts, made.configs)
+    scheduler = made.configs["scheduler"]
+    if scheduler["prediction_type"] == "v_prediction":  # the community's markers
+        tensors["v_pred"] = torch.tensor([])
+        if scheduler.get("rescale_betas_zero_snr"):
+            tensors["ztsnr"] = torch.tensor([])
+    temporary = temporary_path(path)
+    try:
+        write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
+        if path.exists():
+            if sha256_file(path) != sha256_file(temporary):
+                raise UserError(another_export(path))
+        else:
+            temporary.rename(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_diffusers(path: Path, made: Export) -> Path:
+    """The classic diffusers layout, whole or not at all; nothing happens where it lies already.
+
+    Raises:
+        UserError: when something else has the name.
+    """
+    temporary = temporary_path(path)
+    temporary.mkdir()
+    try:
+        for component, part in made.parts.items():
+            # transformers refuses files that do not say format: pt
+            save = partial(save_file, part, metadata={"format": "pt"})
+            write_file(temporary / component / f"{STEMS[component]}.safetensors", save)
+        for name, config in made.configs.items():
+            write_json(temporary / config_file(name), config)
+        write_json(temporary / LINEAGE_FILE, made.lineage)
+        assert made.tokenizers is not None
+        for name, folder in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
+            write_tokenizer(temporary / name, folder, name)
+        if not path.exists():
+            temporary.rename(path)
+            sync_folder(path.parent)
+        elif not path.is_dir() or hash_files(path) != hash_files(temporary):
+            raise UserError(another_export(path))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def another_export(path: Path) -> str:
+    """Why nothing was written."""
+    return f"{path} exists and is not what this checkpoint gives now; it is left alone: move it away, or use --out DIR"

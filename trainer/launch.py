@@ -1,0 +1,154 @@
+"""What a run needs before its first step: the processes, the data, the base; each checked before harm is done."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from trainer.checkpoint import fixed_values
+from trainer.config import resolved_values
+from trainer.config_rules import explain_processes
+from trainer.data.loader import MicroBatches
+from trainer.data.plan import Plan
+from trainer.data.shards import Index, open_index
+from trainer.errors import UserError
+from trainer.files import sha256_json
+from trainer.lineage import read_lineage
+from trainer.models.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
+from trainer.models.text import load_tokenizers
+from trainer.run_folder import run_path
+from trainer.schema import Config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from."""
+
+    config: Config
+    accelerator: Accelerator
+    data: MicroBatches
+    base: Base
+    vae: VaeWeights
+    facts: dict[str, Any]  # what a checkpoint records of its inputs, and a resume compares
+    config_digest: str  # of the resolved values that a resume may not change
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """The processes and the arithmetic.
+
+    Raises:
+        UserError: for fp16 without a GPU, or a number of processes that the config does not allow.
+    """
+    if config.precision.compute == "fp16" and (not torch.cuda.is_available() or wants_cpu()):
+        raise UserError(
+            "precision.compute fp16 needs a GPU; on the CPU use precision.compute=fp32 precision.frozen=fp32"
+        )
+    if config.precision.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+    torch.backends.cudnn.allow_tf32 = config.precision.tf32
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision.compute == "fp32" else config.precision.compute,
+        log_with=list(config.logging.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(run_path(config) / "trackers")),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            # one rank hashes and writes tens of gigabytes while the others wait
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
+    )
+    check_processes(config, accelerator.num_processes)
+    return accelerator
+
+
+def wants_cpu() -> bool:
+    """Whether Accelerate was told to use the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Compare the number of processes with what was asked for and with the batch sizes.
+
+    Raises:
+        UserError: when they differ; ``accelerate launch --cpu --num_processes 2`` runs one and says nothing.
+    """
+    asked = config.run.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != processes:
+        raise UserError(
+            f"{asked} processes were asked for, but {processes} run. On GPUs use accelerate launch --num_processes "
+            f"{asked}; on the CPU ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked}"
+        )
+    data = config.data
+    if data.global_batch_size % (data.micro_batch_size * processes):
+        raise UserError(explain_processes(processes, data.micro_batch_size, data.global_batch_size))
+
+
+def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
+    """Index, plan, base, tokenizers and VAE, found and checked; no model is built.
+
+    Raises:
+        UserError: for missing or damaged files, or latents that another VAE made.
+    """
+    index = open_index(config.data.shards)
+    with accelerator.main_process_first():  # one process downloads, the others find it there
+        base = find_base(config.model.pretrained, config.model.revision)
+        vae = read_vae(config.model.vae, base)
+        folders = find_tokenizers(base, config.model.tokenizer)
+    made_by = index.manifest["latents"]["vae_sha256"]
+    if made_by != vae.sha256:
+        raise UserError(
+            f"the latents in {config.data.shards} were made by another VAE (SHA-256 {made_by}) than the one that this "
+            f"config names ({vae.sha256}); set model.vae to that one, or build the shards again"
+        )
+    tokenizers = load_tokenizers(*folders, vocab_sizes(base))
+    hashed = [hash_base(base) if accelerator.is_main_process else ""]
+    base_facts = {
+        "reference": base.reference,
+        "revision": base.revision,
+        "sha256": broadcast_object_list(hashed)[0],
+        "lineage": read_lineage(base.path),
+    }
+    facts = {
+        "base": base_facts,
+        "vae_sha256": vae.sha256,
+        "index_fingerprint": index.fingerprint,
+        "images": len(index),
+    }
+    plan = build_plan(config, index)
+    data = MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
+    digest = sha256_json(fixed_values(resolved_values(config)))
+    return Inputs(config, accelerator, data, base, vae, facts, digest)
+
+
+def vocab_sizes(base: Base) -> tuple[int, int]:
+    """Vocabulary sizes of both text encoders."""
+    sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
+    return sizes[0], sizes[1]
+
+
+def build_plan(config: Config, index: Index) -> Plan:
+    """The plan of a config over an index."""
+    return Plan(
+        index.bucket_sizes,
+        seed=config.run.seed,
+        bucket_batch_size=config.data.bucket_batch_size,
+        global_batch_size=config.data.global_batch_size,
+    )
+
+
+def total_steps(config: Config, plan: Plan) -> int:
+    """Optimizer steps of the whole run."""
+    if config.schedule.max_steps is not None:
+        return config.schedule.max_steps
+    assert config.schedule.epochs is not None
+    return plan.steps_for_epochs(config.schedule.epochs)

@@ -1,0 +1,136 @@
+"""What made a file: run, data, config, code, libraries and the model it started from, and what made that.
+
+A plain dict of JSON values. It travels in checkpoints (``train_state.json``), in the metadata of single files and as
+``lineage.json`` in diffusers folders, so that a published file can be traced back to the first base. Published files
+must not carry a user's folders: absolute paths are cut to their last two parts.
+"""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+import trainer
+from trainer.errors import UserError
+from trainer.schema import Config
+
+LINEAGE_KEY = "trainer.lineage"  # metadata of a single file
+LINEAGE_FILE = "lineage.json"  # in a diffusers folder
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
+ABSOLUTE = re.compile(r"(file://)?([/~\\]|[A-Za-z]:[\\/])")
+
+Lineage = dict[str, Any]
+
+
+def build_lineage(
+    config: Config,
+    facts: Mapping[str, Any],
+    step: int,
+    *,
+    started_at: str | None = None,
+    hours: float | None = None,
+) -> Lineage:
+    """The lineage of what a run has made with ``step`` completed optimizer steps.
+
+    Args:
+        config: of it only the run's names, the batch size and what the user wrote (``Config.written``).
+        facts: ``images`` in the index, ``index_fingerprint``, and ``base``: reference, revision and sha256 of the
+            start weights; their own ``lineage`` too, or else it is looked up where the reference is local.
+        started_at: ISO 8601; ``hours`` of training so far. Both None when unknown.
+    """
+    base = facts["base"]
+    lineage = {
+        "run": config.run.name,
+        "stage": config.run.stage,
+        "step": step,
+        "samples_seen": step * config.data.global_batch_size,
+        "images": facts["images"],
+        "index_fingerprint": facts["index_fingerprint"],
+        "started_at": started_at,
+        "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hours": hours,
+        "config": config.written,
+        "code": describe_code(),
+        "versions": read_versions(),
+        "base": {
+            "reference": base["reference"],
+            "revision": base["revision"],
+            "sha256": base["sha256"],
+            "lineage": base["lineage"] if "lineage" in base else read_lineage(Path(base["reference"]).expanduser()),
+        },
+    }
+    return shorten_paths(lineage)
+
+
+def describe_code() -> dict[str, Any]:
+    """Our version, and the commit if this code runs from its own git checkout."""
+    root = Path(trainer.__file__).parent.parent
+    top = run_git(root, "rev-parse", "--show-toplevel")
+    # an installed package may lie in a virtual environment inside somebody else's checkout
+    commit = run_git(root, "rev-parse", "HEAD") if top is not None and Path(top) == root.resolve() else None
+    changes = run_git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"version": trainer.__version__, "commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def run_git(folder: Path, *words: str) -> str | None:
+    """What a git command prints; None where it fails, or where there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def read_versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that decide what comes out."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def shorten_paths(value: Any) -> Any:
+    """A JSON value with every absolute path in it cut to its last two parts, in keys' values at any depth."""
+    if isinstance(value, dict):
+        return {key: shorten_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shorten_paths(item) for item in value]
+    return shorten_path(value) if isinstance(value, str) else value
+
+
+def shorten_path(text: str) -> str:
+    """``/home/someone/models/sdxl/unet`` becomes ``sdxl/unet``; other texts stay."""
+    if not ABSOLUTE.match(text):
+        return text
+    parts = [part for part in re.split(r"[\\/]+", ABSOLUTE.sub("", text, count=1)) if part]
+    return "/".join(parts[-2:]) or text
+
+
+def read_lineage(path: Path) -> Lineage | None:
+    """The lineage of a single file, a diffusers folder or a checkpoint; None if it carries none.
+
+    Raises:
+        UserError: when the file cannot be read.
+    """
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(LINEAGE_KEY)
+            return None if text is None else json.loads(text)
+        if (path / LINEAGE_FILE).is_file():
+            return json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
+        if (path / "train_state.json").is_file():
+            return json.loads((path / "train_state.json").read_text(encoding="utf-8")).get("lineage")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the lineage of {path} cannot be read: {error}") from error
+    return None

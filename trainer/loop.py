@@ -1,0 +1,262 @@
+"""train(config): the whole of training on one screen; its verbs are below and in the modules underneath.
+
+Progress is one integer, the step. Errors come before harm: all that can be refused is refused before the first step.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.optim import Optimizer
+
+from trainer import checkpoint
+from trainer.data.loader import Batch, load_batches
+from trainer.diffusion import alphas_cumprod
+from trainer.errors import UserError
+from trainer.files import write_file
+from trainer.launch import Inputs, build_accelerator, open_inputs, total_steps
+from trainer.lineage import build_lineage
+from trainer.metrics import find_peak_flops, training_flops
+from trainer.models.sdxl import DTYPES, SDXL, build_sdxl
+from trainer.models.vae import build_vae
+from trainer.optim import build_optimizer, lr_factor, set_learning_rates
+from trainer.progress import Progress
+from trainer.run_folder import begin_attempt, lock_run, run_path
+from trainer.sampling import make_grid, sample_images
+from trainer.schema import Config
+from trainer.training_step import Objective, StepResult, settle_gradient_buckets, training_step
+
+
+def train(config: Config) -> None:
+    """Train from the newest checkpoint, or from the base, to the end of the schedule.
+
+    Raises:
+        UserError: whatever the user has to mend, before anything is harmed.
+    """
+    inputs = open_inputs(config, build_accelerator(config))
+    with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests() as stop_requested:
+        resumed = find_resumed(inputs)
+        first, last = resumed.step if resumed else 0, total_steps(config, inputs.data.plan)
+        if first >= last:
+            inputs.accelerator.print(f"{run_path(config)} has made all of its {last} steps; nothing to do")
+            return
+        run = build_run(inputs, resumed, first, last)
+        batches = start_loading(run, first, last)
+        pending: StepResult | None = None
+        for step in range(first, last):
+            set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
+            result = step_once(run, batches, step, stop_requested.is_set())
+            # the host reads the step before while the device works on this one
+            stopping = pending is not None and run.progress.read(pending)
+            pending, made = result, step + 1
+            done = made == last
+            if due(made, config.checkpoint.every_steps) or done or stopping:
+                run.progress.read(pending)
+                pending = None
+                save(run, made)
+            if due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
+                sample(run, made)
+            if stopping:
+                inputs.accelerator.print(f"stopped at step {made} of {last}; the same command goes on from there")
+                break
+        run.progress.close()
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a step needs."""
+
+    inputs: Inputs
+    model: Any  # SDXL, under Accelerate's wrappers
+    optimizer: Optimizer
+    objective: Objective
+    progress: Progress
+    tracker_run_id: str
+
+    @property
+    def sdxl(self) -> SDXL:
+        """The model without wrappers."""
+        return self.inputs.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+
+
+def find_resumed(inputs: Inputs) -> Resumed | None:
+    """The checkpoint that ``checkpoint.resume`` names, checked against this config and these data; None to begin.
+
+    Raises:
+        UserError: when going on would not continue that run, or would overwrite another.
+    """
+    choice, path = inputs.config.checkpoint.resume, run_path(inputs.config)
+    newest = checkpoint.find_newest(path)
+    if choice == "never" and newest is not None:
+        raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
+    chosen = newest if choice in ("auto", "never") else Path(choice)
+    if chosen is None:
+        return None
+    state = checkpoint.read_train_state(chosen)
+    if newest is not None and checkpoint.read_train_state(newest)["step"] > state["step"]:
+        raise UserError(f"{path} has newer checkpoints than {chosen}; move them away, or choose another run.name")
+    checkpoint.check_resumable(chosen, state, inputs.config.written, inputs.config_digest)
+    for what, before, now in (
+        ("data set (index fingerprint)", state["index_fingerprint"], inputs.facts["index_fingerprint"]),
+        ("base model (SHA-256)", state["base"]["sha256"], inputs.facts["base"]["sha256"]),
+        ("VAE (SHA-256)", state["vae_sha256"], inputs.facts["vae_sha256"]),
+    ):
+        if before != now:
+            raise UserError(
+                f"{chosen} was made with another {what}: {before} there, {now} now. "
+                "Put the old one back, or choose another run.name"
+            )
+    if inputs.accelerator.is_main_process:
+        checkpoint.verify_checkpoint(chosen)
+    inputs.accelerator.wait_for_everyone()
+    return Resumed(chosen, state["step"], state)
+
+
+def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) -> Run:
+    """Model, optimizer and what reads them, in the state of ``first`` completed steps."""
+    config, accelerator = inputs.config, inputs.accelerator
+    model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
+    sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    optimizer = build_optimizer(sdxl, config.optim)
+    skipped = {"all": 0, "in_a_row": 0}
+    if resumed is not None:
+        checkpoint.restore_checkpoint(resumed.folder, sdxl, optimizer)
+        checkpoint.restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
+        skipped = resumed.state["skipped_steps"]
+    attempt, tracker_run_id = begin_attempt(
+        run_path(config), config, inputs.facts, first, write=accelerator.is_main_process
+    )
+    peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)
+    side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
+    trained = {part: getattr(config.model, f"train_{part}") for part in ("unet", "text_encoder_1", "text_encoder_2")}
+    progress = Progress(
+        config, accelerator, run_path(config), attempt=attempt, tracker_run_id=tracker_run_id, first=first, last=last,
+        skipped=skipped, peak_flops=peak,
+        flops_per_sample=training_flops(inputs.base, side, side, chunks, trained) if peak else None,
+    )  # fmt: skip
+    cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
+    objective = Objective(config.diffusion, cumulative, inputs.vae.config["scaling_factor"])
+    return Run(inputs, model, optimizer, objective, progress, tracker_run_id)
+
+
+def start_loading(run: Run, first: int, last: int) -> Iterator[Batch]:
+    """This rank's batches; with several processes, DDP's gradient buckets are settled with the first of them."""
+    inputs, world = run.inputs, run.inputs.accelerator.num_processes
+    batches = load_batches(
+        inputs.data, first_step=first, last_step=last, rank=inputs.accelerator.process_index, world=world,
+        num_workers=inputs.config.data.num_workers, prefetch_factor=inputs.config.data.prefetch_factor,
+        pin_memory=inputs.accelerator.device.type == "cuda",
+    )  # fmt: skip
+    if world > 1:
+        micro_batches = inputs.config.data.global_batch_size // inputs.config.data.micro_batch_size
+        batch = inputs.data[first * micro_batches + inputs.accelerator.process_index]
+        settle_gradient_buckets(run.model, batch, run.objective, run.optimizer)
+    return batches
+
+
+def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: bool) -> StepResult:
+    """One optimizer step on all ranks."""
+    config, accelerator = run.inputs.config, run.inputs.accelerator
+    micro_steps = config.data.global_batch_size // (config.data.micro_batch_size * accelerator.num_processes)
+    return training_step(
+        run.model, islice(batches, micro_steps), run.optimizer, run.objective, step=step, micro_steps=micro_steps,
+        max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler, stop_requested=stop_requested,
+        no_sync=lambda: accelerator.no_sync(run.model), all_mean=lambda value: accelerator.reduce(value, "mean"),
+    )  # fmt: skip
+
+
+def save(run: Run, made: int) -> None:
+    """Write a checkpoint on the main process, then prune."""
+    config, accelerator = run.inputs.config, run.inputs.accelerator
+    folder = run_path(config) / "checkpoints"
+    if accelerator.is_main_process:
+        state = {
+            "run": config.run.name,
+            "stage": config.run.stage,
+            "step": made,
+            "epoch": run.inputs.data.plan.step_units(made - 1)[-1].epoch,
+            "seed": config.run.seed,
+            "global_batch_size": config.data.global_batch_size,
+            "bucket_batch_size": config.data.bucket_batch_size,
+            "micro_batch_size": config.data.micro_batch_size,
+            "num_processes": accelerator.num_processes,
+            **run.inputs.facts,
+            "config": config.written,
+            "config_digest": run.inputs.config_digest,
+            "loss_scaler": checkpoint.scaler_state(accelerator.scaler),
+            "skipped_steps": run.progress.skipped,
+            "tracker_run_id": run.tracker_run_id,
+            "lineage": build_lineage(config, run.inputs.facts, made),
+        }
+        checkpoint.save_checkpoint(folder, run.sdxl, run.optimizer, state)
+        checkpoint.retain_checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
+    accelerator.wait_for_everyone()
+
+
+def sample(run: Run, made: int) -> None:
+    """Draw the fixed prompts, shared out over the ranks, as one grid."""
+    config, accelerator = run.inputs.config, run.inputs.accelerator
+    sampling, side = config.sampling, config.buckets.base_resolution
+    vae = build_vae(run.inputs.vae.config, run.inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
+    numbers = range(accelerator.process_index, len(sampling.prompts), accelerator.num_processes)
+    own = sample_images(
+        run.sdxl, vae, run.inputs.data.tokenizers, sampling, config.diffusion, numbers=numbers,
+        size=(sampling.width or side, sampling.height or side), max_token_length=config.captions.max_token_length,
+        seed=config.run.seed, compute=DTYPES[config.precision.compute],
+    )  # fmt: skip
+    images = dict(sorted(gather_object(list(own.items()))))
+    if accelerator.is_main_process:
+        grid = make_grid(list(images.values()), sampling.prompts, columns=min(4, len(images)))
+        target = run_path(config) / "samples" / f"step-{made:08d}.png"
+        write_file(target, lambda path: grid.save(path, format="PNG"))
+        run.progress.show_samples(grid, made)
+    accelerator.wait_for_everyone()
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C ask for a checkpoint and a stop; a second one ends the process at once."""
+    event = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(number: int, _: Any) -> None:
+        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

@@ -1,0 +1,1 @@
+"""The SDXL parts: names, text, VAE, UNet."""

@@ -1,0 +1,115 @@
+"""Which files of a diffusers folder or a hub repository hold the weights, and how they get here from the hub.
+
+Pickled files are never chosen: opening them could run code.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from trainer.errors import UserError
+
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# HfHubHTTPError derives from the HTTP library's own HTTPError (httpx or httpx2), which a lost connection raises
+HUB_ERRORS: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError, HFValidationError)
+
+
+def fetch(reference: str, revision: str | None, key: str, folders: Sequence[str] = tuple(STEMS)) -> Path:
+    """Download a hub id's needed files, or find them in the cache; returns the snapshot's folder, named by commit.
+
+    ``key`` is the config's, for messages; ``folders`` are those with weights ("" the top, for a VAE alone).
+
+    Raises:
+        UserError: when it is no hub id, or neither the hub nor the cache has it.
+    """
+    if not HUB_ID.fullmatch(reference) or Path(reference).suffix in {".safetensors", *PICKLED}:
+        raise UserError(f"{key}: {reference} does not exist, and is not a hub id (owner/name) either")
+    try:
+        names = [file.rfilename for file in HfApi().model_info(reference, revision=revision).siblings or []]
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=choose_files(names, folders)))
+    except HUB_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+    try:
+        return Path(snapshot_download(reference, revision=revision, local_files_only=True))
+    except HUB_ERRORS as error:
+        message = f"{key}: {reference} does not exist here, and could not be fetched from the hub: {reason}"
+        raise UserError(message) from error
+
+
+def choose_files(names: list[str], folders: Sequence[str] = tuple(STEMS)) -> list[str]:
+    """Of a repository's files, those that are needed: configs, tokenizers, and one set of weights a component."""
+    chosen = [name for name in names if re.fullmatch(r"(scheduler/|tokenizer(_2)?/)?[\w.-]+\.(json|txt)", name)]
+    for folder in folders:
+        prefix = f"{folder}/" if folder else ""
+        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        inside = [name for name in inside if "/" not in name]
+        weights = pick_weights(inside, STEMS[folder or "vae"])
+        kept = [name for name in inside if name == "config.json" or name in weights or is_shard(name, weights)]
+        chosen += [prefix + name for name in kept]
+    return sorted(set(chosen))
+
+
+def pick_weights(names: list[str], stem: str) -> list[str]:
+    """Of one folder's file names, the weights to read: the plain file, else the index of shards, else a variant."""
+    variant = re.compile(rf"{stem}\.[\w-]+\.safetensors|{stem}\.safetensors\.index\.[\w-]+\.json")
+    variants = sorted(name for name in names if variant.fullmatch(name) and "-of-" not in name)
+    preferred = [f"{stem}.safetensors", f"{stem}.safetensors.index.json",
+                 f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", *variants]  # fmt: skip
+    return [name for name in preferred if name in names][:1]
+
+
+def is_shard(name: str, weights: list[str]) -> bool:
+    """Whether a file is one of the shards of the chosen index; a variant's shards carry its name."""
+    if not weights or not weights[0].endswith(".json"):
+        return False
+    stem, _, rest = weights[0].partition(".safetensors.index.")
+    variant = rest.removesuffix("json").removesuffix(".")
+    return bool(re.fullmatch(rf"{stem}{'.' + variant if variant else ''}-\d+-of-\d+\.safetensors", name))
+
+
+def find_weights(folder: Path, stem: str) -> list[Path]:
+    """The files that hold one component's tensors.
+
+    Raises:
+        UserError: when there are none, or only pickled ones.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for name in pick_weights(names, stem):
+        if not name.endswith(".json"):
+            return [folder / name]
+        shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+        if absent := [shard for shard in shards if shard not in names]:
+            raise UserError(f"{folder}: {', '.join(absent[:4])} is missing, which {name} lists")
+        return [folder / shard for shard in shards]
+    if pickled := sorted(name for name in names if Path(name).suffix in PICKLED):
+        raise UserError(f"{folder} holds only pickled weights ({pickled[0]}), which could run code: convert them first")
+    raise UserError(f"{folder} has no weights: {stem}.safetensors is missing")
+
+
+def refuse_pickled(path: Path) -> None:
+    """Pickles can run code when they are opened."""
+    if path.suffix in PICKLED:
+        raise UserError(f"{path} is pickled and could run code when opened: convert it to .safetensors first")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value

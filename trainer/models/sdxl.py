@@ -1,0 +1,182 @@
+"""One nn.Module: SDXL's UNet and both text encoders. Build it from a base, freeze, name its parameters.
+
+Checkpoints name parameters as ``unet.<name>``, ``text_encoder_1.<name>`` and ``text_encoder_2.<name>`` with the
+classic ``text_model.`` prefix in both encoders, whatever the installed transformers calls its modules.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from trainer.errors import UserError
+from trainer.models.base import Base, read_config, read_state
+from trainer.models.text import encode_prompts
+from trainer.schema import Dtype, MemoryConfig, ModelConfig, PrecisionConfig
+
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPONENTS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}  # part -> folder
+
+
+class SDXL(nn.Module):
+    """UNet and text encoders as one module, so that it is prepared, wrapped and clipped once."""
+
+    def __init__(self, unet: nn.Module, text_encoder_1: nn.Module, text_encoder_2: nn.Module):
+        super().__init__()
+        self.unet: Any = unet
+        self.text_encoder_1 = text_encoder_1
+        self.text_encoder_2 = text_encoder_2
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        input_ids_1: Tensor,
+        input_ids_2: Tensor,
+        chunk_map: Tensor,
+        time_ids: Tensor,
+    ) -> Tensor:
+        """The model's prediction (B, 4, H/8, W/8).
+
+        ``noisy_latents`` (B, 4, H/8, W/8), ``timesteps`` (B,), ``input_ids`` (K, 77) of the distinct chunks,
+        ``chunk_map`` (B, chunks), ``time_ids`` (B, 6).
+        """
+        prompt_embeds, pooled_prompt_embeds = encode_prompts(
+            self.text_encoder_1, self.text_encoder_2, input_ids_1, input_ids_2, chunk_map
+        )
+        return self.unet(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=prompt_embeds,
+            added_cond_kwargs={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids},
+        ).sample
+
+
+def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memory: MemoryConfig) -> SDXL:
+    """The model with the base's weights on the CPU: trained parts in fp32, frozen ones in ``precision.frozen``."""
+    parts: dict[str, Any] = {}
+    for part in COMPONENTS:
+        trained = getattr(model, f"train_{part}")
+        dtype = torch.float32 if trained else DTYPES[precision.frozen]
+        parts[part] = build_part(base, part, dtype)
+        parts[part].requires_grad_(trained).train(trained)
+        if trained and memory.gradient_checkpointing:
+            checkpoint_activations(parts[part])
+    sdxl = SDXL(**parts)
+    freeze_unused_layers(sdxl.text_encoder_1)
+    use_attention(sdxl.unet, model.attention)
+    if model.compile:
+        # block by block with free sizes: whole, the UNet would be compiled anew for each of 33 buckets
+        parts["unet"].compile_repeated_blocks(dynamic=True)
+    return sdxl
+
+
+def build_part(base: Base, part: str, dtype: torch.dtype) -> Any:
+    """One part with the base's weights, on the CPU."""
+    component = COMPONENTS[part]
+    module = build_empty(part, read_config(base, component))
+    state = {name: tensor.to(dtype) for name, tensor in read_state(base, component).items()}
+    try:
+        module.load_state_dict(rename_for(module, state), strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{component} of {base.reference} does not fit its config: {shorten(str(error))}") from error
+    return module
+
+
+def build_empty(part: str, config: dict[str, Any]) -> Any:
+    """One part from its component config, its parameters on the meta device."""
+    builders: dict[str, Callable[[], Any]] = {
+        "unet": lambda: UNet2DConditionModel.from_config(config),
+        "text_encoder_1": lambda: CLIPTextModel(CLIPTextConfig(**config)),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+    }
+    with torch.device("meta"):
+        module = builders[part]()
+    for name, buffer in module.named_buffers():
+        # the only buffers are the encoders' position numbers, which no file holds
+        assert name.endswith("position_ids"), name
+        owner = module.get_submodule(name.rpartition(".")[0])
+        owner.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
+    return module
+
+
+def rename_for(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Classic names as the installed transformers calls them: version 5 has no ``text_model.`` in the first encoder."""
+    if any(name.startswith("text_model.") for name, _ in module.named_parameters()):
+        return state
+    return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+
+
+def classic_name(name: str) -> str:
+    """The checkpoint's name of a parameter of SDXL."""
+    prefix = "text_encoder_1."
+    if name.startswith(prefix) and not name.startswith(prefix + "text_model."):
+        return f"{prefix}text_model.{name.removeprefix(prefix)}"
+    return name
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Classic name -> parameter, of all that is trained, in the module's order."""
+    return {classic_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into the trained parameters.
+
+    Raises:
+        UserError: when names or shapes differ.
+    """
+    parameters = trained_parameters(model)
+    if differing := sorted(parameters.keys() ^ tensors.keys()):
+        raise UserError(f"the checkpoint trains other parameters than this config: {', '.join(differing[:4])} ...")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}")
+            parameter.copy_(tensors[name])
+
+
+def freeze_unused_layers(text_encoder_1: nn.Module) -> None:
+    """Freeze encoder 1's last layer and final norm: they get no gradient, and DDP fails on such parameters."""
+    for module in unused_layers(text_encoder_1):
+        module.requires_grad_(False)
+
+
+def unused_layers(text_encoder_1: Any) -> Iterator[nn.Module]:
+    """The layers behind the hidden state that SDXL uses: 7,089,408 parameters in full SDXL."""
+    inner = getattr(text_encoder_1, "text_model", text_encoder_1)  # transformers 4 has one more level
+    yield inner.encoder.layers[-1]
+    yield inner.final_layer_norm
+
+
+def checkpoint_activations(part: Any) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    if isinstance(part, UNet2DConditionModel):
+        part.enable_gradient_checkpointing()
+    else:
+        part.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def use_attention(unet: Any, attention: str) -> None:
+    """SDPA is the default of diffusers; xformers is probed by a real call, because it imports without kernels too."""
+    if attention == "sdpa":
+        return
+    try:
+        import xformers.ops
+
+        probe = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+        xformers.ops.memory_efficient_attention(probe, probe, probe)
+    except Exception as error:
+        raise UserError(
+            f"model.attention: xformers does not work here ({shorten(str(error))}); use sdpa, or install the cuda extra"
+        ) from error
+    unet.enable_xformers_memory_efficient_attention()
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """The beginning of a library's message, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[:limit] + " ..."

@@ -1,0 +1,164 @@
+"""Prompts -> chunks of token ids -> prompt embeddings, as SDXL's two text encoders see them.
+
+A caption is tokenized once, cut into chunks of 75 content tokens, and each chunk gets its own BOS and EOS: 77 ids.
+Many chunks of a batch are identical (a short caption leaves empty ones), so each distinct chunk is encoded once.
+Recipe, section 4.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from trainer.errors import UserError
+
+CHUNK_LENGTH = 77  # ids of a chunk: BOS, 75 content tokens, EOS
+CONTENT_LENGTH = 75
+BOS_TOKEN, EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """One of SDXL's two tokenizers, with the ids that frame and fill a chunk."""
+
+    bpe: Any  # the tokenizers library's Tokenizer
+    bos_id: int
+    eos_id: int
+    padding_id: int
+
+    def content_ids(self, captions: list[str]) -> list[list[int]]:
+        """Content tokens of each caption, without BOS, EOS and padding, however long."""
+        return [encoding.ids for encoding in self.bpe.encode_batch(captions, add_special_tokens=False)]
+
+
+@dataclass(frozen=True)
+class TokenChunks:
+    """The distinct chunks of some captions, and which of them make up each caption."""
+
+    input_ids_1: np.ndarray  # int64 (K, 77), for encoder 1
+    input_ids_2: np.ndarray  # int64 (K, 77), for encoder 2
+    chunk_map: np.ndarray  # int64 (B, chunks), rows of the two above
+
+
+def load_tokenizers(
+    folder_1: Path, folder_2: Path, vocab_sizes: tuple[int, int]
+) -> tuple[TextTokenizer, TextTokenizer]:
+    """The tokenizers of both encoders, checked against the encoders' vocabulary sizes.
+
+    Encoder 1 pads with EOS, encoder 2 with id 0.
+
+    Raises:
+        UserError: when files are missing, or length, BOS, EOS or padding are not CLIP's.
+    """
+    first = load_tokenizer(folder_1, vocab_sizes[0], padding_token=EOS_TOKEN)
+    return first, load_tokenizer(folder_2, vocab_sizes[1], padding_token="!")
+
+
+def load_tokenizer(folder: Path, vocab_size: int, padding_token: str) -> TextTokenizer:
+    """One tokenizer from ``vocab.json`` and ``merges.txt``, or from ``tokenizer.json``.
+
+    The library's own loading is not used: it builds a silent two-token tokenizer when files are missing, and it
+    makes the second folder's padding "!" a special token, so that "love live!" would end in padding.
+    """
+    vocab, merges = read_bpe(folder)
+    if len(vocab) != vocab_size:
+        raise UserError(f"tokenizer {folder} has {len(vocab)} tokens, but its text encoder knows {vocab_size}")
+    expected = {BOS_TOKEN: vocab_size - 2, EOS_TOKEN: vocab_size - 1, "!": 0}
+    for token, number in expected.items():
+        if vocab.get(token) != number:
+            raise UserError(f"tokenizer {folder} gives {token!r} the id {vocab.get(token)}, CLIP's has {number}")
+    declared = declared_padding(folder)
+    if declared is not None and declared != padding_token:
+        raise UserError(f"tokenizer {folder} pads with {declared!r}; this encoder of SDXL pads with {padding_token!r}")
+    wrapped = CLIPTokenizer(vocab=vocab, merges=merges, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
+    return TextTokenizer(wrapped.backend_tokenizer, vocab[BOS_TOKEN], vocab[EOS_TOKEN], vocab[padding_token])
+
+
+def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a tokenizer folder."""
+    vocab_file, merges_file, fast_file = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if vocab_file.exists() and merges_file.exists():
+        lines = merges_file.read_text(encoding="utf-8").splitlines()
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        return json.loads(vocab_file.read_text(encoding="utf-8")), [(pair[0], pair[1]) for pair in pairs]
+    if fast_file.exists():
+        model = json.loads(fast_file.read_text(encoding="utf-8"))["model"]
+        split = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return model["vocab"], [(left, right) for left, right in split]
+    raise UserError(f"tokenizer {folder} has neither vocab.json with merges.txt nor tokenizer.json")
+
+
+def declared_padding(folder: Path) -> str | None:
+    """The padding token that a tokenizer folder declares, if it does."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.exists() and (token := json.loads(file.read_text(encoding="utf-8")).get("pad_token")) is not None:
+            return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def make_chunks(content: list[int], tokenizer: TextTokenizer, chunks: int) -> np.ndarray:
+    """Content tokens, cut after ``chunks`` times 75, as framed chunks: int64 (chunks, 77).
+
+    The first padding slot of a chunk is its EOS.
+    """
+    ids = np.full((chunks, CHUNK_LENGTH), tokenizer.padding_id, dtype=np.int64)
+    ids[:, 0] = tokenizer.bos_id
+    for chunk in range(chunks):
+        part = content[chunk * CONTENT_LENGTH : (chunk + 1) * CONTENT_LENGTH]
+        ids[chunk, 1 : 1 + len(part)] = part
+        ids[chunk, 1 + len(part)] = tokenizer.eos_id
+    return ids
+
+
+def tokenize_captions(
+    captions: list[str], tokenizers: tuple[TextTokenizer, TextTokenizer], max_token_length: int
+) -> TokenChunks:
+    """The distinct chunks of a batch of captions, in order of their first appearance."""
+    chunks = max_token_length // CONTENT_LENGTH
+    framed = [
+        np.concatenate([make_chunks(content, tokenizer, chunks) for content in tokenizer.content_ids(captions)])
+        for tokenizer in tokenizers
+    ]
+    pairs = np.concatenate(framed, axis=1)  # (B * chunks, 2 * 77): a chunk is distinct if either encoder's ids are
+    seen: dict[bytes, int] = {}
+    numbers = [seen.setdefault(pair.tobytes(), len(seen)) for pair in pairs]
+    first_places = np.unique(numbers, return_index=True)[1]
+    return TokenChunks(
+        framed[0][first_places],
+        framed[1][first_places],
+        np.array(numbers, dtype=np.int64).reshape(len(captions), chunks),
+    )
+
+
+def encode_prompts(
+    text_encoder_1: Any,
+    text_encoder_2: Any,
+    input_ids_1: Tensor,
+    input_ids_2: Tensor,
+    chunk_map: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Prompt embeddings (B, 2 + 75 chunks, 2048) and pooled embeddings (B, 1280), widths those of full SDXL.
+
+    Hidden states before the last layer of each encoder, without final norm, concatenated over channels. Pooled:
+    encoder 2, last layer, final norm, at the first EOS of the first chunk, times the text projection.
+    """
+    output_1 = text_encoder_1(input_ids_1, output_hidden_states=True)
+    output_2 = text_encoder_2(input_ids_2, output_hidden_states=True)
+    hidden = torch.cat([output_1.hidden_states[-2], output_2.hidden_states[-2]], dim=-1)  # (K, 77, 2048)
+    first = chunk_map[:, 0]
+    eos_id = text_encoder_2.get_input_embeddings().num_embeddings - 1
+    eos_places = (input_ids_2[first] == eos_id).int().argmax(dim=-1)
+    pooled = text_encoder_2.text_projection(output_2.last_hidden_state[first, eos_places])  # (B, 1280)
+    return join_chunks(hidden, chunk_map), pooled
+
+
+def join_chunks(hidden: Tensor, chunk_map: Tensor) -> Tensor:
+    """(K, 77, D) and (B, chunks) -> (B, 2 + 75 chunks, D): one BOS in front, one EOS behind."""
+    parts = hidden[chunk_map]  # (B, chunks, 77, D)
+    return torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], dim=1)

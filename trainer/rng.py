@@ -1,0 +1,28 @@
+"""Random generators from names. No random state is kept anywhere: a draw is a function of what it is for.
+
+NumPy's Philox is used rather than torch's CPU generator, which keeps 32 bits of a seed and gives other
+bits on machines without AVX2.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def philox_key(purpose: str, *names: int | str) -> int:
+    """The 128-bit Philox key of a named draw, e.g. ``philox_key("noise", seed, pass_, key)``.
+
+    Names are hashed with their types and lengths, so that (1, "23") and (12, "3") differ.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (purpose, *names):
+        # a NumPy integer would be equal, and have another key
+        assert type(name) in (int, str), f"{name!r} is a {type(name).__name__}"
+        text = f"{type(name).__name__}:{name}".encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def rng(purpose: str, *names: int | str) -> np.random.Generator:
+    """A generator that only depends on its names."""
+    return np.random.Generator(np.random.Philox(key=philox_key(purpose, *names)))

@@ -1,0 +1,68 @@
+"""A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export."""
+
+import datetime
+import fcntl
+import json
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.errors import UserError
+from trainer.files import write_json, write_text
+from trainer.schema import Config
+
+
+def run_path(config: Config) -> Path:
+    """Where a run writes."""
+    return Path(config.run.output_dir) / config.run.name
+
+
+@contextmanager
+def lock_run(path: Path, is_main_process: bool) -> Iterator[None]:
+    """Hold the folder for the main process of one run.
+
+    Raises:
+        UserError: when another process trains into it.
+    """
+    if not is_main_process:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{path} is in use by another process; wait for it, or choose another run.name") from error
+        yield
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """run.json, or the beginning of one."""
+    file = path / "run.json"
+    if not file.exists():
+        return {"attempts": [], "tracker_run_id": secrets.token_hex(6)}
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def begin_attempt(
+    path: Path, config: Config, facts: dict[str, Any], first_step: int, *, write: bool
+) -> tuple[int, str]:
+    """Write config.yaml and run.json for a run that is about to train; (attempt from 1, the trackers' run id).
+
+    The config is written with its interpolations as the user wrote them, so that no secret gets into a file.
+    Only the main process writes; the trackers are its own too.
+    """
+    if not write:
+        return 0, ""
+    run = read_run(path)
+    attempt = len(run["attempts"]) + 1
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    entry = {"attempt": attempt, "started_at": started, "first_step": first_step, "python": sys.version.split()[0]}
+    write_text(path / "config.yaml", OmegaConf.to_yaml(config.written))
+    write_json(path / "run.json", {**run, **facts, "attempts": [*run["attempts"], entry]})
+    return attempt, run["tracker_run_id"]

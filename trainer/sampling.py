@@ -1,0 +1,119 @@
+"""Fixed prompts and seeds -> images, with no effect on the training's numbers.
+
+Diffusers' own pipeline and Euler ancestral sampler draw the images from our prompt embeddings, so that prompts of
+more than 75 tokens are encoded as in training. All randomness comes from generators of its own.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from PIL import Image, ImageDraw
+
+from trainer.models.sdxl import SDXL
+from trainer.models.text import TextTokenizer, encode_prompts, tokenize_captions
+from trainer.models.vae import decode_latents
+from trainer.rng import philox_key, rng
+from trainer.schema import DiffusionConfig, SamplingConfig
+
+
+@torch.no_grad()
+def sample_images(
+    model: SDXL,
+    vae: Any,
+    tokenizers: tuple[TextTokenizer, TextTokenizer],
+    sampling: SamplingConfig,
+    diffusion: DiffusionConfig,
+    *,
+    size: tuple[int, int],
+    max_token_length: int,
+    seed: int,
+    compute: torch.dtype,
+    numbers: range,
+) -> dict[int, Image.Image]:
+    """Prompt number -> image, for the prompts in ``numbers``; ``size`` is (width, height).
+
+    Each image is drawn by itself, so that it does not depend on which rank draws what.
+    """
+    device = next(model.parameters()).device
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=model.unet,
+        scheduler=build_scheduler(diffusion), add_watermarker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    images = {}
+    with evaluating(model), torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
+        for number in numbers:
+            prompts = [sampling.prompts[number], sampling.negative_prompt]
+            embeds, pooled = encode_texts(model, tokenizers, prompts, max_token_length)
+            shape = (1, 4, size[1] // 8, size[0] // 8)
+            noise = torch.from_numpy(rng("sample", seed, number).standard_normal(shape, dtype=np.float32))
+            latents = pipeline(
+                prompt_embeds=embeds[:1], pooled_prompt_embeds=pooled[:1],
+                negative_prompt_embeds=embeds[1:], negative_pooled_prompt_embeds=pooled[1:],
+                num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
+                width=size[0], height=size[1], output_type="latent",
+                latents=noise.to(device),
+                generator=torch.Generator().manual_seed(philox_key("sampler", seed, number) & 0x7FFFFFFF),
+            ).images  # fmt: skip
+            images[number] = to_image(decode_latents(vae, latents.float()))
+    return images
+
+
+def encode_texts(
+    model: SDXL, tokenizers: tuple[TextTokenizer, TextTokenizer], texts: list[str], max_token_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt embeddings (B, 2 + 75 chunks, 2048) and pooled ones (B, 1280) of texts, encoded as in training."""
+    chunks = tokenize_captions(texts, tokenizers, max_token_length)
+    arrays = (chunks.input_ids_1, chunks.input_ids_2, chunks.chunk_map)
+    device = next(model.parameters()).device
+    return encode_prompts(
+        model.text_encoder_1, model.text_encoder_2, *(torch.from_numpy(array).to(device) for array in arrays)
+    )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each module's own mode again behind it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def build_scheduler(diffusion: DiffusionConfig) -> EulerAncestralDiscreteScheduler:
+    """Euler ancestral with SDXL's noise schedule; spacing as the published scheduler config has it."""
+    return EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=diffusion.prediction_type,
+        timestep_spacing="trailing" if diffusion.zero_terminal_snr else "leading", steps_offset=1,
+        rescale_betas_zero_snr=diffusion.zero_terminal_snr,
+    )  # fmt: skip
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """(1, 3, H, W) in [-1, 1] -> an RGB image."""
+    array = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def make_grid(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
+    """Images in rows of ``columns``, each with its label below, shortened to two lines."""
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    margin, text_height = 8, 28
+    rows = -(-len(images) // columns)
+    cell = (width + margin, height + text_height + margin)
+    grid = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), "white")
+    draw = ImageDraw.Draw(grid)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left, top = margin + number % columns * cell[0], margin + number // columns * cell[1]
+        grid.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
+        lines = textwrap.wrap(label, max(8, width // 6), max_lines=2, placeholder="...")
+        draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", spacing=1)
+    return grid

@@ -1,0 +1,235 @@
+"""The config's fields. Each is documented by the comment beside it; defaults are the recipe's where it fixes them.
+
+``trainer.config`` reads, checks and merges configs; this file only says what there is.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str  # names the output folder, the tracker's run and the exported files
+    stage: str  # the recipe's stage, written to checkpoints and cards
+    output_dir: str = "runs"  # everything a run writes lies under output_dir / name
+    seed: int = 42  # the order, captions, noise and timesteps are functions of it
+    num_processes: int | None = None  # if set, a launch with any other number refuses
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    pretrained: str  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
+    revision: str | None = None  # branch, tag or commit of a hub id
+    vae: str | None = None  # a separate VAE: folder, single file or hub id
+    tokenizer: str | None = None  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
+    train_unet: bool = True
+    train_text_encoder_1: bool = False
+    train_text_encoder_2: bool = False
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    compile: bool = False  # torch.compile of the UNet
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str  # folder of tar shards, index.arrow and manifest.json
+    posts: list[str] | None = None  # posts files, JSONL; null when images brings its own sidecars
+    images: str | None = None  # folder of images, found by the post's `file` or its id
+    samples_per_shard: int = 2000
+    max_bad_fraction: float = 0.01  # preparation stops above this share of images set aside
+    global_batch_size: int = 96  # samples of one optimizer step
+    bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
+    micro_batch_size: int = 16  # samples of one forward; divides bucket_batch_size
+    num_workers: int = 4  # loader processes per rank; 0 loads in the training process
+    prefetch_factor: int | None = None  # micro-batches each worker keeps ready; null: 2
+
+
+@dataclass(frozen=True)
+class QualityRule:
+    tag: str
+    min_score: int | None = None  # the tag of scores from here up to the next rule's; null: all below
+
+
+@dataclass(frozen=True)
+class YearRule:
+    first: int
+    last: int
+    tag: str
+
+
+def default_quality() -> list[QualityRule]:
+    """The recipe's table, section 2.3: s > 150 is masterpiece, so its least score is 151."""
+    table = [
+        (151, "masterpiece"),
+        (100, "best quality"),
+        (75, "high quality"),
+        (25, "medium quality"),
+        (0, "normal quality"),
+        (-5, "low quality"),
+    ]
+    return [QualityRule(tag, score) for score, tag in table] + [QualityRule("worst quality")]
+
+
+def default_years() -> list[YearRule]:
+    """The recipe's table, section 2.2."""
+    return [
+        YearRule(2005, 2010, "oldest"),
+        YearRule(2011, 2014, "early"),
+        YearRule(2015, 2018, "mid"),
+        YearRule(2019, 2021, "late"),
+        YearRule(2022, 2023, "newest"),
+    ]
+
+
+def default_ratings() -> dict[str, str]:
+    """The recipe's table, section 2.4."""
+    return {
+        "g": "rating: general",
+        "s": "rating: sensitive",
+        "q": "rating: questionable, nsfw",
+        "e": "rating: explicit, nsfw",
+    }
+
+
+def default_people() -> list[str]:
+    """The recipe's list, section 2.5."""
+    counts = ["1", "2", "3", "4", "5", "6+"]
+    girls = [f"{count}girl" + ("" if count == "1" else "s") for count in counts]
+    boys = [f"{count}boy" + ("" if count == "1" else "s") for count in counts]
+    return [*girls, "multiple girls", *boys, "multiple boys", "male focus"]
+
+
+@dataclass(frozen=True)
+class CaptionsConfig:
+    keep_tokens_separator: str = "|||"  # before it fixed, behind it shuffled, behind a second one fixed again
+    keep_tokens: int = 0  # leading tags kept in place where a caption has no separator
+    shuffle: bool = True  # of the free part
+    tag_dropout: float = 0.0  # probability of each free tag to be left out
+    caption_dropout: float = 0.0  # probability of a caption to be empty
+    quality: list[QualityRule] = field(default_factory=default_quality)
+    years: list[YearRule] = field(default_factory=default_years)
+    ratings: dict[str, str] = field(default_factory=default_ratings)
+    people: list[str] = field(default_factory=default_people)  # tags that go to the front
+    keep_underscore_max_length: int = 3  # tags up to this long keep their underscores: ^_^
+    max_token_length: Literal[75, 150, 225] = 225
+
+
+@dataclass(frozen=True)
+class BucketsConfig:
+    base_resolution: int = 1024  # buckets have about this many pixels squared
+    min_side: int = 512
+    max_side: int = 2048
+    step: int = 64
+    upscale: bool = True  # enlarge images that are smaller than their bucket
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    min_timestep: int = 0  # timesteps are uniform over min_timestep .. max_timestep - 1
+    max_timestep: int = 1000
+    noise_offset: float = 0.0
+    min_snr_gamma: float | None = None
+    zero_terminal_snr: bool = False
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    unet_lr: float = 0.0  # above 0 exactly when the part is trained
+    text_encoder_1_lr: float = 0.0
+    text_encoder_2_lr: float = 0.0
+    betas: list[float] | None = field(default_factory=lambda: [0.9, 0.99])  # null with adafactor
+    eps: float | None = 1e-8  # null with adafactor
+    weight_decay: float = 0.1
+    decay_norms_and_biases: bool = True  # as the original did; off: only matrices and convolutions decay
+    max_grad_norm: float = 1.0  # global norm over all trained parts together
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    epochs: int | None = None  # exactly one of epochs and max_steps
+    max_steps: int | None = None  # optimizer steps
+    lr: Literal["constant", "cosine", "cosine_restarts"] = "constant"
+    warmup_steps: int = 0  # optimizer steps
+    min_lr_ratio: float = 0.0  # the rate's floor as a share of its peak, for the cosine schedules
+    num_cycles: int = 1  # cycles of cosine_restarts
+    cycle_gamma: float = 1.0  # each restart's peak as a share of the one before
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    compute: Dtype = "fp16"  # autocast; trained weights are always fp32
+    frozen: Dtype = "fp16"  # weights of parts that are not trained
+    vae: Dtype = "fp32"  # SDXL's own VAE overflows in fp16
+    tf32: bool = True  # let fp32 matrix products use TF32 on GPUs that have it
+    max_skipped_steps: int = 50  # stop when loss scaling skips this many steps in a row
+    deterministic: bool = False  # bit-exact kernels on GPU too, slower
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every_steps: int | None = None  # checkpoints at multiples of it are never pruned
+    resume: str = "auto"  # auto: the newest of this run, if any; never; or a checkpoint's path
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    every_steps: int = 10
+    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # beside metrics.jsonl
+    project: str = "anime-base-trainer"  # the trackers' project
+
+
+NEGATIVE_PROMPT = (  # the card's
+    "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
+    "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry, artist name"
+)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    every_steps: int | None = None  # null: no samples while training
+    prompts: list[str] = field(default_factory=list)  # one image each, always with the same noise
+    negative_prompt: str = NEGATIVE_PROMPT
+    num_inference_steps: int = 28
+    guidance_scale: float = 7.0
+    width: int | None = None  # null: buckets.base_resolution
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    title: str | None = None  # null: the run's name
+    author: str | None = None
+    formats: list[Literal["single_file", "diffusers"]] = field(default_factory=lambda: ["single_file", "diffusers"])
+    dtype: Dtype = "fp16"
+    license_name: str | None = "faipl-1.0-sd"
+    license_link: str | None = "https://freedevproject.org/faipl-1.0-sd/"
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    buckets: BucketsConfig = field(default_factory=BucketsConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    # as the user wrote it, interpolations unresolved: the only form that is ever written to a file
+    written: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -1,0 +1,123 @@
+"""One optimizer step: a deterministic function of the model and the step's batches.
+
+A non-finite loss or gradient never reaches the weights: all ranks agree on a flag on the device, which gates the
+update there; the host reads it later, so that it never waits for the device within a step.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.data.loader import Batch
+from trainer.diffusion import add_noise, loss_weights, make_target, sample_losses
+from trainer.models.vae import scale_latents
+from trainer.optim import gated_step
+from trainer.schema import DiffusionConfig
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained towards; all that a loss needs beside model and batch."""
+
+    diffusion: DiffusionConfig
+    cumulative: Tensor  # fp32 (1000,), on the device
+    scaling_factor: float  # of the VAE
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives to the host; tensors stay on the device until someone reads them."""
+
+    step: int  # completed steps before it
+    loss: Tensor  # mean over the global batch
+    grad_norm: Tensor  # before clipping, over all trained parts
+    bad: Tensor  # bool: the update was withheld
+    stop: Tensor  # bool: some rank was asked to stop
+    losses: Tensor  # of this rank's samples, fp32 (samples,)
+    keys: list[str]  # of this rank's samples
+    loss_scale: float | None  # after the step
+    skipped: bool  # loss scaling skipped the update
+    launched: float  # seconds, when the host was done with it; it waits for the step before, so it keeps the pace
+
+
+def batch_losses(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+    """The loss of each sample of a micro-batch, fp32 (B,)."""
+    latents = scale_latents(batch.raw_latents.float(), objective.scaling_factor)  # (B, 4, H/8, W/8)
+    noisy_latents = add_noise(latents, batch.noise, batch.timesteps, objective.cumulative)
+    model_pred = model(
+        noisy_latents, batch.timesteps, batch.input_ids_1, batch.input_ids_2, batch.chunk_map, batch.time_ids
+    )
+    target = make_target(latents, batch.noise, batch.timesteps, objective.cumulative, objective.diffusion)
+    weights = loss_weights(batch.timesteps, objective.cumulative, objective.diffusion)
+    return sample_losses(model_pred, target, weights)
+
+
+def training_step(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: Optimizer,
+    objective: Objective,
+    *,
+    step: int,
+    micro_steps: int,
+    max_grad_norm: float,
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
+    all_mean: Callable[[Tensor], Tensor],
+    scaler: Any = None,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Accumulate the gradients of ``micro_steps`` batches, clip them together and update.
+
+    ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks.
+    """
+    keys: list[str] = []
+    losses: list[Tensor] = []
+    device = objective.cumulative.device
+    for micro_step, batch in zip(range(micro_steps), batches, strict=False):
+        with contextlib.nullcontext() if micro_step == micro_steps - 1 else no_sync():
+            sample_loss = batch_losses(model, batch.to(device), objective)
+            loss = sample_loss.mean() / micro_steps
+            (scaler.scale(loss) if scaler else loss).backward()
+        keys += batch.keys
+        losses.append(sample_loss.detach())
+    assert len(losses) == micro_steps, "the loader ended before the run"
+    own = torch.cat(losses)
+    loss, stop = all_mean(torch.stack([own.mean(), torch.tensor(float(stop_requested), device=device)]))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if scaler:
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    bad, scale, skipped = update(optimizer, scaler, loss, grad_norm)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(step, loss, grad_norm, bad, stop > 0, own, keys, scale, skipped, time.perf_counter())
+
+
+def update(optimizer: Optimizer, scaler: Any, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, float | None, bool]:
+    """Update the weights if all is finite; (bad, loss scale, skipped by loss scaling)."""
+    if scaler is None:
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        gated_step(optimizer, bad)
+        return bad, None, False
+    # fp16: overflows of gradients are the scaler's to skip, and a non-finite loss makes every gradient non-finite;
+    # whether it skipped shows in the scale, because fused AdamW reads the scaler's flag on the device
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    after = scaler.get_scale()
+    return ~torch.isfinite(loss), after, after < before
+
+
+def settle_gradient_buckets(model: nn.Module, batch: Batch, objective: Objective, optimizer: Optimizer) -> None:
+    """One forward and backward of zero loss through DDP.
+
+    DDP rebuilds its gradient buckets after the first backward, so that with three or more processes the first step
+    after a resume would sum in another order than the same step of a run that went on.
+    """
+    (batch_losses(model, batch.to(objective.cumulative.device), objective).sum() * 0.0).backward()
+    optimizer.zero_grad(set_to_none=True)
