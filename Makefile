@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
 STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml model.pretrained=demo_run/tiny_base \
-	data.posts=[demo/stage1.jsonl] data.shards=demo_run/shards1
-STAGE2 := --config configs/stage2_refine_unet.yaml configs/demo.yaml \
-	data.posts=[demo/stage2.jsonl] data.shards=demo_run/shards2
+	data.posts=[demo/stage1.jsonl] data.shards=demo_run/shards1 \
+	optim.text_encoder_1_lr=2e-3 optim.text_encoder_2_lr=2e-3 schedule.max_steps=400
+STAGE2 := --config configs/stage2_refine_unet.yaml configs/demo.yaml optim.unet_lr=5e-4 \
+	data.posts=[demo/stage2.jsonl] data.shards=demo_run/shards2 schedule.max_steps=100
 
 .PHONY: setup setup-dev demo test test-slow check clean-demo
 

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.config import config_parser, finish_command_line, load_config
-from trainer.data.loader import draw_sample_caption, draw_sample_timestep
-from trainer.data.plan import Plan
+from trainer.data.draws import draw_sample_caption, draw_sample_timestep
+from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import Index, open_index
 from trainer.errors import UserError, run_command
-from trainer.launch import build_plan
 from trainer.rng import philox_key
 from trainer.schema import Config
 
@@ -46,7 +45,9 @@ def main() -> None:
         raise UserError(f"--step {arguments.step}: steps count from 0")
     config = load_config(arguments.config, arguments.overrides)
     index = open_index(config.data.shards)
-    for line in explain_step(config, index, build_plan(config, index), arguments.step):
+    for line in explain_step(
+        config, index, build_plan(index.bucket_sizes, config.run.seed, config.data), arguments.step
+    ):
         print(json.dumps(line, ensure_ascii=False))
 
 

@@ -243,6 +243,8 @@ def test_a_caption_without_separator_is_shuffled_but_for_keep_tokens() -> None:
     kept = [draw("a, b, c, d", with_rules(keep_tokens=2), key=str(key)) for key in range(50)]
     assert set(kept) == {"a, b, c, d", "a, b, d, c"}
     assert draw("a, b", with_rules(keep_tokens=5)) == "a, b"
+    # empty places between commas are no tags, and keep nothing from moving
+    assert {draw(", ,a, b, c", with_rules(keep_tokens=1), key=str(key)) for key in range(50)} == {"a, b, c", "a, c, b"}
     # where there is a separator, it says what stays
     behind = {draw("a ||| b, c", with_rules(keep_tokens=2), key=str(key)) for key in range(50)}
     assert behind == {"a, b, c", "a, c, b"}

@@ -59,6 +59,19 @@ def test_an_old_file_stays_until_the_new_one_is_whole_and_on_the_disk(
     assert seen == [("file", "new", "old"), ("folder", tmp_path.name, "new")]
 
 
+def test_a_rename_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def fail(_path: Path, _target: Path) -> Path:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(PermissionError):
+        write_text(target, "new")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
 def test_syncing_forces_the_bytes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))

@@ -100,3 +100,23 @@ def test_a_run_of_one_process_goes_on_with_two(tiny_settings: list[str], tmp_pat
     before, after = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "run"))
     for step in range(1, 9):
         assert after[step]["train/loss"] == pytest.approx(before[step]["train/loss"], rel=1e-3), step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_stops(tiny_settings: list[str], tmp_path: Path, number: int) -> None:
+    """Ctrl-C in a terminal and a job's end reach the loader's workers too; they must not die before the save."""
+    words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=500",
+             "data.num_workers=2"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "tests/launch_driver.py", *words], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    assert "the same command goes on from there" in finish(process)
+    newest = find_newest(tmp_path / "run")
+    assert newest is not None and 3 <= read_train_state(newest)["step"] < 500

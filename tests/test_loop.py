@@ -16,9 +16,9 @@ from PIL import Image
 from trainer import loop
 from trainer.checkpoint import find_newest, read_train_state
 from trainer.data import loader
+from trainer.data.plan import build_plan
 from trainer.data.shards import open_index
 from trainer.errors import UserError
-from trainer.launch import build_plan
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.schema import Config
@@ -159,7 +159,7 @@ def test_a_non_finite_loss_stops_and_names_step_and_sample(
 ) -> None:
     config = make_config("schedule.max_steps=6", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     index = open_index(config.data.shards)
-    key = index.row(build_plan(config, index).step_samples(2)[3].row)["key"]
+    key = index.row(build_plan(index.bucket_sizes, config.run.seed, config.data).step_samples(2)[3].row)["key"]
     poison(monkeypatch, key)
     with pytest.raises(UserError) as error:
         train(config)

@@ -236,6 +236,7 @@ def test_adamw_is_the_textbooks() -> None:
     moment, square = torch.zeros_like(weight), torch.zeros_like(weight)
     for step in range(1, 6):
         set_gradients(model, step)
+        assert model.unet.big.weight.grad is not None
         gradient = model.unet.big.weight.grad.double()
         moment, square = 0.9 * moment + 0.1 * gradient, 0.99 * square + 0.01 * gradient**2
         unbiased = moment / (1 - 0.9**step), square / (1 - 0.99**step)

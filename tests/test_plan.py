@@ -31,10 +31,10 @@ def mix_rows(counts: list[int]) -> np.ndarray:
 def danbooru_like(images: int, least: int) -> list[int]:
     """Images of each of the 33 buckets: most are portraits near 0.7, some square, some wide, few extreme."""
     aspects = np.log([width / height for width, height in SIZES])
-    weights = sum(
-        share * np.exp(-(((aspects - math.log(centre)) / spread) ** 2) / 2)
-        for share, centre, spread in ((6.0, 0.7, 0.12), (1.5, 1.0, 0.1), (2.0, 1.5, 0.2), (0.1, 0.7, 0.7))
-    )
+    peaks = ((6.0, 0.7, 0.12), (1.5, 1.0, 0.1), (2.0, 1.5, 0.2), (0.1, 0.7, 0.7))
+    weights = np.zeros(len(SIZES))
+    for share, centre, spread in peaks:
+        weights += share * np.exp(-(((aspects - math.log(centre)) / spread) ** 2) / 2)
     counts = np.maximum(least, np.floor(images * weights / weights.sum())).astype(int)
     counts[counts.argmax()] += images - counts.sum()
     return counts.tolist()
@@ -302,7 +302,7 @@ def test_ranks_and_micro_batches_split_a_step_and_never_change_it(
     assert len({len(mine) for mine in numbers}) == 1
     # in the order of micro-steps, and within one in the order of ranks
     merged = [number for together in zip(*numbers, strict=True) for number in together]
-    batches = [plan.micro_batch(*divmod(number, per_step), micro) for number in merged]
+    batches = [plan.micro_batch(number // per_step, number % per_step, micro) for number in merged]
     assert all(len(batch) == micro and len({sample.unit for sample in batch}) == 1 for batch in batches)
     samples = [sample for batch in batches for sample in batch]
     assert samples == [sample for step in range(first, last) for sample in plan.step_samples(step)]
@@ -314,7 +314,7 @@ def test_ranks_and_micro_batches_split_a_step_and_never_change_it(
 def test_ranks_share_a_bucket_where_they_can() -> None:
     plan = make_plan([48] * 6, unit=48, step=96)
     for rank_0, rank_1 in zip(*(micro_batch_numbers(0, 3, 6, rank, 2) for rank in (0, 1)), strict=True):
-        first, second = (plan.micro_batch(*divmod(number, 6), 16)[0].unit.bucket for number in (rank_0, rank_1))
+        first, second = (plan.micro_batch(number // 6, number % 6, 16)[0].unit.bucket for number in (rank_0, rank_1))
         if rank_0 // 3 == rank_1 // 3:  # micro-batches 0 1 2 | 3 4 5 of a step are of one unit each
             assert first == second
 

@@ -18,8 +18,8 @@ from trainer.checkpoint import fixed_values
 from trainer.config import resolved_values
 from trainer.config_rules import explain_processes
 from trainer.data.loader import MicroBatches
-from trainer.data.plan import Plan
-from trainer.data.shards import Index, open_index
+from trainer.data.plan import Plan, build_plan
+from trainer.data.shards import open_index
 from trainer.errors import UserError
 from trainer.files import sha256_json
 from trainer.lineage import read_lineage
@@ -124,7 +124,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         "index_fingerprint": index.fingerprint,
         "images": len(index),
     }
-    plan = build_plan(config, index)
+    plan = build_plan(index.bucket_sizes, config.run.seed, config.data)
     data = MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
     digest = sha256_json(fixed_values(resolved_values(config)))
     return Inputs(config, accelerator, data, base, vae, facts, digest)
@@ -134,16 +134,6 @@ def vocab_sizes(base: Base) -> tuple[int, int]:
     """Vocabulary sizes of both text encoders."""
     sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
     return sizes[0], sizes[1]
-
-
-def build_plan(config: Config, index: Index) -> Plan:
-    """The plan of a config over an index."""
-    return Plan(
-        index.bucket_sizes,
-        seed=config.run.seed,
-        bucket_batch_size=config.data.bucket_batch_size,
-        global_batch_size=config.data.global_batch_size,
-    )
 
 
 def total_steps(config: Config, plan: Plan) -> int:

@@ -145,8 +145,9 @@ def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) ->
         checkpoint.restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
         skipped = resumed.state["skipped_steps"]
     attempt, tracker_run_id = begin_attempt(
-        run_path(config), config, inputs.facts, first, write=accelerator.is_main_process
-    )
+        run_path(config), config, inputs.facts, first, write=accelerator.is_main_process,
+        tracker_run_id=resumed.state["tracker_run_id"] if resumed else None,
+    )  # fmt: skip
     peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in ("unet", "text_encoder_1", "text_encoder_2")}

@@ -50,16 +50,24 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def begin_attempt(
-    path: Path, config: Config, facts: dict[str, Any], first_step: int, *, write: bool
+    path: Path,
+    config: Config,
+    facts: dict[str, Any],
+    first_step: int,
+    *,
+    tracker_run_id: str | None,
+    write: bool,
 ) -> tuple[int, str]:
     """Write config.yaml and run.json for a run that is about to train; (attempt from 1, the trackers' run id).
 
     The config is written with its interpolations as the user wrote them, so that no secret gets into a file.
-    Only the main process writes; the trackers are its own too.
+    ``tracker_run_id`` is the resumed checkpoint's. Only the main process writes; the trackers are its own too.
     """
     if not write:
         return 0, ""
     run = read_run(path)
+    if tracker_run_id:
+        run["tracker_run_id"] = tracker_run_id
     attempt = len(run["attempts"]) + 1
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"attempt": attempt, "started_at": started, "first_step": first_step, "python": sys.version.split()[0]}

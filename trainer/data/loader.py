@@ -6,6 +6,7 @@ workers, processes or interruptions changes nothing. Design, ideas 1 and 2.
 """
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.captions import compose_caption, draw_caption
+from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan, Planned
 from trainer.data.shards import Index, read_raw_latents
-from trainer.diffusion import draw_noise, draw_timestep
 from trainer.models.text import TextTokenizer, tokenize_captions
-from trainer.rng import rng
 from trainer.schema import CaptionsConfig, DiffusionConfig
 
 Tokenizers = tuple[TextTokenizer, TextTokenizer]
@@ -68,21 +67,6 @@ class MicroBatches(Dataset[Batch]):
         step, place = divmod(number, per_step)
         planned = self.plan.micro_batch(step, place, self.micro_batch_size)
         return make_batch(planned, self)
-
-
-def draw_sample_caption(record: Mapping[str, Any], pass_: int, seed: int, rules: CaptionsConfig) -> str:
-    """The caption of a sample in one pass."""
-    return draw_caption(compose_caption(record, rules), rules, rng("caption", seed, pass_, record["key"]))
-
-
-def draw_sample_timestep(key: str, pass_: int, seed: int, config: DiffusionConfig) -> int:
-    """The timestep of a sample in one pass."""
-    return draw_timestep(config, rng("timestep", seed, pass_, key))
-
-
-def draw_sample_noise(shape: tuple[int, int, int], key: str, pass_: int, seed: int, noise_offset: float) -> np.ndarray:
-    """The noise of a sample in one pass, fp32 (4, H/8, W/8)."""
-    return draw_noise(shape, noise_offset, rng("noise", seed, pass_, key))
 
 
 def make_time_ids(record: Mapping[str, Any]) -> list[float]:
@@ -153,5 +137,12 @@ def load_batches(
         pin_memory=pin_memory,
         # workers share the memory-mapped index and the plan by fork; they never touch the accelerator
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=ignore_signals,
     )
     return iter(loader)
+
+
+def ignore_signals(_: int) -> None:
+    """Leave stopping to the training process: a signal to the whole group must not end the workers before it saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from trainer.rng import rng
+from trainer.schema import DataConfig
 
 
 @dataclass(frozen=True)
@@ -140,3 +141,13 @@ class Plan:
         width, height = self.buckets[bucket]
         order = rng("order", self.seed, pass_, width, height).permutation(int(self.counts[bucket]))
         return self._rows[self._starts[bucket] : self._starts[bucket + 1]][order]
+
+
+def build_plan(bucket_sizes: np.ndarray, seed: int, data: DataConfig) -> Plan:
+    """The plan of a config over an index; ``bucket_sizes`` as in Plan."""
+    return Plan(
+        bucket_sizes,
+        seed=seed,
+        bucket_batch_size=data.bucket_batch_size,
+        global_batch_size=data.global_batch_size,
+    )

@@ -1,0 +1,200 @@
+"""The house's rules, read from the sources: floors, who may know which library, nothing executable, no long files."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# A module imports only from floors below its own, never sideways. Half floors are where one floor has a cellar.
+FLOORS: dict[float, str] = {
+    -2: "errors schema",
+    -1: "config_rules",
+    0: "config files rng buckets post models.single_file",
+    0.5: "artefacts models.hub",
+    1: "captions diffusion lineage models.text models.vae models.base data.sources data.images data.shards",
+    2: "data.plan data.draws data.unfinished models.sdxl",
+    3: "data.loader optim checkpoint metrics sampling prepare report run_folder",
+    4: "training_step launch",
+    5: "progress",
+    6: "loop export",
+    7: "publish",
+}
+FLOOR_OF = {f"trainer.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
+NOT_YET_WRITTEN = {"trainer.report", "trainer.publish"}  # the design's rooms that are still empty
+KNOW_ACCELERATE = {f"trainer.{name}" for name in ("loop", "launch", "progress", "metrics", "prepare")}
+OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset"}
+MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
+MAX_FUNCTION_LINES = 60
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+MODULES = {module_name(path): path for path in sources("trainer")}
+PACKAGES = {"trainer", "trainer.data", "trainer.models"}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of the modules that are imported anywhere in a tree, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, "write imports in full"
+            # `from trainer import checkpoint` imports a module, `from trainer import __version__` a name
+            whole = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            yield from whole or {node.module}
+
+
+def imported_at_module_level(tree: ast.Module) -> Iterator[str]:
+    """The same for what runs when the module is imported: all but the bodies of functions."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert MODULES.keys() - PACKAGES - FLOOR_OF.keys() == set()
+    assert FLOOR_OF.keys() - MODULES.keys() <= NOT_YET_WRITTEN
+    assert sum(len(names.split()) for names in FLOORS.values()) == len(FLOOR_OF)  # and only one
+
+
+def test_the_design_draws_the_same_floors() -> None:
+    text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8").replace(" (not yet written)", "")
+    drawn = {
+        f"trainer.{name.strip()}": float(floor)
+        for floor, names in re.findall(r"^ ?(-?\d(?:\.\d)?) {2,4}(\S.* · .*|[a-z_]+)$", text, re.MULTILINE)
+        for name in names.split(" · ")
+    }
+    assert drawn == FLOOR_OF
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_down_only(name: str) -> None:
+    own = {module for module in imported(parse(MODULES[name])) if module.split(".")[0] == "trainer"}
+    if name in PACKAGES:
+        assert own == set()  # else importing any module would import what the package does
+        return
+    not_below = {module for module in own - PACKAGES if not FLOOR_OF[module] < FLOOR_OF[name]}
+    assert not_below == set(), f"{name} (floor {FLOOR_OF[name]}) imports from its own floor or above"
+
+
+def test_the_package_knows_neither_scripts_nor_tests() -> None:
+    for path in sources("trainer"):
+        assert not {module.split(".")[0] for module in imported(parse(path))} & {"scripts", "tests", "train"}, path
+
+
+def test_only_a_few_modules_know_accelerate() -> None:
+    knowing = {
+        name
+        for name, path in MODULES.items()
+        for module in imported(parse(path))
+        if module.split(".")[0] == "accelerate"
+    }
+    assert knowing and knowing <= KNOW_ACCELERATE
+
+
+def test_optional_packages_are_imported_where_they_are_needed() -> None:
+    for path in sources("trainer", "scripts"):
+        early = {module.split(".")[0] for module in imported_at_module_level(parse(path))}
+        assert not early & OPTIONAL, path
+
+
+# --- nothing executable is ever loaded
+
+LOADERS = {"torch.load", "yaml.load", "torch.hub.load", "runpy.run_path", "joblib.load"}
+MODULES_THAT_EXECUTE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy"}
+NUMPY_LOADERS = {"np.load", "numpy.load", "np.lib.format.read_array", "read_array"}
+
+
+def dangers(tree: ast.AST) -> Iterator[str]:
+    """What could run code from a file."""
+    yield from {module for module in imported(tree) if module.split(".")[0] in MODULES_THAT_EXECUTE}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, keywords = ast.unparse(node.func), {word.arg: word.value for word in node.keywords}
+        if name in LOADERS | {"eval", "exec", "compile", "__import__"}:
+            yield name
+        allowed = keywords.get("allow_pickle")
+        if "allow_pickle" in keywords and not (isinstance(allowed, ast.Constant) and allowed.value is False):
+            yield f"{name}(allow_pickle=...)"
+        if name in NUMPY_LOADERS and "allow_pickle" not in keywords:
+            yield f"{name} without allow_pickle=False"
+        for word in ("weights_only", "trust_remote_code"):
+            if word in keywords:
+                yield f"{name}({word}=...)"
+
+
+@pytest.mark.parametrize("path", [*sources("trainer", "scripts"), REPOSITORY / "train.py"], ids=lambda path: path.name)
+def test_nothing_executable_is_loaded(path: Path) -> None:
+    assert list(dangers(parse(path))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import pickle", "from pickle import load", "def f():\n    import dill", "torch.load('a')", "x = np.load(f)",
+     "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=flag)", "np.save(f, x, allow_pickle=True)",
+     "torch.load(f, weights_only=True)", "eval('1')", "A.from_pretrained(f, trust_remote_code=True)"],
+)  # fmt: skip
+def test_the_check_sees_each_danger(text: str) -> None:
+    assert list(dangers(ast.parse(text)))
+
+
+# --- size, and what must not be in a file
+
+
+@pytest.mark.parametrize("folder", sorted(MAX_LINES))
+def test_no_file_is_long(folder: str) -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(folder)}
+    assert lengths and {name: length for name, length in lengths.items() if length > MAX_LINES[folder]} == {}
+
+
+def test_every_function_of_the_package_fits_a_screen() -> None:
+    lengths = {
+        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in sources("trainer") for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    }  # fmt: skip
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [path.name for path in sources("trainer", "scripts", "tests") if not ast.get_docstring(parse(path))] == []
+
+
+MACHINE_PATH = re.compile(r"(?<![\w.:/~-])/(?:home|root|work)/(?!someone/)")  # someone's home is an example's
+
+
+def test_no_file_names_a_path_of_a_machine() -> None:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [REPOSITORY / name for name in listed.stdout.split("\0") if name]
+    naming = []
+    for path in paths:
+        content = path.read_bytes() if path.is_file() else b""
+        if b"\0" not in content and MACHINE_PATH.search(content.decode("utf-8", errors="replace")):
+            naming.append(str(path.relative_to(REPOSITORY)))
+    assert len(paths) > 50
+    assert naming == []
+    assert MACHINE_PATH.search("in " + "/".join(["", "work", "main"])) and not MACHINE_PATH.search("https://a.b/work/c")

@@ -1,0 +1,105 @@
+"""explain_step says what a step sees, and the loader makes exactly that."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from trainer.data.draws import draw_sample_noise
+from trainer.data.loader import MicroBatches, load_batches, make_time_ids
+from trainer.data.plan import Plan, build_plan
+from trainer.data.shards import open_index
+from trainer.diffusion import draw_noise
+from trainer.launch import vocab_sizes
+from trainer.models.base import find_base, find_tokenizers
+from trainer.models.text import load_tokenizers, tokenize_captions
+from trainer.schema import Config
+
+REPOSITORY = Path(__file__).parent.parent
+MakeConfig = Callable[..., Config]
+
+
+def explain(config: Config, folder: Path, step: int) -> list[dict[str, object]]:
+    file = folder / f"{config.run.name}.yaml"
+    file.write_text(OmegaConf.to_yaml(config.written))
+    run = subprocess.run(
+        [sys.executable, "scripts/explain_step.py", "--config", str(file), "--step", str(step)],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True, env={"PATH": "", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def open_batches(config: Config) -> MicroBatches:
+    index = open_index(config.data.shards)
+    base = find_base(config.model.pretrained)
+    tokenizers = load_tokenizers(*find_tokenizers(base, None), vocab_sizes(base))
+    plan = build_plan(index.bucket_sizes, config.run.seed, config.data)
+    return MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
+
+
+def test_the_lines_are_what_the_loader_makes(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("diffusion.noise_offset=0.0357", "run.seed=5")
+    lines = explain(config, tmp_path, 7)
+    assert [list(line) for line in lines] == [
+        ["step", "unit", "position", "key", "bucket", "epoch", "pass", "caption", "timestep", "noise_seed"]
+    ] * 4
+    assert [line["position"] for line in lines] == [0, 1, 2, 3] and [line["unit"] for line in lines] == [0, 0, 1, 1]
+    data = open_batches(config)
+    batches = [data[7 * 2], data[7 * 2 + 1]]
+    assert [line["key"] for line in lines] == [key for batch in batches for key in batch.keys]
+    assert [line["timestep"] for line in lines] == [int(t) for batch in batches for t in batch.timesteps]
+    for batch, part in zip(batches, (lines[:2], lines[2:]), strict=True):
+        height, width = batch.raw_latents.shape[2:]
+        assert {line["bucket"] for line in part} == {f"{width * 8}x{height * 8}"}
+        chunks = tokenize_captions([str(line["caption"]) for line in part], data.tokenizers, 75)
+        assert np.array_equal(chunks.input_ids_1, batch.input_ids_1.numpy())
+        for line, noise in zip(part, batch.noise.numpy(), strict=True):
+            generator = np.random.Generator(np.random.Philox(key=int(str(line["noise_seed"]), 16)))
+            assert np.array_equal(draw_noise(noise.shape, 0.0357, generator), noise)
+
+
+def test_the_lines_do_not_depend_on_processes_and_workers(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = explain(make_config("run.name=a"), tmp_path, 3)
+    second = explain(make_config("run.name=b", "data.num_workers=3", "data.micro_batch_size=1"), tmp_path, 3)
+    assert first == second
+    assert first != explain(make_config("run.name=c", "run.seed=43"), tmp_path, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_ranks_batches_together_are_the_steps(make_config: MakeConfig, world: int, workers: int) -> None:
+    config = make_config()
+    data = open_batches(config)
+    plan: Plan = data.plan
+    streams = [
+        list(
+            load_batches(
+                data, first_step=2, last_step=5, rank=rank, world=world, num_workers=workers, prefetch_factor=None,
+                pin_memory=False,
+            )
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    keys = [key for turn in zip(*streams, strict=True) for batch in turn for key in batch.keys]
+    planned = [data.index.row(sample.row)["key"] for step in range(2, 5) for sample in plan.step_samples(step)]
+    assert keys == planned
+
+
+def test_size_conditions_are_height_first() -> None:
+    record = {"original_width": 1000, "original_height": 1500, "crop_left": 0, "crop_top": 16,
+              "bucket_width": 832, "bucket_height": 1216}  # fmt: skip
+    assert make_time_ids(record) == [1500, 1000, 16, 0, 1216, 832]
+
+
+def test_noise_is_a_function_of_the_sample() -> None:
+    def draw(key: str, pass_: int, seed: int) -> np.ndarray:
+        return draw_sample_noise((4, 8, 8), key, pass_, seed, 0.0)
+
+    assert np.array_equal(draw("a", 0, 1), draw("a", 0, 1))
+    for other in (draw("b", 0, 1), draw("a", 1, 1), draw("a", 0, 2)):
+        assert not np.array_equal(draw("a", 0, 1), other)

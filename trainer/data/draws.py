@@ -1,0 +1,26 @@
+"""All that is random about a sample, as functions of (seed, pass, key): its caption, its noise, its timestep."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer.captions import compose_caption, draw_caption
+from trainer.diffusion import draw_noise, draw_timestep
+from trainer.rng import rng
+from trainer.schema import CaptionsConfig, DiffusionConfig
+
+
+def draw_sample_caption(record: Mapping[str, Any], pass_: int, seed: int, rules: CaptionsConfig) -> str:
+    """The caption of a sample in one pass."""
+    return draw_caption(compose_caption(record, rules), rules, rng("caption", seed, pass_, record["key"]))
+
+
+def draw_sample_timestep(key: str, pass_: int, seed: int, config: DiffusionConfig) -> int:
+    """The timestep of a sample in one pass."""
+    return draw_timestep(config, rng("timestep", seed, pass_, key))
+
+
+def draw_sample_noise(shape: tuple[int, int, int], key: str, pass_: int, seed: int, noise_offset: float) -> np.ndarray:
+    """The noise of a sample in one pass, fp32 (4, H/8, W/8)."""
+    return draw_noise(shape, noise_offset, rng("noise", seed, pass_, key))
