@@ -59,6 +59,7 @@ def make_run(folder: Path, pretrained: Path, trained: Parts, *words: str, step: 
         f"model.pretrained={pretrained}", "data.shards=shards", "schedule.max_steps=100", "optim.unet_lr=1e-3",
         "model.train_text_encoder_1=true", "model.train_text_encoder_2=true", "optim.text_encoder_1_lr=1e-3",
         "optim.text_encoder_2_lr=1e-3", "precision.compute=fp32", "publish.dtype=fp32", "publish.author=A. N. Other",
+        "publish.license_name=openrail++",
     ]  # fmt: skip
     config = load_config([], [*lines, *words])
     base = find_base(str(pretrained))
@@ -208,7 +209,7 @@ def test_the_file_explains_itself(exported, run):
     assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
     assert metadata["modelspec.prediction_type"] == "epsilon"
     assert metadata["modelspec.title"] == "tiny" and metadata["modelspec.author"] == "A. N. Other"
-    assert metadata["modelspec.resolution"] == "1024x1024" and metadata["modelspec.license"] == "faipl-1.0-sd"
+    assert metadata["modelspec.resolution"] == "1024x1024" and metadata["modelspec.license"] == "openrail++"
     assert json.loads(metadata["trainer.recipe"])["optim"]["unet_lr"] == 1e-3
     lineage = read_lineage(run / "checkpoints" / "step-00000020")
     assert lineage["step"] == 20

@@ -5,24 +5,27 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trainer.checkpoint import find_newest, read_train_state
+from trainer.data.shards import open_index, read_raw_latents
 from trainer.loop import train
+from trainer.prepare import prepare
 from trainer.schema import Config
 
 ENCODER_1 = ["model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1e-3"]
-# what each knob that training's numbers depend on is turned to, and what else that needs
+ENCODER_2 = ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-3"]
+# what each knob that training's numbers depend on is turned to, last, and before it what that needs
 KNOBS: dict[str, list[str]] = {
     "run.seed": ["run.seed=43"],
     "model.train_text_encoder_1": ENCODER_1,
     "optim.text_encoder_1_lr": [*ENCODER_1, "optim.text_encoder_1_lr=1e-4"],
-    "model.train_text_encoder_2": ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-3"],
-    "optim.text_encoder_2_lr": ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-4"],
+    "model.train_text_encoder_2": ENCODER_2,
+    "optim.text_encoder_2_lr": [*ENCODER_2, "optim.text_encoder_2_lr=1e-4"],
     "optim.unet_lr": ["optim.unet_lr=1e-4"],
     "data.global_batch_size": ["data.global_batch_size=8"],
     "data.bucket_batch_size": ["data.bucket_batch_size=4"],
-    "captions.keep_tokens_separator": ["captions.keep_tokens_separator=###"],
     "captions.shuffle": ["captions.shuffle=false"],
     "captions.tag_dropout": ["captions.tag_dropout=0.5"],
     "captions.caption_dropout": ["captions.caption_dropout=1.0"],
@@ -40,7 +43,7 @@ KNOBS: dict[str, list[str]] = {
     "optim.eps": ["optim.eps=1e-3"],
     "optim.weight_decay": ["optim.weight_decay=0.5"],
     "optim.decay_norms_and_biases": ["optim.decay_norms_and_biases=false"],
-    "optim.max_grad_norm": ["optim.max_grad_norm=0.01", "optim.eps=1e-3"],  # Adam alone undoes a constant factor
+    "optim.max_grad_norm": ["optim.eps=1e-3", "optim.max_grad_norm=0.01"],  # Adam alone undoes a constant factor
     "schedule.lr": ["schedule.lr=cosine"],
     "schedule.warmup_steps": ["schedule.warmup_steps=5"],
     "schedule.min_lr_ratio": ["schedule.lr=cosine", "schedule.min_lr_ratio=0.5"],
@@ -69,10 +72,8 @@ def test_a_training_knob_changes_the_weights(
     make_config: Callable[..., Config], seen: dict[tuple[str, ...], str], knob: str
 ) -> None:
     turned = KNOBS[knob]
-    # the same words without the knob itself; what it needs beside it stays
-    without = [word for word in turned if not word.startswith(f"{knob}=")]
-    if knob.startswith("model.train_") or knob == "optim.name":
-        without = []
+    # some knobs need words behind them to be allowed at all; they are compared with the plain run
+    without = [] if knob.startswith("model.train_") or knob == "optim.name" else turned[:-1]
     hashes = []
     for number, words in enumerate((turned, without)):
         name = tuple(words)
@@ -93,3 +94,22 @@ def test_every_field_is_named_in_some_test() -> None:
         if f"{section}.{field.name}" not in texts
     ]
     assert missing == []
+
+
+def test_preparations_knobs_change_what_is_prepared(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    plain = open_index(make_config().data.shards)
+    turned = {
+        "small": ["buckets.upscale=false", "buckets.base_resolution=512", "buckets.max_side=1024"],
+        "vae": ["precision.vae=bf16"],
+    }
+    for name, words in turned.items():
+        prepare(make_config(*words, f"data.shards={tmp_path / name}"), progress=False)
+    kept = open_index(tmp_path / "small")
+    # drawings of about 270 pixels are not enlarged to 512: their bucket is their own sides, floored
+    for row in range(len(kept)):
+        record = kept.row(row)
+        assert record["bucket_width"] == record["original_width"] // 32 * 32
+        assert record["bucket_height"] == record["original_height"] // 32 * 32
+    in_bf16 = open_index(tmp_path / "vae")
+    assert in_bf16.manifest["latents"]["vae_dtype"] == "bf16" and plain.manifest["latents"]["vae_dtype"] == "fp32"
+    assert not np.array_equal(read_raw_latents(plain, 0), read_raw_latents(in_bf16, 0))

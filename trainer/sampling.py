@@ -104,9 +104,9 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 
 def make_grid(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """Images in rows of ``columns``, each with its label below, shortened to two lines."""
+    """Images in rows of ``columns``, each with its label below, shortened to three lines."""
     width, height = max(image.width for image in images), max(image.height for image in images)
-    margin, text_height = 8, 28
+    margin, text_height = 8, 40
     rows = -(-len(images) // columns)
     cell = (width + margin, height + text_height + margin)
     grid = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), "white")
@@ -114,6 +114,6 @@ def make_grid(images: list[Image.Image], labels: list[str], columns: int) -> Ima
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = margin + number % columns * cell[0], margin + number // columns * cell[1]
         grid.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-        lines = textwrap.wrap(label, max(8, width // 6), max_lines=2, placeholder="...")
+        lines = textwrap.wrap(label, max(8, width // 6), max_lines=3, placeholder="...")
         draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", spacing=1)
     return grid

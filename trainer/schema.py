@@ -212,7 +212,6 @@ class PublishConfig:
     formats: list[Literal["single_file", "diffusers"]] = field(default_factory=lambda: ["single_file", "diffusers"])
     dtype: Dtype = "fp16"
     license_name: str | None = "faipl-1.0-sd"
-    license_link: str | None = "https://freedevproject.org/faipl-1.0-sd/"
 
 
 @dataclass(frozen=True)
