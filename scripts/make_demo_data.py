@@ -204,6 +204,29 @@ def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[s
         }
 
 
+# What a model of 1.7 million parameters learns by heart within minutes: vivid, and with captions unlike each other.
+STAGE_1 = (
+    "ladybug_01.png",
+    "bunny_01.png",
+    "casa_verde_architetto_fr_01.png",
+    "pumpkin2_yemu_01.png",
+    "blue_girl_dirk_struve.png",
+    "sombrero_dave_pena_01.png",
+    "flower_01.png",
+    "heart.png",
+    "beach_ball_01.png",
+    "pallone_aerestatico_arch_01.png",
+)
+STAGE_2 = tuple(
+    name for name in STAGE_1 if name not in ("sombrero_dave_pena_01.png", "pallone_aerestatico_arch_01.png")
+)
+
+
+def write_posts(path: Path, posts: list[dict[str, object]]) -> None:
+    """One post a line."""
+    path.write_text("".join(json.dumps(post, ensure_ascii=False) + "\n" for post in posts), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--svg", type=Path, default=Path("/usr/share/openclipart/svg"), help="the package's drawings")
@@ -224,11 +247,13 @@ def main(argv: list[str] | None = None) -> int:
         files = [str(post["file"]) for post in posts]
         if len(set(files)) != len(files):
             raise SystemExit("make_demo_data: two drawings share a file name")
-        lines = Path(folder) / "posts.jsonl"
-        lines.write_text("".join(json.dumps(post, ensure_ascii=False) + "\n" for post in posts), encoding="utf-8")
+        chosen = {"posts": files, "stage1": STAGE_1, "stage2": STAGE_2}
+        for name, wanted in chosen.items():
+            write_posts(Path(folder) / f"{name}.jsonl", [post for post in posts if post["file"] in wanted])
         shutil.rmtree(args.out / "images", ignore_errors=True)
         images.rename(args.out / "images")
-        lines.replace(args.out / "posts.jsonl")
+        for name in chosen:
+            (Path(folder) / f"{name}.jsonl").replace(args.out / f"{name}.jsonl")
     size = sum(path.stat().st_size for path in (args.out / "images").iterdir())
     print(f"{len(posts)} drawings, {size / 1e6:.2f} MB, in {args.out / 'images'}, posts beside them")
     return 0

@@ -134,6 +134,7 @@ def build_vocabulary(captions: Iterable[str]) -> tuple[dict[str, int], list[Pair
 
 
 def write_json(path: Path, content: object) -> None:
+    """Indented UTF-8 JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
