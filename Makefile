@@ -1,7 +1,8 @@
 # make demo: the whole two-stage run on real drawings, on the CPU.  make test: all checks but the slow ones.
 PYTHON ?= python3.11
 BIN := .venv/bin
-TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py
+TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process 2 train.py
 STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml model.pretrained=demo_run/tiny_base \
 	data.posts=[demo/stage1.jsonl] data.shards=demo_run/shards1 \
 	optim.text_encoder_1_lr=2e-3 optim.text_encoder_2_lr=2e-3 schedule.max_steps=400
