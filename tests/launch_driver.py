@@ -2,6 +2,8 @@
 
 import sys
 
+from accelerate.state import AcceleratorState
+
 from trainer.config import load_config
 from trainer.errors import run_command
 from trainer.loop import train
@@ -17,6 +19,8 @@ def main() -> None:
             groups[-1].append(word)
     for words in groups:
         train(load_config([], words))
+        # the run ended its process group; the next one makes its own
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 run_command(main)

@@ -16,8 +16,10 @@ FLOORS: dict[float, str] = {
     -1: "config_rules",
     0: "config files rng buckets post models.single_file",
     0.5: "artefacts models.hub",
-    1: "captions diffusion lineage models.text models.vae models.base data.sources data.images data.shards",
-    2: "data.plan data.draws data.unfinished models.sdxl",
+    1: "captions diffusion lineage models.text models.vae models.base data.sources data.images data.shards report_page",
+    2: "data.plan data.draws data.unfinished data.survey data.verify models.sdxl",
+    2.5: "report_facts",
+    2.7: "report_sections",
     3: "data.loader optim checkpoint metrics sampling prepare report run_folder",
     4: "training_step launch",
     5: "progress",
@@ -25,7 +27,7 @@ FLOORS: dict[float, str] = {
     7: "publish",
 }
 FLOOR_OF = {f"trainer.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
-NOT_YET_WRITTEN = {"trainer.report", "trainer.publish"}  # the design's rooms that are still empty
+NOT_YET_WRITTEN = {"trainer.publish"}  # the design's rooms that are still empty
 KNOW_ACCELERATE = {f"trainer.{name}" for name in ("loop", "launch", "progress", "metrics", "prepare")}
 OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}

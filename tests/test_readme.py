@@ -109,7 +109,7 @@ def test_the_three_steps_run(tiny_base: Path, tmp_path: Path) -> None:
     stage1 = [f"model.pretrained={tiny_base}", "optim.text_encoder_1_lr=1e-3", "optim.text_encoder_2_lr=1e-3"]
     steps = [command for command in commands() if command[0] != "make"]
     assert [Path(next(word for word in command if word.endswith(".py"))).stem for command in steps] == [
-        "build_shards", "explain_step", "train", "export", "train", "export",
+        "build_shards", "explain_step", "inspect_shards", "verify_shards", "train", "export", "train", "export",
     ]  # fmt: skip
     for number, command in enumerate(steps):
         words = command[next(i for i, word in enumerate(command) if word.endswith(".py")) :]

@@ -1,6 +1,7 @@
 """What a run needs before its first step: the processes, the data, the base; each checked before harm is done."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -57,6 +58,8 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     torch.backends.cudnn.allow_tf32 = config.precision.tf32
+    # Accelerate knows DDP's setting by its old name only
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision.compute == "fp32" else config.precision.compute,
         log_with=list(config.logging.trackers) or None,

@@ -1,0 +1,151 @@
+"""A million images: the index and the plan at the recipe's size, metadata only. Prints one table.
+
+``python benchmarks/million.py [--rows 1271990]``
+
+The rows are synthetic: a spread of shapes over the 33 buckets and tags of a danbooru-like length. Each measurement runs
+in a process of its own, so that memory is what that work adds.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.buckets import list_buckets
+from trainer.config import load_config
+from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
+from trainer.data.plan import Plan
+from trainer.data.shards import SCHEMA, ShardFile, open_index, write_index
+from trainer.schema import Config
+
+BATCH_SIZES = {"bucket_batch_size": 48, "global_batch_size": 96}
+
+
+def make_table(rows: int) -> pa.Table:
+    """An index of made-up posts; columns are made whole, without an object a row."""
+    generator = np.random.default_rng(0)
+    buckets = np.array(list_buckets(1024, 512, 2048, 64), dtype=np.int32)
+    aspect = np.log(buckets[:, 0] / buckets[:, 1])
+    weights = np.exp(-(((aspect + 0.3) / 0.4) ** 2)) + 1e-4  # mostly portrait, as drawings are
+    size = buckets[generator.choice(len(buckets), rows, p=weights / weights.sum())]
+    words = np.array([f"tag_{number:05d}" for number in range(20000)])
+    lines = np.array([" ".join(generator.choice(words, 25)) for _ in range(5000)])
+    numbers = pa.array(np.arange(rows))
+    text = numbers.cast(pa.string())
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        "key": text,
+        "source": pa.array(np.full(rows, "posts.jsonl")),
+        "shard": pa.array(np.char.add("shard-", (np.arange(rows) // 2000).astype(str))),
+        "content_hash": text,
+        "rating": pa.array(np.array(list("gsqe"))[generator.integers(0, 4, rows)]),
+        "score": pa.array(generator.integers(-20, 300, rows, dtype=np.int32)),
+        "year": pa.array(generator.integers(2005, 2024, rows, dtype=np.int32)),
+        "tags_general": pa.array(lines[generator.integers(0, len(lines), rows)]),
+        "tags_character": pa.array(words[generator.integers(0, 20000, rows)]),
+        "tags_copyright": pa.array(words[generator.integers(0, 500, rows)]),
+        "tags_artist": pa.array(words[generator.integers(0, 20000, rows)]),
+        "bucket_width": pa.array(size[:, 0]),
+        "bucket_height": pa.array(size[:, 1]),
+    }
+    for field in SCHEMA:
+        if field.name not in columns:
+            zeros = np.zeros(rows, dtype=np.int64)
+            columns[field.name] = pa.nulls(rows, field.type) if field.nullable else pa.array(zeros)
+    return pa.table({field.name: columns[field.name].cast(field.type) for field in SCHEMA}, schema=SCHEMA)
+
+
+def measure(work: Callable[[Path], str], folder: Path) -> None:
+    """Run ``work`` in a fresh process and print its time and the memory that it added."""
+
+    def child() -> None:
+        before, start = resident(), time.perf_counter()
+        said = work(folder)
+        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{work.__doc__:<58} {seconds:9.2f} s {resident() - before:9.0f} MB {peak:9.0f} MB  {said}", flush=True)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{work.__name__} failed")
+
+
+def resident() -> float:
+    """Private memory of this process in MB: pages of the memory-mapped index belong to the page cache."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 1024
+
+
+def open_only(folder: Path) -> str:
+    """open the index (hash of the whole file included)"""
+    return f"{len(open_index(folder)):,} rows"
+
+
+def build_plan(folder: Path) -> str:
+    """open, and plan the run"""
+    plan = Plan(open_index(folder).bucket_sizes, seed=42, **BATCH_SIZES)
+    return f"{plan.steps_for_epochs(10):,} steps for 10 epochs"
+
+
+def one_epoch(folder: Path) -> str:
+    """open, plan, and list every sample of an epoch"""
+    plan = Plan(open_index(folder).bucket_sizes, seed=42, **BATCH_SIZES)
+    steps = plan.steps_for_epochs(1)
+    seen = sum(len(plan.unit_samples(unit)) for step in range(steps) for unit in plan.step_units(step))
+    return f"{seen:,} samples"
+
+
+def deep_resume(folder: Path) -> str:
+    """open, plan, and draw all of step 100,000 but latents"""
+    index = open_index(folder)
+    plan = Plan(index.bucket_sizes, seed=42, **BATCH_SIZES)
+    config = plain_config()
+    for sample in plan.step_samples(100_000):
+        record = index.row(sample.row)
+        draw_sample_caption(record, sample.pass_, 42, config.captions)
+        draw_sample_timestep(record["key"], sample.pass_, 42, config.diffusion)
+        shape = (4, record["bucket_height"] // 8, record["bucket_width"] // 8)
+        draw_sample_noise(shape, record["key"], sample.pass_, 42, 0.0)
+    return "96 samples"
+
+
+def plain_config() -> Config:
+    """The recipe's defaults."""
+    words = ["run.name=x", "run.stage=x", "model.pretrained=x", "data.shards=x", "optim.unet_lr=1", "schedule.epochs=1"]
+    return load_config([], words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The index and the plan at the recipe's size.")
+    parser.add_argument("--rows", type=int, default=1_271_990)
+    rows = parser.parse_args().rows
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def write(folder: Path) -> str:
+            """sort, fingerprint and write the index"""
+            table = make_table(rows)
+            write_index(folder, table, list_shards(folder, rows), {})
+            return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
+
+        print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
+        for work in (write, open_only, build_plan, one_epoch, deep_resume):
+            measure(work, folder)
+
+
+def list_shards(folder: Path, rows: int) -> list[ShardFile]:
+    """Empty files under the shards' names: nothing here reads a latent."""
+    shards = [ShardFile(f"shard-{number}", 2000, 0, "") for number in range(-(-rows // 2000))]
+    for shard in shards:
+        (folder / shard.name).touch()
+    return shards
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Look before you train: write one HTML page about the shards of a config, and print a short table.
+
+    python scripts/inspect_shards.py --config configs/stage1_feature_alignment.yaml [key=value ...] [--out FILE.html]
+
+The page needs no network. Without --out it lies beside the shards, as report.html.
+"""
+
+from pathlib import Path
+
+from trainer.config import config_parser, finish_command_line, load_config
+from trainer.errors import run_command
+from trainer.report import PAGE_NAME, check_page_path, make_report, summarise, write_page
+
+
+def main() -> None:
+    parser = config_parser("Write a page about the shards of a config, and print a short table.")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help=f"default: data.shards/{PAGE_NAME}")
+    arguments = finish_command_line(parser)
+    config = load_config(arguments.config, arguments.overrides)
+    path = arguments.out or Path(config.data.shards) / PAGE_NAME
+    check_page_path(path)  # before the work
+    report = make_report(config)
+    write_page(report, path)
+    print(summarise(report))
+    print(f"page: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

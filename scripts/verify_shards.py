@@ -1,0 +1,22 @@
+"""Check every byte of a set of shards against its manifest, and say which shard and which sample is not as written.
+
+    python scripts/verify_shards.py data/stage1/shards
+
+Reads everything once and writes nothing. Exit code 0: all as written. Exit code 2: all problems, one a line.
+"""
+
+import argparse
+from pathlib import Path
+
+from trainer.data.verify import verify_shards
+from trainer.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check every byte of a set of shards against its manifest.")
+    parser.add_argument("folder", type=Path, help="the folder that data.shards names")
+    print(verify_shards(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,227 @@
+"""What a page tells beyond the index: what a run makes of it, step by step, and a few samples to look at.
+
+A model is only needed for thumbnails and lengths; where it cannot be found, that is said and left out.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from trainer.buckets import Fit, Size
+from trainer.data.draws import draw_sample_caption
+from trainer.data.images import BadImage, read_pixels
+from trainer.data.plan import Plan, Unit
+from trainer.data.shards import Index, Row, read_raw_latents
+from trainer.data.sources import Reject, iterate_posts
+from trainer.data.survey import Duplicates, Fits, RuleCounts, TagCounts
+from trainer.errors import UserError
+from trainer.files import sha256_file
+from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
+from trainer.models.sdxl import DTYPES
+from trainer.models.text import EOS_TOKEN, TextTokenizer, load_tokenizer
+from trainer.models.vae import build_vae, decode_latents, scale_latents
+from trainer.schema import Config
+
+THUMBNAIL_SIDE = 320  # pixels, the longer one
+PASSES = 3  # captions shown of each sample
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What steps 0 .. ``steps`` - 1 see."""
+
+    steps: int
+    epochs: float  # 9.5: nine, and half of the tenth one's units
+    steps_per_epoch: float  # the mean: epochs differ by a few units, and need not end with a step
+    views: np.ndarray  # int64 (n,), how often each row of the index is seen
+    units: np.ndarray  # int64 (buckets,)
+    repeating: np.ndarray  # int64 (buckets,), units that hold an image more than once
+
+
+@dataclass(frozen=True)
+class Models:
+    """What could be found of the model, and what could not."""
+
+    vae: AutoencoderKL | None
+    tokenizer: TextTokenizer | None
+    missing: tuple[str, ...]  # told on the page
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample to look at; pictures are JPEG files."""
+
+    row: Row
+    captions: list[str]  # as drawn in passes 0, 1, ...
+    factor: float  # of the resize
+    cropped: float  # share of the resized pixels
+    decoded: bytes | None
+    decoded_size: Size  # of the thumbnail
+    original: bytes | None
+    original_size: Size  # of the thumbnail
+    crop: tuple[float, float, float, float]  # left, top, width, height in the thumbnail's pixels
+    why_not: str  # where there is no original
+
+
+@dataclass(frozen=True)
+class Report:
+    """All numbers of a page."""
+
+    config: Config
+    index: Index
+    plan: Plan
+    run: RunFacts
+    fits: Fits
+    tags: dict[str, TagCounts]  # by category
+    rules: RuleCounts
+    lengths: np.ndarray | None  # int64, content tokens of some or all captions
+    duplicates: Duplicates
+    samples: list[Sample]
+    missing: tuple[str, ...]  # what could not be told, and why
+
+    @property
+    def set_aside(self) -> dict[str, int]:
+        return self.index.manifest.get("counts", {}).get("set_aside", {})
+
+
+def walk_run(plan: Plan, steps: int) -> RunFacts:
+    """Follow the plan through a run: whole epochs by their counts, the last one unit by unit."""
+    end = steps * plan.units_per_step
+    last = plan.find_epoch(end - 1)
+    units = plan.units_until(last - 1).copy()
+    views, repeating = plan.views(last - 1), count_repeating(plan, last - 1)
+    start = int(units.sum())
+    for position in range(start, end):
+        unit = plan.unit_at(position)
+        rows = [row for row, _ in plan.unit_samples(unit)]
+        np.add.at(views, rows, 1)
+        units[unit.bucket] += 1
+        repeating[unit.bucket] += len(set(rows)) < len(rows)
+    all_units = int(plan.units_until(last).sum())
+    epochs = last - 1 + (end - start) / (all_units - start)
+    return RunFacts(steps, epochs, all_units / last / plan.units_per_step, views, units, repeating)
+
+
+def count_repeating(plan: Plan, epochs: int) -> np.ndarray:
+    """Units of whole epochs that hold an image more than once, int64 (buckets,).
+
+    Every unit of a bucket that has fewer images than a unit. In another bucket only a unit that lies across the end
+    of a pass can: what the end of one order holds, the beginning of the next may hold again.
+    """
+    size, repeating = plan.unit_size, plan.units_until(epochs).copy()
+    for bucket, images in enumerate(plan.counts.tolist()):
+        if images < size:
+            continue
+        units = int(repeating[bucket])
+        ends = range(images, units * size, images)
+        across = [Unit(epochs, bucket, end // size) for end in ends if end % size]
+        repeating[bucket] = sum(len({row for row, _ in plan.unit_samples(unit)}) < size for unit in across)
+    return repeating
+
+
+def find_models(config: Config, vae_sha256: str) -> Models:
+    """The VAE that made the latents and the first tokenizer, as far as they can be found.
+
+    On a GPU the VAE has the config's dtype, on the CPU fp32.
+    """
+    try:
+        base = find_base(config.model.pretrained, config.model.revision)
+    except UserError as error:
+        return Models(None, None, (f"no thumbnails of latents and no caption lengths: {error}",))
+    vae, tokenizer, missing = None, None, []
+    try:
+        weights = read_vae(config.model.vae, base)
+        if weights.sha256 != vae_sha256:
+            raise UserError("the latents were made by another VAE than the one that this config names")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = DTYPES[config.precision.vae] if device.type == "cuda" else torch.float32
+        vae = build_vae(weights.config, weights.state, dtype).to(device)
+    except UserError as error:
+        missing.append(f"no thumbnails of latents: {error}")
+    try:
+        folder = find_tokenizers(base, config.model.tokenizer)[0]
+        tokenizer = load_tokenizer(folder, read_config(base, "text_encoder")["vocab_size"], EOS_TOKEN)
+    except UserError as error:
+        missing.append(f"no caption lengths: {error}")
+    return Models(vae, tokenizer, tuple(missing))
+
+
+def show_samples(
+    index: Index, config: Config, fits: Fits, numbers: Sequence[int], vae: AutoencoderKL | None, progress: bool
+) -> list[Sample]:
+    """Some rows of the index as pictures and captions."""
+    rows = [index.row(number) for number in numbers]
+    images, why_not = find_images(config, {row["key"] for row in rows}, progress)
+    samples = []
+    for number, row in zip(tqdm(numbers, "draw samples", disable=not progress), rows, strict=True):
+        captions = [draw_sample_caption(row, pass_, config.run.seed, config.captions) for pass_ in range(PASSES)]
+        size = thumbnail_size((row["bucket_width"], row["bucket_height"]))
+        decoded = draw_latents(vae, read_raw_latents(index, number), size) if vae is not None else None
+        original_size = thumbnail_size((row["original_width"], row["original_height"]))
+        original, reason = None, why_not
+        if (image := images.get(row["key"])) is not None:
+            original, reason = draw_original(image, row["content_hash"], original_size)
+        cropped, factor = (float(values[number]) for values in (fits.cropped, fits.factors))
+        crop = place_crop(row, factor, original_size)
+        samples.append(Sample(row, captions, factor, cropped, decoded, size, original, original_size, crop, reason))
+    return samples
+
+
+def place_crop(row: Row, factor: float, size: Size) -> tuple[float, float, float, float]:
+    """What is kept of the original, in pixels of its thumbnail."""
+    scale = size[0] / row["original_width"] / factor, size[1] / row["original_height"] / factor
+    left, top, width, height = (row[name] for name in ("crop_left", "crop_top", "bucket_width", "bucket_height"))
+    return left * scale[0], top * scale[1], width * scale[0], height * scale[1]
+
+
+def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[str, Path], str]:
+    """Key -> image file, where the config's sources still have it; and why the others have none."""
+    found: dict[str, Path] = {}
+    try:
+        posts = iterate_posts(config.data.posts, config.data.images)
+        for item in tqdm(posts, "find images", unit="post", disable=not progress):
+            if not isinstance(item, Reject) and item.key in keys:
+                found[item.key] = item.image
+                if len(found) == len(keys):
+                    break
+    except UserError as error:
+        return found, str(error)
+    return found, "its image is not among data.posts and data.images any more"
+
+
+def draw_original(path: Path, content_hash: str, size: Size) -> tuple[bytes | None, str]:
+    """The whole image at a thumbnail's size, if it still is the one that was encoded; else why not."""
+    try:
+        if sha256_file(path) != content_hash:
+            return None, f"{path.name} is not the file any more that was encoded"
+        return to_jpeg(read_pixels(path, Fit(size, size, 0, 0))), ""
+    except (BadImage, OSError) as error:
+        return None, str(error)
+
+
+def draw_latents(vae: AutoencoderKL, raw_latents: np.ndarray, size: Size) -> bytes:
+    """What the VAE makes of stored latents (4, H/8, W/8), at a thumbnail's size."""
+    latents = scale_latents(torch.from_numpy(raw_latents).float(), vae.config.scaling_factor, vae.config.shift_factor)
+    pixels = decode_latents(vae, latents[None])[0].permute(1, 2, 0)  # (H, W, 3)
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return to_jpeg(np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BOX)))
+
+
+def thumbnail_size(size: Size) -> Size:
+    """The same shape with ``THUMBNAIL_SIDE`` as its longer side; smaller images keep theirs."""
+    scale = min(1.0, THUMBNAIL_SIDE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def to_jpeg(pixels: np.ndarray) -> bytes:
+    """RGB uint8 (H, W, 3) as a JPEG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
