@@ -146,6 +146,7 @@ def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) ->
         skipped = resumed.state["skipped_steps"]
     attempt, tracker_run_id = begin_attempt(
         run_path(config), config, inputs.facts, first, write=accelerator.is_main_process,
+        processes=accelerator.num_processes, device=device_name(accelerator.device),
         tracker_run_id=resumed.state["tracker_run_id"] if resumed else None,
     )  # fmt: skip
     peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)

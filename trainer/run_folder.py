@@ -4,7 +4,6 @@ import datetime
 import fcntl
 import json
 import secrets
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from trainer.errors import UserError
 from trainer.files import write_json, write_text
+from trainer.lineage import describe_code, read_versions
 from trainer.schema import Config
 
 
@@ -55,6 +55,8 @@ def begin_attempt(
     facts: dict[str, Any],
     first_step: int,
     *,
+    processes: int,
+    device: str,
     tracker_run_id: str | None,
     write: bool,
 ) -> tuple[int, str]:
@@ -70,7 +72,15 @@ def begin_attempt(
         run["tracker_run_id"] = tracker_run_id
     attempt = len(run["attempts"]) + 1
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = {"attempt": attempt, "started_at": started, "first_step": first_step, "python": sys.version.split()[0]}
+    entry = {
+        "attempt": attempt,
+        "started_at": started,
+        "first_step": first_step,
+        "processes": processes,
+        "device": device,
+        "code": describe_code(),
+        "versions": read_versions(),
+    }
     write_text(path / "config.yaml", OmegaConf.to_yaml(config.written))
     write_json(path / "run.json", {**run, **facts, "attempts": [*run["attempts"], entry]})
     return attempt, run["tracker_run_id"]
