@@ -151,6 +151,16 @@ def test_retention_keeps_the_last_few_and_the_milestones(tmp_path: Path) -> None
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000050"]
 
 
+def test_a_checkpoint_set_aside_is_not_picked_up_again(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    older = small_checkpoint(checkpoints, 1)
+    small_checkpoint(checkpoints, 2).rename(checkpoints / "step-00000002.bad")
+    assert checkpoint.find_newest(tmp_path) == older
+    small_checkpoint(checkpoints, 3)
+    checkpoint.retain_checkpoints(checkpoints, keep_last=1, keep_every_steps=None)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002.bad", "step-00000003"]
+
+
 def test_another_format_and_a_torn_state_are_refused(tmp_path: Path) -> None:
     saved = small_checkpoint(tmp_path, 1)
     state = json.loads((saved / "train_state.json").read_text())

@@ -87,6 +87,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
       for betas in ([0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9], [])],
     (["optim.weight_decay=0", "optim.decay_norms_and_biases=false"],
      "optim.decay_norms_and_biases", "has no effect: optim.weight_decay is 0"),
+    (["precision.compute=fp32"], "precision.frozen", "must be fp32 where precision.compute is"),
     (["schedule.max_steps=5"], "schedule.epochs", "set exactly one of"),
     (["schedule.epochs=null"], "schedule.epochs", "set exactly one of"),
     (["schedule.min_lr_ratio=0.1"], "schedule.min_lr_ratio", "has no effect with a constant rate"),

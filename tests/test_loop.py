@@ -1,6 +1,7 @@
 """train(config) in one process: what it writes, what it refuses, how it stops."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,50 @@ def test_a_signal_saves_stops_and_continues(
     assert newest is not None and read_train_state(newest)["step"] == 4
     train(config)
     assert weights_hash(config) == weights_hash(straight)
+
+
+def test_a_stop_asked_for_at_a_checkpoints_step_is_not_lost(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, step_once = make_config("schedule.max_steps=9", "checkpoint.every_steps=1"), loop.step_once
+
+    def signalled(run: Any, batches: Any, step: int, stop_requested: bool) -> Any:
+        if step == 1 and not stop_requested:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # a launcher passes on what the process already got
+        return step_once(run, batches, step, stop_requested)
+
+    monkeypatch.setattr(loop, "step_once", signalled)
+    train(config)
+    newest = find_newest(folder_of(config))
+    assert newest is not None and read_train_state(newest)["step"] == 3
+
+
+def test_a_damaged_shard_is_told_in_one_message_from_a_worker(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("data.num_workers=1", f"data.shards={tmp_path / 'damaged'}")
+    shutil.copytree(make_config().data.shards, config.data.shards)
+    shard = next(Path(config.data.shards).glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    for place in range(0, len(content), 97):
+        content[place] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        train(config)
+    assert "the bytes are damaged" in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_names_in_files_do_not_come_from_the_environment(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    with pytest.raises(UserError, match=r"run\.stage: must not come from an environment variable"):
+        make_config("run.stage=${oc.env:A_SECRET}")
+    pretrained = make_config().model.pretrained
+    monkeypatch.setenv("A_BASE", pretrained)
+    config = make_config("model.pretrained=${oc.env:A_BASE}", "schedule.max_steps=1")
+    train(config)
+    for file in folder_of(config).rglob("*.json"):
+        assert pretrained not in file.read_text()
 
 
 def test_samples_are_drawn_and_change_nothing(make_config: MakeConfig) -> None:

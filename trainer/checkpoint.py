@@ -6,6 +6,7 @@ temporary name, forced to the disk, hashed and renamed: a folder with the final 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,12 +95,18 @@ def collect_optimizer_state(
 
 def find_newest(run_folder: Path) -> Path | None:
     """The complete checkpoint of a run with the most steps; None if there is none."""
-    return max(list_checkpoints(run_folder / "checkpoints"), default=None)
+    return max(list_checkpoints(run_folder / "checkpoints"), key=step_of, default=None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, by step."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
+    """Complete checkpoints in a folder, by step; one that was set aside under another name is none."""
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that a checkpoint of ours has made, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_train_state(checkpoint: Path) -> dict[str, Any]:
@@ -126,11 +133,11 @@ def verify_checkpoint(checkpoint: Path) -> None:
     for name, expected in read_train_state(checkpoint)["files"].items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(f"{file} is missing; resume from another checkpoint with checkpoint.resume=PATH")
+            raise UserError(f"{file} is missing. Move {checkpoint} away to resume from the checkpoint before it")
         if sha256_file(file) != expected:
             raise UserError(
                 f"{file} is damaged: its SHA-256 is not the one in {STATE_FILE}. Move {checkpoint} away to resume "
-                "from the checkpoint before it, or name one with checkpoint.resume=PATH"
+                "from the checkpoint before it"
             )
 
 
@@ -166,8 +173,7 @@ def read_optimizer_state(file: Path) -> Iterator[tuple[str, Tensor | float]]:
 def retain_checkpoints(folder: Path, keep_last: int, keep_every_steps: int | None) -> None:
     """Delete all but the last few checkpoints and those at multiples of ``keep_every_steps``."""
     for path in list_checkpoints(folder)[:-keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if keep_every_steps and step % keep_every_steps == 0:
+        if keep_every_steps and step_of(path) % keep_every_steps == 0:
             continue
         doomed = temporary_path(path)  # a folder with its final name is whole, also while it is deleted
         path.rename(doomed)

@@ -73,7 +73,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         resolved = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
-    if problems := sorted(find_problems(resolved), key=str):
+    if problems := sorted([*find_problems(resolved), *find_hidden_names(written)], key=str):
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"{len(problems)} problem(s) in {', '.join(map(str, files)) or 'the config'}:\n{listed}")
     config = build_dataclass(Config, resolved)
@@ -112,6 +112,14 @@ def find_problems(resolved: dict[str, Any]) -> Iterator[Problem]:
     for keys, message in find_broken_rules(config):
         if not any(key == wrong or key.startswith(f"{wrong}.") for key in keys for wrong in wrong_keys):
             yield Problem(keys[0], message)
+
+
+def find_hidden_names(written: dict[str, Any]) -> Iterator[Problem]:
+    """Names that come from the environment: they are written to files, where no environment variable's value may go."""
+    run = written.get("run")
+    for name in ("name", "stage"):
+        if isinstance(run, dict) and "oc.env" in str(run.get(name)):
+            yield Problem(f"run.{name}", "must not come from an environment variable, because it is written to files")
 
 
 def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:

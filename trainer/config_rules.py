@@ -57,7 +57,13 @@ def range_rules(config: Config) -> Iterator[Broken]:
 def run_and_model_rules(config: Config) -> Iterator[Broken]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
-    model = config.model
+    model, precision = config.model, config.precision
+    all_trained = model.train_unet and model.train_text_encoder_1 and model.train_text_encoder_2
+    if precision.compute == "fp32" and precision.frozen != "fp32" and not all_trained:
+        yield (
+            ("precision.frozen", "precision.compute"),
+            "must be fp32 where precision.compute is: nothing casts between",
+        )
     if not (model.train_unet or model.train_text_encoder_1 or model.train_text_encoder_2):
         yield ("model.train_unet", "model.train_text_encoder_1", "model.train_text_encoder_2"), "nothing is trained"
     if model.revision is not None and Path(model.pretrained).exists():

@@ -115,8 +115,10 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         )
     tokenizers = load_tokenizers(*folders, vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
+    wrote = config.written["model"]["pretrained"]
     base_facts = {
-        "reference": base.reference,
+        # what an environment variable holds is not written to a file
+        "reference": wrote if "oc.env" in wrote else base.reference,
         "revision": base.revision,
         "sha256": broadcast_object_list(hashed)[0],
         "lineage": read_lineage(base.path),

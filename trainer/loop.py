@@ -5,8 +5,8 @@ Progress is one integer, the step. Errors come before harm: all that can be refu
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,24 +48,24 @@ def train(config: Config) -> None:
             inputs.accelerator.print(f"{run_path(config)} has made all of its {last} steps; nothing to do")
             return
         run = build_run(inputs, resumed, first, last)
-        batches = start_loading(run, first, last)
         pending: StepResult | None = None
-        for step in range(first, last):
-            set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
-            result = step_once(run, batches, step, stop_requested.is_set())
-            # the host reads the step before while the device works on this one
-            stopping = pending is not None and run.progress.read(pending)
-            pending, made = result, step + 1
-            done = made == last
-            if due(made, config.checkpoint.every_steps) or done or stopping:
-                run.progress.read(pending)
-                pending = None
-                save(run, made)
-            if due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
-                sample(run, made)
-            if stopping:
-                inputs.accelerator.print(f"stopped at step {made} of {last}; the same command goes on from there")
-                break
+        with closing(start_loading(run, first, last)) as batches:
+            for step in range(first, last):
+                set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
+                result = step_once(run, batches, step, stop_requested.is_set())
+                # the host reads the step before while the device works on this one
+                stopping = pending is not None and run.progress.read(pending)
+                pending, made = result, step + 1
+                done = made == last
+                if due(made, config.checkpoint.every_steps) or done or stopping:
+                    stopping = run.progress.read(pending) or stopping
+                    pending = None
+                    save(run, made)
+                if due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
+                    sample(run, made)
+                if stopping and not done:
+                    inputs.accelerator.print(f"stopped at step {made} of {last}; the same command goes on from there")
+                    break
         run.progress.close()
 
 
@@ -162,7 +162,7 @@ def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) ->
     return Run(inputs, model, optimizer, objective, progress, tracker_run_id)
 
 
-def start_loading(run: Run, first: int, last: int) -> Iterator[Batch]:
+def start_loading(run: Run, first: int, last: int) -> Generator[Batch, None, None]:
     """This rank's batches; with several processes, DDP's gradient buckets are settled with the first of them."""
     inputs, world = run.inputs, run.inputs.accelerator.num_processes
     batches = load_batches(
@@ -172,7 +172,7 @@ def start_loading(run: Run, first: int, last: int) -> Iterator[Batch]:
     )  # fmt: skip
     if world > 1:
         micro_batches = inputs.config.data.global_batch_size // inputs.config.data.micro_batch_size
-        batch = inputs.data[first * micro_batches + inputs.accelerator.process_index]
+        batch = inputs.data.make(first * micro_batches + inputs.accelerator.process_index)
         settle_gradient_buckets(run.model, batch, run.objective, run.optimizer)
     return batches
 
@@ -184,7 +184,8 @@ def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: boo
     return training_step(
         run.model, islice(batches, micro_steps), run.optimizer, run.objective, step=step, micro_steps=micro_steps,
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler, stop_requested=stop_requested,
-        no_sync=lambda: accelerator.no_sync(run.model), all_mean=lambda value: accelerator.reduce(value, "mean"),
+        keep_gradients=accelerator.num_processes > 1, no_sync=lambda: accelerator.no_sync(run.model),
+        all_mean=lambda value: accelerator.reduce(value, "mean"),
     )  # fmt: skip
 
 
@@ -243,14 +244,18 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """SIGTERM and Ctrl-C ask for a checkpoint and a stop; a second one ends the process at once."""
+    """SIGTERM and Ctrl-C ask for a checkpoint and a stop; a second Ctrl-C ends the process at once.
+
+    SIGTERM may come again, from a launcher that passes on what this process already got, and changes nothing.
+    """
     event = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, _: Any) -> None:
+        if number == signal.SIGINT and event.is_set():
+            raise KeyboardInterrupt
         event.set()
-        signal.signal(number, before[signal.Signals(number)])
 
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -20,6 +20,9 @@ from trainer.optim import lr_factor
 from trainer.schema import Config
 from trainer.training_step import StepResult
 
+OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
+    "To go on at a lower rate or in bf16, export the last checkpoint (scripts/export.py) and begin another run with it"
+)
 PARTS = ("unet", "text_encoder_1", "text_encoder_2")
 
 
@@ -101,7 +104,7 @@ class Progress:
         if self.skipped["in_a_row"] > self.config.precision.max_skipped_steps:
             raise UserError(
                 f"step {result.step}: loss scaling has skipped {self.skipped['in_a_row']} steps in a row, the scale is "
-                f"{result.loss_scale:g}: the gradients overflow at any scale. Lower the rate, or use bf16"
+                f"{result.loss_scale:g}: the gradients overflow at any scale. {OTHER_SETTINGS}"
             )
 
     def refuse(self, result: StepResult) -> None:
@@ -111,7 +114,7 @@ class Progress:
         what = f"the loss of {', '.join(named)} is" if named else "all losses are finite, but the gradients are"
         raise UserError(
             f"step {result.step}: {what} not finite. The update was withheld and nothing was saved after it. "
-            f"Look at its samples (scripts/explain_step.py --config ... --step {result.step}), or lower the rate"
+            f"scripts/explain_step.py --config ... --step {result.step} lists its samples. {OTHER_SETTINGS}"
         )
 
     def show_samples(self, grid: Image.Image, step: int) -> None:

@@ -46,8 +46,8 @@ def sample_images(
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     images = {}
-    with evaluating(model), torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
-        for number in numbers:
+    for number in numbers:
+        with evaluating(model), torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
             prompts = [sampling.prompts[number], sampling.negative_prompt]
             embeds, pooled = encode_texts(model, tokenizers, prompts, max_token_length)
             shape = (1, 4, size[1] // 8, size[0] // 8)
@@ -60,7 +60,8 @@ def sample_images(
                 latents=noise.to(device),
                 generator=torch.Generator().manual_seed(philox_key("sampler", seed, number) & 0x7FFFFFFF),
             ).images  # fmt: skip
-            images[number] = to_image(decode_latents(vae, latents.float()))
+        # outside autocast: SDXL's own VAE overflows in fp16
+        images[number] = to_image(decode_latents(vae, latents.float()))
     return images
 
 

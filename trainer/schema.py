@@ -161,7 +161,7 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     compute: Dtype = "fp16"  # autocast; trained weights are always fp32
-    frozen: Dtype = "fp16"  # weights of parts that are not trained
+    frozen: Dtype = "fp16"  # weights of parts that are not trained (none in stage 1)
     vae: Dtype = "fp32"  # SDXL's own VAE overflows in fp16
     tf32: bool = True  # let fp32 matrix products use TF32 on GPUs that have it
     max_skipped_steps: int = 50  # stop when loss scaling skips this many steps in a row

@@ -7,7 +7,7 @@ workers, processes or interruptions changes nothing. Design, ideas 1 and 2.
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan, Planned
 from trainer.data.shards import Index, read_raw_latents
+from trainer.errors import UserError
 from trainer.models.text import TextTokenizer, tokenize_captions
 from trainer.schema import CaptionsConfig, DiffusionConfig
 
@@ -52,7 +53,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset[Batch]):
+class MicroBatches(Dataset[Batch | UserError]):
     """Micro-batch n of the whole run, counted over all steps and ranks, as a pure function of n."""
 
     plan: Plan
@@ -62,7 +63,14 @@ class MicroBatches(Dataset[Batch]):
     diffusion: DiffusionConfig
     micro_batch_size: int
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> "Batch | UserError":
+        try:
+            return self.make(number)
+        except UserError as error:
+            return error  # raised in a worker it would reach the user as a traceback
+
+    def make(self, number: int) -> Batch:
+        """Micro-batch ``number``."""
         per_step = self.plan.unit_size * self.plan.units_per_step // self.micro_batch_size
         step, place = divmod(number, per_step)
         planned = self.plan.micro_batch(step, place, self.micro_batch_size)
@@ -125,8 +133,11 @@ def load_batches(
     num_workers: int,
     prefetch_factor: int | None,
     pin_memory: bool,
-) -> Iterator[Batch]:
-    """This rank's batches of the steps ``first_step`` .. ``last_step - 1``, in order."""
+) -> Generator[Batch, None, None]:
+    """This rank's batches of the steps ``first_step`` .. ``last_step - 1``, in order.
+
+    Close it when done: the workers end with it, and a process that dies of an error would wait for them for ever.
+    """
     per_step = data.plan.unit_size * data.plan.units_per_step // data.micro_batch_size
     loader = DataLoader(
         data,
@@ -139,7 +150,10 @@ def load_batches(
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=ignore_signals,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def ignore_signals(_: int) -> None:

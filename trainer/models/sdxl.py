@@ -63,7 +63,8 @@ def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memor
         dtype = torch.float32 if trained else DTYPES[precision.frozen]
         parts[part] = build_part(base, part, dtype)
         parts[part].requires_grad_(trained).train(trained)
-        if trained and memory.gradient_checkpointing:
+        # through a frozen UNet gradients still flow to a trained encoder; nothing flows through a frozen encoder
+        if memory.gradient_checkpointing and (trained or part == "unet"):
             checkpoint_activations(parts[part])
     sdxl = SDXL(**parts)
     freeze_unused_layers(sdxl.text_encoder_1)
