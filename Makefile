@@ -7,7 +7,7 @@ STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml model
 	data.posts=[demo/stage1.jsonl] data.shards=demo_run/shards1 \
 	optim.text_encoder_1_lr=2e-3 optim.text_encoder_2_lr=2e-3 schedule.max_steps=400
 STAGE2 := --config configs/stage2_refine_unet.yaml configs/demo.yaml optim.unet_lr=5e-4 \
-	data.posts=[demo/stage2.jsonl] data.shards=demo_run/shards2 schedule.max_steps=100
+	data.posts=[demo/stage2.jsonl] data.shards=demo_run/shards2 schedule.max_steps=160
 
 .PHONY: setup setup-dev demo test test-slow check clean-demo
 
