@@ -14,7 +14,7 @@ from PIL import Image
 from trainer.buckets import fit_to_bucket
 from trainer.captions import compose_caption, draw_caption
 from trainer.config import load_config
-from trainer.data.images import read_pixels
+from trainer.data.images import read_bytes, read_pixels
 from trainer.data.shards import open_index
 from trainer.errors import run_command
 from trainer.files import write_file
@@ -70,7 +70,7 @@ def main() -> None:
     drawings = []
     for record, size in zip(records, sizes, strict=True):
         fit = fit_to_bucket((record["original_width"], record["original_height"]), size)
-        drawings.append(Image.fromarray(read_pixels(files[record["key"]], fit)))
+        drawings.append(Image.fromarray(read_pixels(read_bytes(files[record["key"]]), fit)))
     exports = [newest_export(run) for run in runs]
     drawn = [draw(config, export, prompts, sizes) for export in exports]
     cells = [image for row in zip(drawings, *drawn, strict=True) for image in row]

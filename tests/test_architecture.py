@@ -15,8 +15,11 @@ FLOORS: dict[float, str] = {
     -2: "errors schema",
     -1: "config_rules",
     0: "config files rng buckets post models.single_file",
-    0.5: "artefacts models.hub",
-    1: "captions diffusion lineage models.text models.vae models.base data.sources data.images data.shards report_page",
+    0.5: "artefacts models.hub data.records data.images",
+    0.6: "data.folders data.tar_headers",
+    0.7: "data.posts_files data.sidecars data.tars",
+    0.8: "data.hub_datasets data.kohya",
+    1: "captions diffusion lineage models.text models.vae models.base data.sources data.shards report_page",
     2: "data.plan data.draws data.unfinished data.survey data.verify models.sdxl",
     2.5: "report_facts",
     2.7: "report_sections",
@@ -29,7 +32,7 @@ FLOORS: dict[float, str] = {
 FLOOR_OF = {f"trainer.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
 NOT_YET_WRITTEN = {"trainer.publish"}  # the design's rooms that are still empty
 KNOW_ACCELERATE = {f"trainer.{name}" for name in ("loop", "launch", "progress", "metrics", "prepare")}
-OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset"}
+OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
 MAX_FUNCTION_LINES = 60
 

@@ -60,6 +60,23 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["data.global_batch_size=100"], "data.bucket_batch_size", "48 does not divide data.global_batch_size 100"),
     (["data.micro_batch_size=32"], "data.micro_batch_size", "32 does not divide data.bucket_batch_size 48"),
     (["data.num_workers=0", "data.prefetch_factor=2"], "data.prefetch_factor", "has no effect: data.num_workers is 0"),
+    (["data.sources=[]"], "data.sources", "name at least one source"),
+    *[([f"data.{other}", "data.sources=[{kind: folder, path: a}]"], "data.sources", "to null beside it")
+      for other in ("posts=[a.jsonl]", "images=a")],
+    *[([f"data.sources=[{{{source}}}]"], f"data.sources.0.{field}", part) for source, field, part in (
+        ("kind: folder, path: a, repeats: 0", "repeats", "must be at least 1, not 0"),
+        ("kind: folder, path: /", "name", "must be some text"),
+        ("kind: folder, path: a, name: ''", "name", "must be some text"),
+        ("kind: folder, path: a, images: b", "images", "has no effect: folder has no images"),
+        ("kind: tars, path: a, split: train", "split", "has no effect: tars has no split"),
+        ("kind: posts, path: a, images: b, revision: c", "revision", "has no effect: posts has no revision"),
+        ("kind: tars, path: a, image_column: b", "image_column", "has no effect: tars has no image_column"),
+        ("kind: kohya, path: a, images: b, caption_column: c", "caption_column", "has no effect: kohya has no"),
+        ("kind: posts, path: a", "images", "missing: posts needs the folder of its images"),
+        ("kind: kohya, path: a", "images", "missing: kohya needs the folder of its images"),
+        ("kind: dataset, path: ., name: here, revision: main", "revision", "has no effect: the path is a local"))],
+    (["data.sources=[{kind: folder, path: x/a}, {kind: tars, path: y/a}]"],
+     "data.sources.1.name", "a is the name of data.sources.0 too"),
     (["run.num_processes=4"], "run.num_processes", "4 processes x data.micro_batch_size 16 = 64 does not divide"),
     *[([f"captions.keep_tokens_separator='{text}'"], "captions.keep_tokens_separator", "some text without commas")
       for text in ("", "  ", "a,b")],
@@ -125,6 +142,11 @@ def test_rules(words: list[str], key: str, part: str) -> None:
         ["buckets.step=32", "buckets.min_side=1024", "buckets.max_side=1024"],
         ["model.pretrained=owner/name", "model.revision=main", "run.name=_a.B-9"],
         ["checkpoint.keep_every_steps=3000", "optim.weight_decay=0", "optim.betas=[0, 0]"],
+        ["data.sources=[{kind: folder, path: a, repeats: 1}, {kind: tars, path: a, name: b, repeats: 3}]"],
+        [
+            "data.sources=[{kind: dataset, path: owner/name, revision: main, split: test, image_column: a,"
+            " caption_column: b}, {kind: posts, path: p.jsonl, images: i}, {kind: kohya, path: m.json, images: i}]"
+        ],
         ["captions.years=[]", "captions.quality=[]", "captions.ratings={}", "captions.people=[]"],
     ],
     ids=" ".join,

@@ -278,13 +278,16 @@ def test_an_image_that_changed_is_not_shown(make_config: MakeConfig, tiny_settin
     changed, missing = sorted((tmp_path / "images").iterdir())[:2]
     changed.write_bytes(changed.read_bytes() + b"\0")
     missing.unlink()
+    (posts,) = config.data.posts or []
+    lines = [json.loads(line)["file"] for line in Path(posts).read_text().splitlines()]
+    origin = f"{Path(posts).name} line {lines.index(changed.name) + 1}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_module, "SAMPLES", 24)
         report = make_report(make_config(f"data.images={tmp_path / 'images'}"), progress=False)
     reasons = Counter(sample.why_not for sample in report.samples if sample.original is None)
     assert reasons == {
-        f"{changed.name} is not the file any more that was encoded": 1,
-        "its image is not among data.posts and data.images any more": 1,
+        f"{origin}: the image is not the one any more that was encoded": 1,
+        "its image is not among the sources of posts any more": 1,
     }
 
 

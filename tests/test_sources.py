@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.data.sources import Reject, iterate_posts
+from trainer.data.sources import Reject, iterate_sources
 from trainer.errors import UserError
 from trainer.post import Post
+from trainer.schema import DataConfig
+
+
+def iterate_posts(posts: list[str] | None, images: str | None) -> list[Post | Reject]:
+    """The short form of sources: data.posts and data.images."""
+    return list(iterate_sources(DataConfig("shards", posts=posts, images=images)))
 
 
 def put_image(path: Path) -> Path:
@@ -24,7 +30,7 @@ def read_lines(folder: Path, *lines: object) -> list[Post | Reject]:
     images.mkdir(exist_ok=True)
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "posts.jsonl").write_text(text, encoding="utf-8")
-    return list(iterate_posts([str(folder / "posts.jsonl")], str(images)))
+    return iterate_posts([str(folder / "posts.jsonl")], str(images))
 
 
 def reasons(items: list[Post | Reject]) -> list[str | None]:
@@ -111,7 +117,7 @@ def test_a_folder_with_sidecars(tmp_path: Path) -> None:
     (folder / "danbooru_9_ff.png.json").write_text(json.dumps({"id": 9, "rating": "sensitive"}))
     (folder / "e.txt").write_bytes(b"\xff\xfe broken")
     (folder / "f.json").write_text("{")
-    items = list(iterate_posts(None, str(folder)))
+    items = iterate_posts(None, str(folder))
     assert [item.origin for item in items] == [
         "a.png", "b.png", "d.png", "danbooru_9_ff.png", "e.png", "f.png", "sub/c.jpg"]  # fmt: skip
     assert reasons(items) == [None, None, "no_sidecar", None, "bad_record", "bad_json", None]
@@ -127,7 +133,7 @@ def test_a_sidecar_link_that_leads_out_is_set_aside(tmp_path: Path) -> None:
     put_image(tmp_path / "images" / "a.png")
     (tmp_path / "secret").write_text("password")
     (tmp_path / "images" / "a.txt").symlink_to(tmp_path / "secret")
-    assert reasons(list(iterate_posts(None, str(tmp_path / "images")))) == ["outside_folder"]
+    assert reasons(iterate_posts(None, str(tmp_path / "images"))) == ["outside_folder"]
 
 
 def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
@@ -145,4 +151,4 @@ def test_what_cannot_be_read_at_all_is_the_users(tmp_path: Path) -> None:
         (None, str(tmp_path), "holds no images"),
     ):
         with pytest.raises(UserError, match=said):
-            list(iterate_posts(posts, images))
+            iterate_posts(posts, images)

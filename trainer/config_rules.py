@@ -13,6 +13,7 @@ def find_broken_rules(config: Config) -> Iterator[Broken]:
     """Every rule that a well-typed config breaks."""
     yield from range_rules(config)
     yield from run_and_model_rules(config)
+    yield from source_rules(config)
     yield from batch_rules(config)
     yield from caption_rules(config)
     yield from bucket_rules(config)
@@ -75,6 +76,44 @@ def run_and_model_rules(config: Config) -> Iterator[Broken]:
             yield keys, f"must be above 0, because model.train_{part} is true"
         if not trained and rate > 0:
             yield keys, f"has no effect: model.train_{part} is false"
+
+
+ONLY_FOR = {  # fields of a source that only some kinds have
+    "images": ("posts", "kohya"),
+    "split": ("dataset",),
+    "revision": ("dataset",),
+    "image_column": ("dataset",),
+    "caption_column": ("dataset",),
+}
+
+
+def source_rules(config: Config) -> Iterator[Broken]:
+    data = config.data
+    if data.sources is None:
+        return
+    if not data.sources:
+        yield ("data.sources",), "name at least one source, or set it to null"
+    if data.posts is not None or data.images is not None:
+        keys = ("data.sources", "data.posts", "data.images")
+        yield keys, "says all: set data.posts and data.images to null beside it"
+    names: dict[str, int] = {}
+    for number, source in enumerate(data.sources):
+        key = f"data.sources.{number}"
+        if source.repeats < 1:
+            yield (f"{key}.repeats",), f"must be at least 1, not {source.repeats}"
+        if not source.label:
+            yield (f"{key}.name",), "must be some text: the source's path has no last part to call it by"
+        elif source.label in names:
+            other = names[source.label]
+            yield (f"{key}.name",), f"{source.label} is the name of data.sources.{other} too: give each its own"
+        names.setdefault(source.label, number)
+        for field, kinds in ONLY_FOR.items():
+            if getattr(source, field) is not None and source.kind not in kinds:
+                yield (f"{key}.{field}", f"{key}.kind"), f"has no effect: {source.kind} has no {field}"
+        if source.kind in ONLY_FOR["images"] and source.images is None:
+            yield (f"{key}.images", f"{key}.kind"), f"missing: {source.kind} needs the folder of its images"
+        if source.kind == "dataset" and source.revision is not None and Path(source.path).exists():
+            yield (f"{key}.revision", f"{key}.path"), "has no effect: the path is a local file or folder"
 
 
 def batch_rules(config: Config) -> Iterator[Broken]:

@@ -1,15 +1,21 @@
-"""Post: one Danbooru-like record, as the site's JSON or gallery-dl spells it. Nothing in it is repaired."""
+"""Post: one Danbooru-like record, as the site's JSON or gallery-dl spells it. Nothing in it is repaired.
+
+Where its image lies is a small value that pickles: a file, a stretch of a tar, or a cell of an Arrow file.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 Scalar = str | int | float | bool
+SCALARS = (str, int, float, bool)  # a tuple: isinstance takes three times as long over a union
 
 TAG_CATEGORIES = ("general", "character", "copyright", "artist", "meta")
+TAG_FIELDS = [f"{stem}_{category}" for stem in ("tag_string", "tags") for category in TAG_CATEGORIES]
 RATINGS = {"general": "g", "sensitive": "s", "questionable": "q", "explicit": "e"}
 MAX_EXTRA_LENGTH = 200  # characters of a text kept in `extra`; longer ones are prose, which no rule of ours reads
 # fields that have a place of their own in Post, or repeat one
@@ -18,11 +24,32 @@ INT32 = range(-(2**31), 2**31)  # what the index's columns hold
 
 
 @dataclass(frozen=True)
+class TarMember:
+    """A member of a tar file: the image's bytes are ``length`` bytes from ``offset`` on."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """A cell of an Arrow file in the IPC stream format, of which a dataset of Hugging Face's is made."""
+
+    path: Path
+    row: int
+    column: str
+
+
+ImagePlace = Path | TarMember | TableCell
+
+
+@dataclass(frozen=True)
 class Post:
     """One image's record. Tags are the source's own strings: separated by spaces, underscores kept."""
 
     key: str  # the post's id, or its relative path, percent-encoded and without dots
-    source: str = ""  # the posts file or image folder it came from, by name
+    source: str = ""  # what its source is called
     caption: str | None = None  # a finished caption, which wins over everything composed
     rating: str | None = None  # g, s, q or e
     score: int | None = None
@@ -35,12 +62,12 @@ class Post:
     stated_width: int | None = None  # what the record says; the file has the last word
     stated_height: int | None = None
     extra: dict[str, Scalar] = field(default_factory=dict)  # the record's other small fields
-    image: Path = Path()
+    image: ImagePlace = Path()
     origin: str = ""  # file and line, for messages only
 
 
 def read_post(
-    record: Any, *, source: str, image: Path, origin: str = "", key: str | None = None, caption: str | None = None
+    record: Any, *, source: str, image: ImagePlace, origin: str = "", key: str | None = None, caption: str | None = None
 ) -> Post:
     """The Post of one decoded JSON record.
 
@@ -91,6 +118,8 @@ def encode_key(name: str | bytes) -> str:
 
     webdataset's key is all up to the first dot, and a slash would make a folder: neither is left. Injective.
     """
+    if isinstance(name, str) and name.isascii() and name.isalnum():
+        return name  # as most ids are: nothing to encode
     return quote(name, safe="").replace(".", "%2E")
 
 
@@ -128,8 +157,7 @@ def read_tags(record: Mapping[str, Any], category: str) -> str | None:
     A record without any category has its uncategorised tags read as general ones.
     """
     names = [f"tag_string_{category}", f"tags_{category}"]
-    categorised = any(record.get(f"{stem}_{each}") for stem in ("tag_string", "tags") for each in TAG_CATEGORIES)
-    if category == "general" and not categorised:
+    if category == "general" and not any(record.get(name) for name in TAG_FIELDS):
         names += ["tag_string", "tags"]
     for name in names:
         value = record.get(name)
@@ -158,10 +186,11 @@ def read_text(record: Mapping[str, Any], name: str) -> str | None:
 
 def check_text(name: str, text: str) -> str:
     """The same text, if UTF-8 can hold it: JSON can spell half a surrogate pair, Arrow and tar cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not valid Unicode: {text!r}") from error
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} is not valid Unicode: {text!r}") from error
     return text
 
 
@@ -186,9 +215,15 @@ def read_side(record: Mapping[str, Any], name: str) -> int | None:
 def read_extra(record: Mapping[str, Any]) -> dict[str, Scalar]:
     """The small scalar fields that have no place of their own, by name in sorted order; links are left out."""
     extra: dict[str, Scalar] = {}
-    for name, value in sorted(record.items()):
-        told = name in TOLD_ELSEWHERE or name.startswith(("tag_string_", "tags_")) or name.endswith("_url")
-        if told or not isinstance(value, str | int | float) or len(str(value)) > MAX_EXTRA_LENGTH:
+    for name in sorted(record):
+        value = record[name]
+        if not isinstance(value, SCALARS) or is_told_elsewhere(name) or len(str(value)) > MAX_EXTRA_LENGTH:
             continue
         extra[check_text("a field's name", name)] = check_text(name, value) if isinstance(value, str) else value
     return extra
+
+
+@lru_cache(maxsize=1024)  # records of one source have the same names
+def is_told_elsewhere(name: str) -> bool:
+    """Whether a field has a place of its own in Post, repeats one, or is a link."""
+    return name in TOLD_ELSEWHERE or name.startswith(("tag_string_", "tags_")) or name.endswith("_url")

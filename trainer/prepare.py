@@ -5,6 +5,7 @@ last complete shard. Images are encoded one by one, because a batch changes the 
 a function of the image alone, whatever the sharding and the interruptions.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,15 @@ from tqdm import tqdm
 
 from trainer import __version__
 from trainer.buckets import Fit, Size, fit_image
-from trainer.data.images import PIXEL_SETTINGS, BadImage, pixels_to_tensor, read_header, read_pixels
+from trainer.data.images import (
+    PIXEL_SETTINGS,
+    BadImage,
+    pixels_to_tensor,
+    read_bytes,
+    read_header,
+    read_pixels,
+    stat_image,
+)
 from trainer.data.shards import (
     MANIFEST_NAME,
     NOTES_NAME,
@@ -34,10 +43,10 @@ from trainer.data.shards import (
     open_index,
     write_index,
 )
-from trainer.data.sources import Reject, iterate_posts
+from trainer.data.sources import Reject, iterate_sources, name_sources
 from trainer.data.unfinished import Progress, Work, add_progress, commit, open_work, refuse_others, work_folder
 from trainer.errors import UserError
-from trainer.files import sha256_file, sha256_json, sync_folder, write_text
+from trainer.files import sha256_json, sync_folder, write_text
 from trainer.models.base import VaeWeights, find_base, read_vae
 from trainer.models.sdxl import DTYPES
 from trainer.models.vae import build_vae, encode_raw_latents
@@ -89,7 +98,7 @@ class Decoded:
 
 
 def prepare(config: Config, progress: bool = True) -> Summary:
-    """Make ``data.shards`` from ``data.posts`` and ``data.images``, or go on where an earlier run was killed.
+    """Make ``data.shards`` from the sources of posts, or go on where an earlier run was killed.
 
     A complete set with the same settings and posts is left as it is.
 
@@ -132,8 +141,7 @@ def survey_inputs(data: DataConfig, progress: bool) -> Inputs:
     """
     origins: dict[str, str] = {}
     digests: list[str] = []
-    posts = iterate_posts(data.posts, data.images)
-    for item in tqdm(posts, unit="post", desc="read posts", disable=not progress):
+    for item in tqdm(iterate_sources(data), unit="post", desc="read posts", disable=not progress):
         if isinstance(item, Reject):
             digests.append(sha256_json([item.key, item.reason]))
             continue
@@ -142,12 +150,20 @@ def survey_inputs(data: DataConfig, progress: bool) -> Inputs:
                 f"the key {item.key} occurs twice: {origins[item.key]} and {item.origin}; remove one of the posts"
             )
         origins[item.key] = item.origin
-        what = asdict(item) | {"image": item.image.stat().st_size}
+        what = asdict(item) | {"image": size_of(item)}
         del what["origin"]
         digests.append(sha256_json(what))
     if not digests:
-        raise UserError(f"no posts in {', '.join(data.posts or [str(data.images)])}")
+        raise UserError(f"no posts in {', '.join(source.path for _, source in name_sources(data))}")
     return Inputs(len(digests), sha256_json(digests))
+
+
+def size_of(post: Post) -> int | None:
+    """The size of the post's image in bytes; None where it is not there any more."""
+    try:
+        return stat_image(post.image)[0]
+    except BadImage:
+        return None
 
 
 def check_complete(folder: Path, settings: dict[str, Any], inputs: Inputs) -> Summary:
@@ -170,7 +186,7 @@ def encode_inputs(work: Work, config: Config, weights: VaeWeights, inputs: Input
     vae = build_vae(weights.config, weights.state, DTYPES[config.precision.vae]).to(device)
     since = Progress(seen=work.done.seen)
     writer: ShardWriter | None = None
-    rest = islice(iterate_posts(config.data.posts, config.data.images), work.done.seen, None)
+    rest = islice(iterate_sources(config.data), work.done.seen, None)
     meter = tqdm(total=inputs.total, initial=work.done.seen, unit="image", desc="prepare", disable=not progress)
     with meter:
         for item in decode_ahead(rest, config.buckets):
@@ -217,9 +233,10 @@ def read_sample(item: Post | Reject, buckets: BucketsConfig) -> Decoded | Reject
     if isinstance(item, Reject):
         return item
     try:
-        size = read_header(item.image)
+        data = read_bytes(item.image)
+        size = read_header(data)
         fit = fit_image(size, **asdict(buckets))
-        return Decoded(item, size, fit, read_pixels(item.image, fit), sha256_file(item.image))
+        return Decoded(item, size, fit, read_pixels(data, fit), hashlib.sha256(data).hexdigest())
     except BadImage as error:
         return Reject(item.key, item.origin, error.reason, error.detail)
     except UserError as error:

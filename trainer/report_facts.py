@@ -3,10 +3,10 @@
 A model is only needed for thumbnails and lengths; where it cannot be found, that is said and left out.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from trainer.buckets import Fit, Size
 from trainer.data.draws import draw_sample_caption
-from trainer.data.images import BadImage, read_pixels
+from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.plan import Plan, Unit
 from trainer.data.shards import Index, Row, read_raw_latents
-from trainer.data.sources import Reject, iterate_posts
+from trainer.data.sources import Reject, iterate_sources
 from trainer.data.survey import Duplicates, Fits, RuleCounts, TagCounts
 from trainer.errors import UserError
-from trainer.files import sha256_file
 from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.models.sdxl import DTYPES
 from trainer.models.text import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.models.vae import build_vae, decode_latents, scale_latents
+from trainer.post import Post
 from trainer.schema import Config
 
 THUMBNAIL_SIDE = 320  # pixels, the longer one
@@ -158,7 +158,7 @@ def show_samples(
 ) -> list[Sample]:
     """Some rows of the index as pictures and captions."""
     rows = [index.row(number) for number in numbers]
-    images, why_not = find_images(config, {row["key"] for row in rows}, progress)
+    posts, why_not = find_images(config, {row["key"] for row in rows}, progress)
     samples = []
     for number, row in zip(tqdm(numbers, "draw samples", disable=not progress), rows, strict=True):
         captions = [draw_sample_caption(row, pass_, config.run.seed, config.captions) for pass_ in range(PASSES)]
@@ -166,8 +166,8 @@ def show_samples(
         decoded = draw_latents(vae, read_raw_latents(index, number), size) if vae is not None else None
         original_size = thumbnail_size((row["original_width"], row["original_height"]))
         original, reason = None, why_not
-        if (image := images.get(row["key"])) is not None:
-            original, reason = draw_original(image, row["content_hash"], original_size)
+        if (post := posts.get(row["key"])) is not None:
+            original, reason = draw_original(post, row["content_hash"], original_size)
         cropped, factor = (float(values[number]) for values in (fits.cropped, fits.factors))
         crop = place_crop(row, factor, original_size)
         samples.append(Sample(row, captions, factor, cropped, decoded, size, original, original_size, crop, reason))
@@ -181,28 +181,28 @@ def place_crop(row: Row, factor: float, size: Size) -> tuple[float, float, float
     return left * scale[0], top * scale[1], width * scale[0], height * scale[1]
 
 
-def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[str, Path], str]:
-    """Key -> image file, where the config's sources still have it; and why the others have none."""
-    found: dict[str, Path] = {}
+def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[str, Post], str]:
+    """Key -> post, where the config's sources still have it; and why the others have no image."""
+    found: dict[str, Post] = {}
     try:
-        posts = iterate_posts(config.data.posts, config.data.images)
-        for item in tqdm(posts, "find images", unit="post", disable=not progress):
+        for item in tqdm(iterate_sources(config.data), "find images", unit="post", disable=not progress):
             if not isinstance(item, Reject) and item.key in keys:
-                found[item.key] = item.image
+                found[item.key] = item
                 if len(found) == len(keys):
                     break
     except UserError as error:
         return found, str(error)
-    return found, "its image is not among data.posts and data.images any more"
+    return found, "its image is not among the sources of posts any more"
 
 
-def draw_original(path: Path, content_hash: str, size: Size) -> tuple[bytes | None, str]:
+def draw_original(post: Post, content_hash: str, size: Size) -> tuple[bytes | None, str]:
     """The whole image at a thumbnail's size, if it still is the one that was encoded; else why not."""
     try:
-        if sha256_file(path) != content_hash:
-            return None, f"{path.name} is not the file any more that was encoded"
-        return to_jpeg(read_pixels(path, Fit(size, size, 0, 0))), ""
-    except (BadImage, OSError) as error:
+        data = read_bytes(post.image)
+        if hashlib.sha256(data).hexdigest() != content_hash:
+            return None, f"{post.origin}: the image is not the one any more that was encoded"
+        return to_jpeg(read_pixels(data, Fit(size, size, 0, 0))), ""
+    except BadImage as error:
         return None, str(error)
 
 

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -32,10 +33,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    kind: Literal["posts", "folder", "tars", "dataset", "kohya"]
+    # posts: a posts file, .jsonl or .parquet; folder: images with sidecars; tars: a webdataset tar or a folder of them;
+    # dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
+    path: str
+    images: str | None = None  # posts and kohya: the folder of images
+    name: str | None = None  # in the index's column `source` and in reports; null: the path's last part
+    repeats: int = 1  # how often an image of it is seen in a pass
+    split: str | None = None  # dataset: null is train
+    revision: str | None = None  # dataset: branch, tag or commit of a hub id
+    image_column: str | None = None  # dataset: null is its only column of images
+    caption_column: str | None = None  # dataset: the column of finished captions; null is caption, if there is one
+
+    @property
+    def label(self) -> str:
+        """What the source is called."""
+        return PurePath(self.path).name if self.name is None else self.name
+
+
+@dataclass(frozen=True)
 class DataConfig:
     shards: str  # folder of tar shards, index.arrow and manifest.json
-    posts: list[str] | None = None  # posts files, JSONL; null when images brings its own sidecars
+    posts: list[str] | None = None  # posts files, .jsonl or .parquet; null when images brings its own sidecars
     images: str | None = None  # folder of images, found by the post's `file` or its id
+    sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000
     max_bad_fraction: float = 0.01  # preparation stops above this share of images set aside
     global_batch_size: int = 96  # samples of one optimizer step

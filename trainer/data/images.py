@@ -1,19 +1,24 @@
-"""Image files -> oriented size, read from the header; -> RGB pixels of a bucket. Files are not trusted.
+"""Images -> bytes, read once; bytes -> oriented size, from the header; -> RGB pixels of a bucket. None is trusted.
 
 What is wrong with one image is a BadImage, which the caller sets aside; nothing is ever written.
 """
 
+import io
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import ExifTags, Image
 
 from trainer.buckets import Fit, Size
+from trainer.post import ImagePlace, TableCell, TarMember
 
 # everything that decides pixels, besides the bucket: part of what names a set of latents
 PIXEL_SETTINGS: dict[str, Any] = {
@@ -26,6 +31,7 @@ PIXEL_SETTINGS: dict[str, Any] = {
 }
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # a gif or an animated webp gives its first frame
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it merely warns
+MAX_BYTES = 2**30  # above what MAX_PIXELS take up uncompressed in 16 bits and four channels
 TRANSPOSES = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,27 +53,129 @@ class BadImage(Exception):
         self.detail = detail
 
 
-def read_header(path: Path) -> Size:
+def read_bytes(place: ImagePlace) -> bytes:
+    """All bytes of an image, wherever it lies.
+
+    Raises:
+        BadImage: missing, empty, not_an_image where it is no regular file, too_large, or unreadable.
+    """
+    match place:
+        case Path():
+            data = read_stretch(place, 0, None)
+        case TarMember(path, offset, length):
+            data = read_stretch(path, offset, length)
+        case TableCell():
+            data = read_cell(place)
+    if not data:
+        raise BadImage("empty", "0 bytes")
+    return data
+
+
+def stat_image(place: ImagePlace) -> tuple[int, int]:
+    """(size in bytes, time of the last change in ns) without reading the image; a table's cell has size 0.
+
+    Raises:
+        BadImage: missing.
+    """
+    path = place if isinstance(place, Path) else place.path
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise BadImage("missing", f"{path}: {error}") from error
+    match place:
+        case Path():
+            return status.st_size, status.st_mtime_ns
+        case TarMember():
+            return place.length, status.st_mtime_ns
+        case TableCell():
+            return 0, status.st_mtime_ns
+
+
+def read_stretch(path: Path, offset: int, length: int | None) -> bytes:
+    """``length`` bytes of a file from ``offset`` on; None reads to its end."""
+    with naming_files(path):
+        # opening a pipe for reading would wait for ever without O_NONBLOCK
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):  # a folder can be opened, but makes no file object
+            os.close(descriptor)
+            raise BadImage("not_an_image", f"{path} is not a regular file")
+        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+            wanted = status.st_size if length is None else length
+            if wanted > MAX_BYTES:
+                raise BadImage("too_large", f"{wanted} bytes are above {MAX_BYTES}")
+            if offset + wanted > status.st_size:
+                raise BadImage("unreadable", f"{path} ends before byte {offset + wanted}")
+            file.seek(offset)
+            return file.read(wanted)
+
+
+@contextmanager
+def naming_files(path: Path) -> Iterator[None]:
+    """Turn what opening or reading a file raises into a BadImage: missing or unreadable."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadImage("missing", f"{path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise BadImage("unreadable", f"{path}: {error}") from error
+
+
+def read_cell(cell: TableCell) -> bytes:
+    """The bytes of an image in a table: a cell of bytes, or the ``bytes`` of a struct."""
+    with naming_files(cell.path), naming_errors("unreadable"):  # pyarrow raises its own errors over damaged files
+        column = open_arrow(cell.path).column(cell.column)
+        if not 0 <= cell.row < len(column):
+            raise BadImage("missing", f"{cell.path} has {len(column)} rows, not row {cell.row}")
+        (chunk,) = column.slice(cell.row, 1).chunks
+        values = (chunk.field("bytes") if pa.types.is_struct(chunk.type) else chunk).slice(0, 1)
+        values.validate(full=True)  # offsets of a damaged file would lead anywhere
+        if not chunk.is_valid()[0].as_py() or not values.is_valid()[0].as_py():
+            return b""
+        content = values[0].as_buffer()
+        if content.size > MAX_BYTES:
+            raise BadImage("too_large", f"{content.size} bytes are above {MAX_BYTES}")
+        return content.to_pybytes()
+
+
+def open_arrow(path: Path) -> pa.Table:
+    """A memory-mapped Arrow file in the stream format, kept open until it changes.
+
+    Raises:
+        OSError, pa.ArrowException: when it is missing, no regular file or damaged.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is not a regular file")
+    return map_arrow(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=64)
+def map_arrow(path: Path, _mtime_ns: int, _size: int) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(os.fspath(path))).read_all()
+
+
+def read_header(data: bytes) -> Size:
     """(width, height) after EXIF orientation, without decoding.
 
     Raises:
-        BadImage: missing, empty, not_an_image or bomb.
+        BadImage: empty, not_an_image or bomb.
     """
-    with open_image(path) as image:
-        return image.size[::-1] if read_orientation(image, path) in SWAPS_SIDES else image.size
+    with open_image(data) as image:
+        return image.size[::-1] if read_orientation(image, data) in SWAPS_SIDES else image.size
 
 
-def read_pixels(path: Path, fit: Fit) -> np.ndarray:
+def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
     """The bucket's pixels, RGB uint8 (H, W, 3): oriented, on white, resized to cover, centre cropped.
 
     Pillow's BOX where the image shrinks and LANCZOS where it grows (recipe, section 3). ``fit`` must come from
-    ``read_header``'s size of the same file.
+    ``read_header``'s size of the same bytes.
 
     Raises:
         BadImage: as ``read_header``, and undecodable where the data ends early or makes no sense.
     """
-    with open_image(path) as image:
-        orientation = read_orientation(image, path)  # before load, as in read_header, so that both agree
+    with open_image(data) as image:
+        orientation = read_orientation(image, data)  # before load, as in read_header, so that both agree
         with naming_errors("undecodable"):
             image.load()
         rgb = to_rgb(image)
@@ -90,7 +198,7 @@ def naming_errors(reason: str) -> Iterator[None]:
     """Turn whatever Pillow's decoders raise over hostile bytes into a BadImage of this reason."""
     try:
         yield
-    except (BadImage, MemoryError):
+    except (BadImage, FileNotFoundError, MemoryError):
         raise
     # decoders raise whatever comes to hand: OSError, SyntaxError, struct.error, KeyError, IndexError, EOFError
     except Exception as error:
@@ -98,19 +206,13 @@ def naming_errors(reason: str) -> Iterator[None]:
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(data: bytes) -> Iterator[Image.Image]:
     """The image with its header read, of an allowed format and size."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise BadImage("missing", error.strerror or str(error)) from error
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise BadImage("not_an_image", "not a regular file")
-    if status.st_size == 0:
+    if not data:
         raise BadImage("empty", "0 bytes")
     try:
         with naming_errors("not_an_image"):
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except BadImage as error:
         if isinstance(error.__cause__, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise BadImage("bomb", str(error.__cause__)) from error
@@ -122,9 +224,9 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-def read_orientation(image: Image.Image, path: Path) -> int:
+def read_orientation(image: Image.Image, data: bytes) -> int:
     """The EXIF (or XMP) orientation, 1 where there is none; read without decoding."""
-    if image.format == "PNG" and "exif" not in image.info and (late := find_late_exif(path)):
+    if image.format == "PNG" and "exif" not in image.info and (late := find_late_exif(data)):
         image.info["exif"] = b"Exif\x00\x00" + late
     try:
         # PngImageFile's own getexif decodes the image first, hence the base class's
@@ -134,15 +236,14 @@ def read_orientation(image: Image.Image, path: Path) -> int:
     return orientation if orientation in TRANSPOSES else 1
 
 
-def find_late_exif(path: Path) -> bytes | None:
+def find_late_exif(data: bytes) -> bytes | None:
     """A PNG's eXIf chunk wherever it lies: it may follow the pixels, where reading the header does not get."""
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-            length = int.from_bytes(head[:4], "big")
-            if head[4:] == b"eXIf":
-                return file.read(length)
-            file.seek(length + 4, 1)
+    start = 8
+    while len(head := data[start : start + 8]) == 8 and head[4:] != b"IEND":
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            return data[start + 8 : start + 8 + length]
+        start += length + 12  # head, chunk, checksum
     return None
 
 

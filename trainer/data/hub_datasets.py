@@ -1,0 +1,148 @@
+"""Datasets of Hugging Face's package ``datasets`` as posts: saved to disk, or by hub id or folder.
+
+The package only says which Arrow files a split is made of. Rows are read from these files here, without their images:
+an image is a cell of such a file, or a file of its own where the row has only a path. Since version 4 the package
+runs no code that comes with a dataset.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from trainer.data.images import open_arrow
+from trainer.data.posts_files import plain_values
+from trainer.data.records import BadRecord, Reject
+from trainer.errors import UserError
+from trainer.post import ImagePlace, Post, TableCell, encode_key, read_post
+from trainer.schema import SourceConfig
+
+BATCH_ROWS = 1024  # rows that are made Python values at a time
+NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a split is made of."""
+
+    files: list[Path]  # Arrow, in order
+    images: Path  # files that rows name by path must lie below it
+
+
+def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
+    """The rows of a split, in order. Columns are named as Danbooru's fields; others are kept as ``extra``.
+
+    Raises:
+        UserError: when the package, the dataset, the split or a column is missing, or a file is damaged.
+    """
+    split, number = find_split(source), 0
+    for file in split.files:
+        try:
+            table = open_arrow(file)
+            image = find_image_column(source, table.schema)
+            for row, (values, place) in enumerate(iterate_rows(table, image)):
+                yield read_row(source, number, values, TableCell(file, row, image) if place is True else place, split)
+                number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file} is damaged: {error}") from error
+
+
+def find_split(source: SourceConfig) -> Split:
+    """Let the package find, fetch and, for anything but a saved dataset, build the Arrow files of a split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(NOT_INSTALLED) from error
+    folder, name = Path(source.path), source.split or "train"
+    saved = any((folder / each).is_file() for each in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            found = datasets.load_from_disk(source.path, keep_in_memory=False)
+        else:
+            found = datasets.load_dataset(source.path, split=name, revision=source.revision, keep_in_memory=False)
+    except Exception as error:  # the package raises whatever its many readers do
+        raise UserError(f"the dataset {source.path} cannot be loaded: {type(error).__name__}: {error}") from error
+    if isinstance(found, dict):
+        if name not in found:
+            raise UserError(f"the dataset {source.path} has no split {name}, only {', '.join(found)}; set its split")
+        found = found[name]
+    elif saved and source.split is not None and str(found.split) != source.split:
+        raise UserError(f"the dataset {source.path} is the split {found.split}, not {source.split}")
+    files = [Path(each["filename"]) for each in found.cache_files]
+    if sum(open_arrow(file).num_rows for file in files) != len(found):
+        raise UserError(f"the split {name} is a part of its files only: name a whole split of {source.path}")
+    root = folder if folder.is_dir() else Path(datasets.config.HF_CACHE_HOME)
+    return Split(files, root.resolve())
+
+
+def find_image_column(source: SourceConfig, schema: pa.Schema) -> str:
+    """The column of images: the one that the config names, or the only one."""
+    for wanted in (source.image_column, source.caption_column):
+        if wanted is not None and wanted not in schema.names:
+            raise UserError(f"the dataset {source.path} has no column {wanted}, only {', '.join(schema.names)}")
+    if source.image_column is not None:
+        if not holds_bytes(schema.field(source.image_column).type):
+            raise UserError(f"the column {source.image_column} of {source.path} holds no images")
+        return source.image_column
+    images = [column.name for column in schema if holds_bytes(column.type)]
+    if len(images) != 1:
+        told = "no column" if not images else f"several columns ({', '.join(images)})"
+        raise UserError(f"the dataset {source.path} has {told} of images: set its image_column")
+    return images[0]
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether cells of this type are bytes, or the package's own images: a struct of ``bytes`` and ``path``."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def iterate_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str, Any], bool | str]]:
+    """Each row's values but bytes, and where its image is: True in its cell, a path beside it, or False for nowhere."""
+    columns = [column.name for column in table.schema if not holds_bytes(column.type)]
+    for batch in table.select([*columns, image]).to_batches(BATCH_ROWS):
+        values, cells = batch.select(columns), batch.column(image)
+        values.validate(full=True)  # offsets of a damaged file would lead anywhere
+        cells.validate()
+        inner = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
+        within = zip(cells.is_valid().to_pylist(), inner.is_valid().to_pylist(), strict=True)
+        paths = [None] * len(cells)
+        if pa.types.is_struct(cells.type) and cells.type.get_field_index("path") >= 0:
+            named = cells.field("path")
+            named.validate(full=True)
+            paths = named.to_pylist()
+        for row, path, (valid, has_bytes) in zip(values.to_pylist(), paths, within, strict=True):
+            yield row, (has_bytes or path or False) if valid else False
+
+
+def read_row(
+    source: SourceConfig, number: int, values: dict[str, Any], place: TableCell | bool | str, split: Split
+) -> Post | Reject:
+    """The post of one row."""
+    key, origin = encode_key(f"{source.label}/{number}"), f"{source.label} row {number}"
+    try:
+        record = plain_values(values)
+        if source.caption_column is not None:
+            record["caption"] = record.pop(source.caption_column)
+        image = place if isinstance(place, TableCell) else place_file(place, split.images)
+        return read_post(record, source=source.label, image=image, origin=origin, key=key)
+    except BadRecord as error:
+        return Reject(key, origin, *error.args)
+    except ValueError as error:
+        return Reject(key, origin, "bad_record", str(error))
+
+
+def place_file(path: bool | str, root: Path) -> ImagePlace:
+    """The file of a row that has only a path."""
+    if not isinstance(path, str):
+        raise BadRecord("image_missing", "the row has neither an image nor its path")
+    real = Path(os.path.realpath(path))
+    if not os.path.isabs(path) or not real.is_relative_to(root):  # noqa: PTH117
+        raise BadRecord("outside_folder", f"{path!r} does not lie in {root}: save the dataset with its images in it")
+    if not real.exists():
+        raise BadRecord("image_missing", f"{path!r} is not there")
+    return Path(path)

@@ -1,0 +1,58 @@
+"""Decoded records -> posts. What cannot be a Post is a Reject, with a short reason to count by."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.post import ImagePlace, Post, read_post
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One input that was set aside: a short reason to count by, and the details."""
+
+    key: str | None  # None where the record did not get as far as having one
+    origin: str  # file and line, or relative path
+    reason: str
+    detail: str
+
+
+class BadRecord(Exception):
+    """Why a record is set aside: (reason, detail)."""
+
+
+def parse_record(text: bytes) -> dict[str, Any]:
+    """One JSON object. NaN and Infinity, which JSON does not have, are refused."""
+    try:
+        record = DECODER.decode(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("bad_json", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadRecord("bad_record", f"a post must be a JSON object, not {type(record).__name__}")
+    return record
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # made once: json.loads would make one a line
+
+
+def read_sidecars(
+    caption: bytes | None, record: bytes | None, *, key: str, source: str, image: ImagePlace, origin: str
+) -> Post:
+    """The post of an image's sidecars: a finished caption, a post as JSON, or both, where the caption wins over tags.
+
+    Raises:
+        BadRecord, ValueError: where they are not such; the caller sets the image aside.
+    """
+    decoded = parse_record(record) if record is not None else {}
+    text = None if caption is None else caption.decode("utf-8-sig").strip()
+    return read_post(decoded, source=source, image=image, origin=origin, key=key, caption=text)
+
+
+def show_name(name: str) -> str:
+    """A file's name as text that any report can hold: a name need not be Unicode."""
+    return os.fsencode(name).decode(errors="backslashreplace")
