@@ -1,9 +1,13 @@
 """Posts and images -> shards of raw latents, and the index that training reads.
 
     python scripts/build_shards.py --config configs/stage1_feature_alignment.yaml [key=value ...]
+    accelerate launch --num_processes 8 scripts/build_shards.py --config ...
 
-Start it again after an interruption: it goes on behind the last complete shard.
+Start it again after an interruption, with as many processes as you like: it goes on from the shards that are complete.
+Start it again with more posts: what is new is encoded and joins the set.
 """
+
+import os
 
 from trainer.config import load_config, parse_command_line
 from trainer.errors import run_command
@@ -12,9 +16,10 @@ from trainer.prepare import prepare
 
 def main() -> None:
     arguments = parse_command_line("Encode the images of data.posts and data.images into data.shards.")
-    config = load_config(arguments.config, arguments.overrides)
-    print(prepare(config))
-    print("next: python scripts/inspect_shards.py or accelerate launch train.py, with the same --config")
+    summary = prepare(load_config(arguments.config, arguments.overrides))
+    if os.environ.get("RANK", "0") == "0":
+        print(summary)
+        print("next: python scripts/inspect_shards.py or accelerate launch train.py, with the same --config")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.config import config_parser, finish_command_line, load_config
 from trainer.data.draws import draw_sample_caption, draw_sample_timestep
+from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import Index, open_index
 from trainer.errors import UserError, run_command
@@ -19,7 +20,7 @@ from trainer.schema import Config
 
 def explain_step(config: Config, index: Index, plan: Plan, step: int) -> Iterator[dict[str, Any]]:
     """What each sample of a step is and draws, in the order of its position in the global batch."""
-    seed = config.run.seed
+    seed, captions = config.run.seed, resolve_percentiles(config.captions, index.table)
     for sample in plan.step_samples(step):
         record = index.row(sample.row)
         key, width, height = record["key"], record["bucket_width"], record["bucket_height"]
@@ -31,7 +32,7 @@ def explain_step(config: Config, index: Index, plan: Plan, step: int) -> Iterato
             "bucket": f"{width}x{height}",
             "epoch": sample.unit.epoch,
             "pass": sample.pass_,
-            "caption": draw_sample_caption(record, sample.pass_, seed, config.captions),
+            "caption": draw_sample_caption(record, sample.pass_, seed, captions),
             "timestep": draw_sample_timestep(key, sample.pass_, seed, config.diffusion),
             "noise_seed": f"{philox_key('noise', seed, sample.pass_, key):032x}",
         }

@@ -17,7 +17,7 @@ from trainer.schema import CaptionsConfig, QualityRule, YearRule
 RECIPE = CaptionsConfig()
 EMPTY: dict[str, Any] = dict.fromkeys(
     ("caption", "rating", "score", "year", "tags_general", "tags_character", "tags_copyright", "tags_artist",
-     "tags_meta")
+     "tags_meta", "extra")
 )  # fmt: skip
 
 

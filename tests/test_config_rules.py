@@ -30,7 +30,9 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         "optim.weight_decay", "schedule.warmup_steps")],
     *[([f"{key}=0"], key, "must be at least 1, not 0") for key in (
         "run.num_processes", "data.samples_per_shard", "data.global_batch_size", "data.bucket_batch_size",
-        "data.micro_batch_size", "data.prefetch_factor", "schedule.epochs", "precision.max_skipped_steps",
+        "data.micro_batch_size", "data.encode_batch_size", "filters.min_side",
+        "filters.first_year", "filters.last_year",
+        "data.prefetch_factor", "schedule.epochs", "precision.max_skipped_steps",
         "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps", "logging.every_steps",
         "sampling.every_steps", "sampling.num_inference_steps")],
     (["optim.unet_lr=-1", OFF, "model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1"],
@@ -84,6 +86,17 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["captions.ratings={general: safe}"], "captions.ratings", "is g, s, q or e, never general"),
     (["captions.quality=[{tag: a, min_score: 5}, {tag: b, min_score: 5}]"], "captions.quality", "the same min_score"),
     (["captions.quality=[{tag: a}, {tag: b}]"], "captions.quality", "the same min_score"),
+    (["captions.quality=[{tag: a, above_percentile: 5}, {tag: b, above_percentile: 5}]"],
+     "captions.quality", "the same min_score or above_percentile"),
+    (["captions.quality=[{tag: a, above_percentile: 5}, {tag: b, min_score: 5}]"], "captions.quality", "not both"),
+    *[([f"captions.quality=[{{tag: a, above_percentile: {share}}}]"], "captions.quality", "between 0 and 100")
+      for share in (0, 100, -1)],
+    (["captions.columns=[{column: x, tag: a, above: 1}, {column: x, tag: b, above: 1}]"],
+     "captions.columns", "the same above"),
+    (["filters.ratings=[g, safe]"], "filters.ratings", "is g, s, q or e, never safe"),
+    (["filters.ratings=[]"], "filters.ratings", "an empty list removes everything"),
+    (["filters.first_year=2020", "filters.last_year=2019"], "filters.first_year", "is behind filters.last_year"),
+    (["filters.required_tags=[a_b]", "filters.forbidden_tags=[a b]"], "filters.required_tags", "a b is required and"),
     (["captions.years=[{first: 1, last: 5, tag: a}, {first: 5, last: 6, tag: b}]"], "captions.years", "not overlap"),
     (["captions.years=[{first: 6, last: 5, tag: a}]"], "captions.years", "ends before it begins"),
     *[([f"buckets.step={step}"], "buckets.step", f"must be a multiple of 32, not {step}") for step in (0, 48, -32)],
@@ -190,6 +203,6 @@ def test_every_number_of_the_schema_has_a_range() -> None:
     ranged = {key for keys in config_rules.AT_LEAST.values() for key in keys.split()}
     ranged |= {*config_rules.SHARES.split(), *config_rules.ABOVE_ZERO.split()}
     told = {key for _, key, part in RULES if part.startswith(("must", "between"))}
-    one_of = {"captions.max_token_length"}  # a Literal
+    free = {"captions.max_token_length", "filters.min_score"}  # a Literal; any whole number
     assert ranged <= numbers and len(numbers) > 40
-    assert numbers - told - one_of == set()
+    assert numbers - told - free == set()

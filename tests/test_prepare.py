@@ -5,10 +5,8 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,98 +15,41 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from posts_on_disk import (
+    BUCKETS,
+    ROOT,
+    copy_of,
+    draw,
+    hashes,
+    make_base,
+    make_config,
+    make_posts,
+    make_vae,
+    read_jsonl,
+    run,
+    write_yaml,
+)  # fmt: skip
 
+from trainer import encoding
 from trainer import prepare as prepare_module
 from trainer.buckets import fit_image
 from trainer.data.images import pixels_to_tensor, read_bytes, read_pixels
 from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.unfinished import Work, hold_work, work_folder
 from trainer.errors import UserError
 from trainer.files import sha256_file
-from trainer.prepare import Summary, prepare
-from trainer.schema import BucketsConfig, Config, DataConfig, ModelConfig, PrecisionConfig, RunConfig
+from trainer.prepare import Summary
+from trainer.schema import Config
 
 # Pillow warns of the bomb before we refuse it
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
-ROOT = Path(__file__).resolve().parent.parent
-BUCKETS = {"base_resolution": 64, "min_side": 32, "max_side": 128, "step": 32, "upscale": True}
-
-
-def make_vae(seed: int) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, scaling_factor=0.5,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes that are started here have: bits may depend on it, and so small a VAE gains nothing by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of which preparation reads the VAE only; the other parts are empty."""
-    folder = tmp_path_factory.mktemp("base")
-    (folder / "model_index.json").write_text("{}")
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text("{}")
-        save_file({}, folder / part / f"{stem}.safetensors")
-    make_vae(0).save_pretrained(folder / "vae")
-    return folder
-
-
-def draw(path: Path, number: int, size: tuple[int, int] | None = None) -> None:
-    """A picture of its own, in one of several shapes."""
-    width, height = size or [(90, 60), (60, 90), (70, 70), (200, 50)][number % 4]
-    colours = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST).save(path)
-
-
-def make_posts(folder: Path, count: int) -> None:
-    """``count`` good posts with images, in no order of keys."""
-    (folder / "images").mkdir(parents=True)
-    with (folder / "posts.jsonl").open("w") as file:
-        for number in range(count):
-            post_id = (number * 7) % count + 1
-            draw(folder / "images" / f"{post_id}.png", post_id)
-            width, height = [(90, 60), (60, 90), (70, 70), (200, 50)][post_id % 4]
-            post = {"id": post_id, "score": number, "tag_string_general": f"1girl tag_{post_id}", "rating": "g",
-                    "image_width": width, "image_height": height, "created_at": "2020-01-01"}  # fmt: skip
-            file.write(json.dumps(post) + "\n")
-
-
-def make_config(base: Path, folder: Path, **data: Any) -> Config:
-    fields = {"posts": [str(folder / "posts.jsonl")], "images": str(folder / "images"), "samples_per_shard": 5}
-    return Config(
-        run=RunConfig("test", "1"),
-        model=ModelConfig(str(base)),
-        data=DataConfig(**{"shards": str(folder / "shards"), **fields, **data}),
-        buckets=BucketsConfig(**BUCKETS),
-        precision=PrecisionConfig(compute="fp32", frozen="fp32", vae="fp32"),
-    )
-
-
-def run(config: Config) -> Summary:
-    return prepare(config, progress=False)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +59,6 @@ def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, 
     make_posts(folder / "posts", 23)
     config = make_config(base, folder / "posts")
     return config, run(config)
-
-
-def copy_of(config: Config, target: Path) -> Config:
-    """The same posts and images elsewhere, without shards."""
-    source = Path(str(config.data.images)).parent
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("shards*"))
-    return make_config(Path(config.model.pretrained), target)
 
 
 def test_every_sample_is_what_the_recipe_says(base: Path, done: tuple[Config, Summary]) -> None:
@@ -157,7 +91,7 @@ def test_the_manifest_says_what_made_them(base: Path, done: tuple[Config, Summar
     latents = manifest["latents"]
     assert (latents["vae_dtype"], latents["scaling_factor"], latents["buckets"]) == ("fp32", 0.5, BUCKETS)
     assert len(latents["vae_sha256"]) == 64 and latents["pixels"]["transparency"] == "on white"
-    assert manifest["counts"] == {"inputs": 23, "samples": 23, "set_aside": {}, "notes": {}}
+    assert manifest["counts"] == {"inputs": 23, "samples": 23, "set_aside": {}, "filtered": {}, "notes": {}}
     assert [(shard["name"], shard["samples"]) for shard in manifest["shards"]] == [
         ("shard-00000.tar", 5), ("shard-00001.tar", 5), ("shard-00002.tar", 5), ("shard-00003.tar", 5),
         ("shard-00004.tar", 3)]  # fmt: skip
@@ -165,7 +99,7 @@ def test_the_manifest_says_what_made_them(base: Path, done: tuple[Config, Summar
         assert shard["sha256"] == sha256_file(Path(config.data.shards) / shard["name"])
     names = {path.name for path in Path(config.data.shards).iterdir()}
     assert names - {shard["name"] for shard in manifest["shards"]} == {
-        "index.arrow", "manifest.json", "quarantine.jsonl", "notes.jsonl"}  # fmt: skip
+        "index.arrow", "latents.arrow", "manifest.json", "quarantine.jsonl", "notes.jsonl"}  # fmt: skip
     assert not Path(f"{config.data.shards}.unfinished").exists()
 
 
@@ -187,8 +121,8 @@ def test_a_second_run_changes_nothing(done: tuple[Config, Summary], monkeypatch:
     before = hashes(Path(config.data.shards))
     monkeypatch.setattr(prepare_module, "build_vae", None)  # nothing may be encoded
     again = run(config)
-    assert "23 of 23 inputs were done before, nothing to do" in str(again)
-    assert again == replace(summary, reused=23) and hashes(Path(config.data.shards)) == before
+    assert "23 of 23 samples were encoded before, nothing to do" in str(again)
+    assert again == replace(summary, encoded=0) and hashes(Path(config.data.shards)) == before
 
 
 def test_other_settings_are_refused_by_name(base: Path, done: tuple[Config, Summary], tmp_path: Path) -> None:
@@ -207,14 +141,10 @@ def test_other_settings_are_refused_by_name(base: Path, done: tuple[Config, Summ
     assert hashes(Path(config.data.shards)) == before
 
 
-def test_other_posts_and_foreign_folders_are_refused(done: tuple[Config, Summary], tmp_path: Path) -> None:
+def test_foreign_folders_are_refused(done: tuple[Config, Summary], tmp_path: Path) -> None:
     config = copy_of(done[0], tmp_path / "more")
     shutil.copytree(done[0].data.shards, config.data.shards)
     run(config)
-    with Path(config.data.posts[0]).open("a") as file:  # type: ignore[index]
-        file.write('{"id": 1000, "file": "1.png"}\n')
-    with pytest.raises(UserError, match=r"inputs\.total was 23, is 24"):
-        run(config)
     (Path(config.data.shards) / "manifest.json").unlink()
     with pytest.raises(UserError, match="not empty and holds no complete set"):
         run(config)
@@ -256,9 +186,11 @@ def test_broken_inputs_are_set_aside_and_the_rest_goes_on(done: tuple[Config, Su
     assert {"104", "109"} <= set(index.table["key"].to_pylist())
     assert index.manifest["counts"]["set_aside"] == summary.set_aside
     notes = read_jsonl(folder / "notes.jsonl")
-    assert [(n["key"], n["note"], n["stated"], n["file"]) for n in notes] == [
+    assert [(n["key"], n["note"], n["stated"], n["file"]) for n in notes if n["note"] == "stated_size"] == [
         ("109", "stated_size", [5, 5], [200, 50])]  # fmt: skip
-    assert summary.notes == {"stated_size": 1}
+    # 109's drawing is number 3's
+    assert [(n["key"], n["of"]) for n in notes if n["note"] == "duplicate"] == [("3", "109")]
+    assert summary.notes == {"stated_size": 1, "duplicate": 1}
     for text in ("25 samples", "undecodable: 1", "stated_size: 1", "quarantine.jsonl", "notes.jsonl"):
         assert text in str(summary)
 
@@ -269,19 +201,23 @@ def test_too_many_bad_ones_stop_it(done: tuple[Config, Summary], tmp_path: Path)
     # 33 inputs: 5 set aside are within 0.16, the sixth is not
     with pytest.raises(UserError) as caught:
         run(replace(config, data=replace(config.data, max_bad_fraction=0.16)))
-    assert "6 of 33" in str(caught.value) and "1 bomb" in str(caught.value) and "max_bad_fraction" in str(caught.value)
+    assert (
+        "6 of 33" in str(caught.value)
+        and "1 undecodable" in str(caught.value)
+        and "max_bad_fraction" in str(caught.value)
+    )
     quarantine = Path(f"{config.data.shards}.unfinished") / "quarantine.jsonl"
     assert str(quarantine) in str(caught.value) and len(read_jsonl(quarantine)) == 6
     assert not Path(config.data.shards).exists()
     # what was encoded counts once the fraction is raised
     summary = run(replace(config, data=replace(config.data, max_bad_fraction=0.5)))
-    assert (summary.samples, summary.reused) == (25, 20)
+    assert (summary.samples, summary.encoded) == (25, 5)
 
 
 def test_only_bad_ones(base: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "posts.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(UserError, match="all 1 inputs are set aside: 1 image_missing"):
+    with pytest.raises(UserError, match="no sample is left of 1 inputs: 1 image_missing"):
         run(make_config(base, tmp_path, max_bad_fraction=1.0))
     (tmp_path / "posts.jsonl").write_text("\n")
     shutil.rmtree(tmp_path / "shards.unfinished")
@@ -317,13 +253,13 @@ def test_latents_that_are_not_finite_are_set_aside(
     done: tuple[Config, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = copy_of(done[0], tmp_path / "nan")
-    real, calls = prepare_module.encode_raw_latents, []
+    real, calls = encoding.encode_raw_latents, []
 
     def overflowing(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return real(vae, pixels) * (1e6 if len(calls) == 3 else 1)  # beyond fp16
 
-    monkeypatch.setattr(prepare_module, "encode_raw_latents", overflowing)
+    monkeypatch.setattr(encoding, "encode_raw_latents", overflowing)
     summary = run(replace(config, data=replace(config.data, max_bad_fraction=0.1)))
     assert summary.set_aside == {"non_finite_latents": 1} and summary.samples == 22
 
@@ -338,64 +274,20 @@ def test_the_vaes_precision(done: tuple[Config, Summary], tmp_path: Path, dtype:
     assert index.fingerprint != full.fingerprint
 
 
-def write_yaml(config: Config, path: Path) -> Path:
-    data = {name: getattr(config.data, name) for name in ("posts", "images", "shards", "samples_per_shard")}
-    path.write_text(yaml.safe_dump({
-        "run": {"name": "test", "stage": "1"}, "model": {"pretrained": config.model.pretrained}, "data": data,
-        "buckets": BUCKETS, "optim": {"unet_lr": 1e-5}, "schedule": {"max_steps": 1},
-        "precision": {"compute": "fp32", "frozen": "fp32", "vae": "fp32"},
-    }))  # fmt: skip
-    return path
-
-
-def start_script(config: Path, *words: str) -> subprocess.Popen[str]:
-    script = str(ROOT / "scripts" / "build_shards.py")
-    return subprocess.Popen(
-        [sys.executable, script, "--config", str(config), *words], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def test_killed_and_started_again(base: Path, tmp_path: Path) -> None:
-    make_posts(tmp_path / "whole", 100)
-    config = make_config(base, tmp_path / "whole")
-    run(config)
-    killed = copy_of(config, tmp_path / "killed")
-    sidecars = tmp_path / "killed" / "shards.unfinished" / "rows"
-    process = start_script(write_yaml(killed, tmp_path / "config.yaml"))
-    while process.poll() is None and len(list(sidecars.glob("shard-*.json"))) < 3:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.communicate()
-    complete = len(list(sidecars.glob("shard-*.json")))
-    # what the killed run was writing, and damage behind the last complete shard
-    (sidecars.parent / "set" / f".tmp-shard-{complete:05d}.tar").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"samples_per_shard was 5, is 6"):
-        run(replace(killed, data=replace(killed.data, samples_per_shard=6)))
-    summary = run(killed)
-    assert summary.reused == 5 * complete and 3 <= complete < 20
-    assert hashes(Path(killed.data.shards)) == hashes(Path(config.data.shards))
-    assert not sidecars.parent.exists()
-
-
-def test_a_lost_shard_of_an_unfinished_run_is_made_again(
-    done: tuple[Config, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = copy_of(done[0], tmp_path / "lost")
-    monkeypatch.setattr(prepare_module, "finish", lambda *_: None)
-    run(config)
-    monkeypatch.undo()
-    unfinished = Path(f"{config.data.shards}.unfinished")
-    (unfinished / "set" / "shard-00002.tar").write_bytes(b"short")
-    summary = run(config)
-    assert summary.reused == 10
-    assert hashes(Path(config.data.shards)) == hashes(Path(done[0].data.shards))
-
-
 def test_two_at_once_are_refused(done: tuple[Config, Summary], tmp_path: Path) -> None:
     config = copy_of(done[0], tmp_path / "twice")
-    with prepare_module.open_work(Path(config.data.shards), {}), pytest.raises(UserError, match="another process"):
+    work = Work(work_folder(Path(config.data.shards)))
+    ready, told = os.pipe()
+    if not (child := os.fork()):
+        with hold_work(work, Path(config.data.shards)):
+            os.write(told, b"x")
+            time.sleep(60)
+    os.read(ready, 1)
+    with pytest.raises(UserError, match="another process"):
         run(config)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert run(config).samples == 23
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, config: Path, *words: str) -> None:

@@ -4,6 +4,8 @@ A composed caption reads ``fixed ||| free``: people, characters, copyrights and 
 shuffled. The index stores the post's fields, not the caption, so rules can change without encoding an image again.
 """
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +18,8 @@ def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
     """The caption of one sample, before any shuffling.
 
     ``record`` has the index's columns: ``caption`` (a finished one, which wins), ``tags_general`` ... ``tags_meta``
-    (separated by spaces), ``rating``, ``score``, ``year``; each may be None. Recipe, section 2.
+    (separated by spaces), ``rating``, ``score``, ``year``, ``extra``; each may be None. Rules by percentiles must have
+    been resolved. Recipe, section 2.
     """
     if record["caption"] is not None:
         return record["caption"]
@@ -30,7 +33,8 @@ def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
         *(tag for tag in general if tag not in rules.people),
         year_tag(record["year"], rules),
         *split_tags(record["tags_meta"], rules),
-        quality_tag(record["score"], rules),
+        quality_tag(record["score"], rules, record["rating"]),
+        *column_tags(record["extra"], rules),
     ]
     # the separator stays even beside an empty part: without it the caption would count as one that has none
     parts = [join_tags(fixed), rules.keep_tokens_separator, join_tags(free)]
@@ -50,13 +54,28 @@ def year_tag(year: int | None, rules: CaptionsConfig) -> str:
     return next((rule.tag for rule in rules.years if rule.first <= year <= rule.last), "")
 
 
-def quality_tag(score: int | None, rules: CaptionsConfig) -> str:
-    """The tag of the highest rule that the score reaches; none without a score."""
+def quality_tag(score: int | None, rules: CaptionsConfig, rating: str | None = None) -> str:
+    """The tag of the highest of the rating's rules that the score reaches; none without a score."""
     if score is None:
         return ""
-    reached = [rule for rule in rules.quality if rule.min_score is None or score >= rule.min_score]
+    own = [rule for rule in rules.quality if rule.rating in (None, rating or "none")]
+    reached = [rule for rule in own if rule.min_score is None or score >= rule.min_score]
     best = max(reached, key=lambda rule: float("-inf") if rule.min_score is None else rule.min_score, default=None)
     return best.tag if best else ""
+
+
+def column_tags(extra: str | None, rules: CaptionsConfig) -> list[str]:
+    """For each column that has rules, the tag of the highest that the post's number is above; none without a number."""
+    values = json.loads(extra) if extra and rules.columns else {}
+    tags = []
+    for column in dict.fromkeys(rule.column for rule in rules.columns):
+        value = values.get(column)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        own = [rule for rule in rules.columns if rule.column == column and (rule.above is None or value > rule.above)]
+        if own:
+            tags.append(max(own, key=lambda rule: -math.inf if rule.above is None else rule.above).tag)
+    return tags
 
 
 def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Generator) -> str:

@@ -24,6 +24,7 @@ from trainer.errors import UserError
 from trainer.schema import Config
 
 KeyPath = tuple[str, ...]
+UNIONS = (types.UnionType, typing.Union)  # of int | None, and of Literal[...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:
         yield from check_section(value, hint, path)
         return
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         if value is None and type(None) in arguments:
             return
         yield from check_value(value, next(a for a in arguments if a is not type(None)), path)
@@ -215,7 +216,7 @@ def build_dataclass(section: Any, value: Any, *, lenient: bool = False) -> Any:
 def build_value(value: Any, hint: Any) -> Any:
     """A checked YAML value as the annotation wants it: lists of dataclasses built, whole numbers made floats."""
     arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in UNIONS:
         return None if value is None else build_value(value, arguments[0])
     if typing.get_origin(hint) is list:
         return [

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.schema import Config
+from trainer.schema import CaptionsConfig, Config
 
+RATINGS = ("g", "s", "q", "e")
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
 
 
@@ -15,6 +16,7 @@ def find_broken_rules(config: Config) -> Iterator[Broken]:
     yield from run_and_model_rules(config)
     yield from source_rules(config)
     yield from batch_rules(config)
+    yield from filter_rules(config)
     yield from caption_rules(config)
     yield from bucket_rules(config)
     yield from diffusion_rules(config)
@@ -27,7 +29,9 @@ AT_LEAST = {
     0: "run.seed data.num_workers captions.keep_tokens captions.keep_underscore_max_length diffusion.min_timestep "
     "diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr optim.weight_decay "
     "schedule.warmup_steps",
-    1: "run.num_processes data.samples_per_shard data.global_batch_size data.bucket_batch_size data.micro_batch_size "
+    1: "run.num_processes data.samples_per_shard data.encode_batch_size filters.min_side "
+    "filters.first_year filters.last_year "
+    "data.global_batch_size data.bucket_batch_size data.micro_batch_size "
     "data.prefetch_factor schedule.epochs schedule.max_steps schedule.num_cycles precision.max_skipped_steps "
     "checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps "
     "sampling.every_steps sampling.num_inference_steps sampling.guidance_scale",
@@ -140,21 +144,51 @@ def explain_processes(processes: int, micro_batch_size: int, global_batch_size: 
     )
 
 
+def filter_rules(config: Config) -> Iterator[Broken]:
+    filters = config.filters
+    if filters.ratings is not None:
+        if unknown := [rating for rating in filters.ratings if rating not in RATINGS]:
+            yield ("filters.ratings",), f"a post's rating is g, s, q or e, never {unknown[0]}"
+        if not filters.ratings:
+            yield ("filters.ratings",), "an empty list removes everything; null keeps all ratings"
+    first, last = filters.first_year, filters.last_year
+    if first is not None and last is not None and first > last:
+        yield ("filters.first_year", "filters.last_year"), "is behind filters.last_year"
+    required, forbidden = (
+        {tag.replace("_", " ") for tag in tags} for tags in (filters.required_tags, filters.forbidden_tags)
+    )
+    if both := sorted(required & forbidden):
+        yield ("filters.required_tags", "filters.forbidden_tags"), f"{both[0]} is required and forbidden"
+
+
 def caption_rules(config: Config) -> Iterator[Broken]:
     captions = config.captions
     if not captions.keep_tokens_separator.strip() or "," in captions.keep_tokens_separator:
         yield ("captions.keep_tokens_separator",), "must be some text without commas"
     if captions.keep_tokens and not captions.shuffle and not captions.tag_dropout:
         yield ("captions.keep_tokens", "captions.shuffle"), "has no effect without captions.shuffle or tag_dropout"
-    if unknown := [rating for rating in captions.ratings if rating not in ("g", "s", "q", "e")]:
+    if unknown := [rating for rating in captions.ratings if rating not in RATINGS]:
         yield ("captions.ratings",), f"a post's rating is g, s, q or e, never {unknown[0]}"
-    scores = [rule.min_score for rule in captions.quality]
-    if len(set(scores)) < len(scores):
-        yield ("captions.quality",), "two tags have the same min_score"
+    yield from quality_rules(captions)
     if any(first.last >= second.first for first, second in zip(captions.years, captions.years[1:], strict=False)):
         yield ("captions.years",), "ranges must be in order and not overlap"
     if any(rule.first > rule.last for rule in captions.years):
         yield ("captions.years",), "a range ends before it begins"
+
+
+def quality_rules(captions: CaptionsConfig) -> Iterator[Broken]:
+    """Of several rules for one post the highest wins, so no two may be equal."""
+    by_percentile = [rule for rule in captions.quality if rule.above_percentile is not None]
+    if any(rule.min_score is not None for rule in captions.quality) and by_percentile:
+        yield ("captions.quality",), "give either min_score or above_percentile, not both"
+    if any(not 0 < (rule.above_percentile or 0) < 100 for rule in by_percentile):
+        yield ("captions.quality",), "above_percentile must lie between 0 and 100"
+    limits = [(rule.rating, rule.min_score, rule.above_percentile) for rule in captions.quality]
+    if len(set(limits)) < len(limits):
+        yield ("captions.quality",), "two tags have the same min_score or above_percentile"
+    places = [(rule.column, rule.above) for rule in captions.columns]
+    if len(set(places)) < len(places):
+        yield ("captions.columns",), "two tags of a column have the same above"
 
 
 def bucket_rules(config: Config) -> Iterator[Broken]:

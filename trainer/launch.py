@@ -19,6 +19,7 @@ from trainer.checkpoint import fixed_values
 from trainer.config import resolved_values
 from trainer.config_rules import explain_processes
 from trainer.data.loader import MicroBatches
+from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import open_index
 from trainer.errors import UserError
@@ -130,7 +131,8 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         "images": len(index),
     }
     plan = build_plan(index.bucket_sizes, config.run.seed, config.data)
-    data = MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
+    captions = resolve_percentiles(config.captions, index.table)
+    data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
     digest = sha256_json(fixed_values(resolved_values(config)))
     return Inputs(config, accelerator, data, base, vae, facts, digest)
 

@@ -1,9 +1,11 @@
 """Look before you train: what a set of shards holds and what a run will make of it, as a page and as a short table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import build_plan
 from trainer.data.shards import open_index
 from trainer.data.survey import (
@@ -45,6 +47,7 @@ def make_report(config: Config, progress: bool = True) -> Report:
     """
     index = open_index(config.data.shards)
     rows, seed = index.table, config.run.seed
+    config = replace(config, captions=resolve_percentiles(config.captions, rows))
     plan = build_plan(index.bucket_sizes, seed, config.data)
     # by exactly one of the two the run's length is given
     steps = config.schedule.max_steps or plan.steps_for_epochs(config.schedule.epochs or 1)

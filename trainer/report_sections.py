@@ -187,6 +187,7 @@ def tell_rules(report: Report) -> Iterator[Html]:
     if rules.finished:
         yield paragraph(f"The rules do not touch the {number(rules.finished)} images that bring a finished caption.")
     kinds = {"Rating": rules.ratings, "Quality, by score": rules.quality, "Period, by year": rules.years}
+    kinds |= {"Columns": rules.columns} if rules.columns else {}
     if empty := [name for name, counts in kinds.items() if rules.composed and dict(counts).get("") == rules.composed]:
         yield notice(f"No image gets a tag of: {'; '.join(empty)}. Does the source have these fields?")
     yield columns(

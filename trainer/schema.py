@@ -60,17 +60,43 @@ class DataConfig:
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000
     max_bad_fraction: float = 0.01  # preparation stops above this share of images set aside
+    encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
     micro_batch_size: int = 16  # samples of one forward; divides bucket_batch_size
-    num_workers: int = 4  # loader processes per rank; 0 loads in the training process
+    num_workers: int = 4  # processes per rank that load, or in preparation decode, ahead; 0: none beside the rank's own
     prefetch_factor: int | None = None  # micro-batches each worker keeps ready; null: 2
+
+
+@dataclass(frozen=True)
+class FiltersConfig:
+    """Which posts are prepared at all. A post that lacks what a filter asks about is removed by it."""
+
+    min_side: int | None = None  # pixels of the shorter side, read from the file
+    min_score: int | None = None
+    ratings: list[str] | None = None  # only these of g, s, q, e
+    first_year: int | None = None  # of the upload
+    last_year: int | None = None
+    required_tags: list[str] = field(default_factory=list)  # a post must have all of them
+    forbidden_tags: list[str] = field(default_factory=list)  # and none of these; "_" and " " are the same
+    drop_duplicates: bool = False  # of images with the same bytes only the one whose key comes first is kept
 
 
 @dataclass(frozen=True)
 class QualityRule:
     tag: str
     min_score: int | None = None  # the tag of scores from here up to the next rule's; null: all below
+    above_percentile: float | None = None  # instead: scores above that of so many percent of the posts of its rating
+    rating: Literal["g", "s", "q", "e", "none"] | None = None  # only posts of this rating, or without one; null: all
+
+
+@dataclass(frozen=True)
+class ColumnRule:
+    """A tag from a number that the post brings beside its own fields, such as an aesthetic score."""
+
+    column: str  # the post's field; the index keeps it in `extra`
+    tag: str
+    above: float | None = None  # the tag of values above this up to the next rule's of the column; null: all below
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,7 @@ class CaptionsConfig:
     quality: list[QualityRule] = field(default_factory=default_quality)
     years: list[YearRule] = field(default_factory=default_years)
     ratings: dict[str, str] = field(default_factory=default_ratings)
+    columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, behind the quality tag
     people: list[str] = field(default_factory=default_people)  # tags that go to the front
     keep_underscore_max_length: int = 3  # tags up to this long keep their underscores: ^_^
     max_token_length: Literal[75, 150, 225] = 225
@@ -241,6 +268,7 @@ class Config:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    filters: FiltersConfig = field(default_factory=FiltersConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

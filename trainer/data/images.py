@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from trainer.buckets import Fit, Size
 from trainer.post import ImagePlace, TableCell, TarMember
@@ -205,6 +205,14 @@ def naming_errors(reason: str) -> Iterator[None]:
         raise BadImage(reason, f"{type(error).__name__}: {error}") from error
 
 
+def identify(data: bytes) -> Image.Image:
+    """The image with its header read. Pillow's own message would hold an address, another one each time."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadImage("not_an_image", f"the content is none of {', '.join(FORMATS)}") from error
+
+
 @contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
     """The image with its header read, of an allowed format and size."""
@@ -212,7 +220,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise BadImage("empty", "0 bytes")
     try:
         with naming_errors("not_an_image"):
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = identify(data)
     except BadImage as error:
         if isinstance(error.__cause__, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise BadImage("bomb", str(error.__cause__)) from error

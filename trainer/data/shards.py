@@ -28,31 +28,33 @@ INDEX_NAME = "index.arrow"
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 NOTES_NAME = "notes.jsonl"
+LATENTS_NAME = "latents.arrow"  # every sample that lies in a tar, in the index or not
 WHERE_COLUMNS = ("shard", "offset", "length")  # where a sample lies, not what it is
 CHUNK_ROWS = 65536  # rows of one record batch of the index
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
 
 Row = dict[str, Any]
 
-SCHEMA = pa.schema(
-    [
-        *(pa.field(name, pa.string(), nullable=False) for name in ("key", "source", "shard")),
-        *(pa.field(name, pa.int64(), nullable=False) for name in ("offset", "length")),
-        pa.field("crc32", pa.uint32(), nullable=False),  # of the .npy payload; does not fit a signed int32
-        pa.field("content_hash", pa.string(), nullable=False),  # SHA-256 of the image file
-        *(
-            pa.field(name, pa.int32(), nullable=False)
-            for name in ("bucket_width", "bucket_height", "original_width", "original_height", "crop_left", "crop_top")
-        ),
-        *(pa.field(name, pa.string()) for name in ("caption", "rating")),
-        *(pa.field(name, pa.int32()) for name in ("score", "year")),
-        *(
-            pa.field(f"tags_{name}", pa.string())
-            for name in ("general", "character", "copyright", "artist", "meta")
-        ),
-        pa.field("extra", pa.string()),  # JSON
-    ]
-)  # fmt: skip
+# what a sample's latents are, where they lie and from which image they come: known once they are encoded
+LATENT_FIELDS = [
+    *(pa.field(name, pa.string(), nullable=False) for name in ("key", "shard")),
+    *(pa.field(name, pa.int64(), nullable=False) for name in ("offset", "length")),
+    pa.field("crc32", pa.uint32(), nullable=False),  # of the .npy payload; does not fit a signed int32
+    pa.field("content_hash", pa.string(), nullable=False),  # SHA-256 of the image file
+    *(
+        pa.field(name, pa.int32(), nullable=False)
+        for name in ("bucket_width", "bucket_height", "original_width", "original_height", "crop_left", "crop_top")
+    ),
+]
+# what the post says: it may change without encoding anything again
+POST_FIELDS = [
+    pa.field("source", pa.string(), nullable=False),
+    *(pa.field(name, pa.string()) for name in ("caption", "rating")),
+    *(pa.field(name, pa.int32()) for name in ("score", "year")),
+    *(pa.field(f"tags_{name}", pa.string()) for name in ("general", "character", "copyright", "artist", "meta")),
+    pa.field("extra", pa.string()),  # JSON
+]
+SCHEMA = pa.schema([LATENT_FIELDS[0], POST_FIELDS[0], *LATENT_FIELDS[1:], *POST_FIELDS[1:]])
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,28 @@ class ShardFile:
     sha256: str
 
 
+def shard_name(number: int) -> str:
+    """The name of a set's shard, counted from 0."""
+    return f"shard-{number:05d}.tar"
+
+
+def shard_number(name: str) -> int:
+    """The inverse of ``shard_name``."""
+    return int(name.removeprefix("shard-").removesuffix(".tar"))
+
+
 class ShardWriter:
     """Writes one shard under a temporary name; ``finish`` puts it in its place. Samples alone decide its bytes."""
 
     def __init__(self, folder: Path, number: int) -> None:
-        self.name = f"shard-{number:05d}.tar"
+        self.name = shard_name(number)
         self.rows: list[Row] = []
         self._path = folder / self.name
         self._temporary = folder / f".tmp-{self.name}"  # a fixed name: what a killed run left is written over
         self._file = self._temporary.open("wb")
 
-    def add(self, row: Mapping[str, Any], raw_latents: np.ndarray) -> None:
-        """Append one sample; ``row`` has the index's columns but for shard, offset, length and crc32."""
+    def add(self, row: Mapping[str, Any], raw_latents: np.ndarray) -> Row:
+        """Append one sample; ``row`` has the index's columns but for shard, offset, length and crc32. The full row."""
         assert raw_latents.dtype == np.float16 and np.isfinite(raw_latents).all()  # (4, H/8, W/8)
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, np.ascontiguousarray(raw_latents), allow_pickle=False)
@@ -86,6 +98,7 @@ class ShardWriter:
         full: Row = {name: where.get(name, row.get(name)) for name in SCHEMA.names}
         self._write_member(f"{row['key']}.json", json.dumps(full, ensure_ascii=False).encode())
         self.rows.append(full)
+        return full
 
     def _write_member(self, name: str, payload: bytes) -> int:
         """Header, payload, padding; returns the payload's offset. TarInfo's own defaults are mtime 0 and no owner."""
@@ -221,7 +234,10 @@ def open_index(folder: str | Path) -> Index:
     index = Index(folder, read_manifest(folder))
     problem = find_index_problem(index) or next(find_shard_problems(index), None)
     if problem:
-        raise UserError(f"{folder}: {problem}; restore the folder, or move it away and run scripts/build_shards.py")
+        raise UserError(
+            f"{folder}: {problem}; start scripts/build_shards.py again if it was interrupted, else restore the folder, "
+            "or move it away"
+        )
     return index
 
 

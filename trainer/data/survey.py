@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from trainer.captions import compose_caption, draw_caption, quality_tag, year_tag
+from trainer.captions import column_tags, compose_caption, draw_caption, quality_tag, year_tag
 from trainer.data.shards import Row
 from trainer.models.text import TextTokenizer
 from trainer.post import TAG_CATEGORIES
 from trainer.rng import rng
 from trainer.schema import CaptionsConfig
 
-CAPTION_COLUMNS = ("caption", "rating", "score", "year", *(f"tags_{name}" for name in TAG_CATEGORIES))
+CAPTION_COLUMNS = ("caption", "rating", "score", "year", "extra", *(f"tags_{name}" for name in TAG_CATEGORIES))
 EXAMPLE_GROUPS, EXAMPLE_KEYS = 10, 6  # of duplicates
 TOKENIZED_AT_ONCE = 1000
 
@@ -53,6 +53,7 @@ class RuleCounts:
     ratings: Counts
     quality: Counts
     years: Counts
+    columns: Counts  # empty where no rule is about a column
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,23 @@ def count_rules(table: pa.Table, rules: CaptionsConfig) -> RuleCounts:
         named = pa.Table.from_batches(batches).group_by(["rating", "score", "year"]).aggregate([([], "count_all")])
         for record in named.to_pylist():
             ratings[rules.ratings.get(record["rating"], "")] += record["count_all"]
-            quality[quality_tag(record["score"], rules)] += record["count_all"]
+            quality[quality_tag(record["score"], rules, record["rating"])] += record["count_all"]
             years[year_tag(record["year"], rules)] += record["count_all"]
-    counts = [list(counter.items()) for counter in (ratings, quality, years)]
+    columns = count_columns(table, rules) if rules.columns else Counter()
+    counts = [list(counter.items()) for counter in (ratings, quality, years, columns)]
     return RuleCounts(composed, len(table) - composed, *counts)
+
+
+def count_columns(table: pa.Table, rules: CaptionsConfig) -> Counter[str]:
+    """Tags from the numbers that posts bring; "" for each post and column that gives none."""
+    tags = Counter(dict.fromkeys((rule.tag for rule in rules.columns), 0))
+    columns = len({rule.column for rule in rules.columns})
+    for batch in composed_batches(table, ["extra"]):
+        for extra in batch["extra"].to_pylist():
+            found = column_tags(extra, rules)
+            tags.update(found)
+            tags[""] += columns - len(found)
+    return tags
 
 
 def find_duplicates(table: pa.Table) -> Duplicates:

@@ -1,49 +1,99 @@
-"""A preparation that is not complete yet: its folder, and what counts in it when it is taken up again.
+"""A preparation on its way: its folder, what is encoded already, what is left, and how that is shared out.
 
-A shard counts once its rows lie beside it in a sidecar, with how many inputs were seen by then. What lies behind the
-last such shard is made again. ``set`` becomes data.shards by a rename.
+What is left is cut into chunks before the work begins, each of which becomes one shard, whoever encodes it. A chunk is
+done once its sidecar lies in ``rows``; so the result depends neither on how many processes there are nor on how
+often they are killed. ``<shards>.unfinished`` holds all of it until ``set`` becomes, or joins, data.shards.
 """
 
 import fcntl
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from trainer.data.shards import Row, ShardFile, ShardWriter, rows_to_table
+from trainer.data.inputs import INPUTS_NAME, STAT_FIELDS, read_table
+from trainer.data.shards import LATENT_FIELDS, QUARANTINE_NAME, ShardFile, shard_name, shard_number
 from trainer.errors import UserError
-from trainer.files import write_json
+from trainer.files import sha256_file, write_file, write_json
+
+# every sample that a tar holds, and the size and time of the image file that it was made from
+LATENTS_SCHEMA = pa.schema([*LATENT_FIELDS, *STAT_FIELDS])
+UNKNOWN = -1  # a size or time that is not recorded, and a place in no table
 
 
-@dataclass
-class Progress:
-    """What happened since the last complete shard, or, in a shard's sidecar, up to it."""
-
-    seen: int = 0  # inputs, counted from the very first
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """The folder of an unfinished preparation: ``set`` becomes data.shards, ``rows`` holds each shard's sidecar."""
+    """Where the parts of an unfinished preparation lie."""
 
     folder: Path
-    shards: list[ShardFile] = field(default_factory=list)
-    tables: list[pa.Table] = field(default_factory=list)
-    done: Progress = field(default_factory=Progress)
 
     @property
     def set(self) -> Path:
+        """New shards, and at the end what becomes the set."""
         return self.folder / "set"
 
     @property
     def rows(self) -> Path:
+        """A sidecar for each chunk that is done."""
         return self.folder / "rows"
+
+    @property
+    def inputs(self) -> Path:
+        """All posts, as the sources gave them."""
+        return self.folder / INPUTS_NAME
+
+    @property
+    def store(self) -> Path:
+        """What was encoded before, by this preparation under other posts or by an earlier one."""
+        return self.folder / "store.arrow"
+
+    @property
+    def todo(self) -> Path:
+        return self.folder / "todo.arrow"
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is left to encode: rows of the inputs, and of the store where their latents may still be good."""
+
+    rows: np.ndarray  # int64 (n,), of the inputs
+    known: np.ndarray  # int64 (n,), of the store, or UNKNOWN
+    first_shard: int
+    samples_per_shard: int
+    inputs_sha256: str
+    store_sha256: str
+
+    def __len__(self) -> int:
+        """Chunks."""
+        return -(-len(self.rows) // self.samples_per_shard)
+
+    def chunk(self, number: int) -> slice:
+        """The part of ``rows`` and ``known`` that becomes one shard."""
+        return slice(number * self.samples_per_shard, (number + 1) * self.samples_per_shard)
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Encoded samples and the tars they lie in."""
+
+    latents: pa.Table  # LATENTS_SCHEMA; of rows with the same key the last counts, the others lie in a tar unused
+    shards: list[ShardFile]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one chunk."""
+
+    stock: Stock  # at most one shard; a sample whose image turned out to be the same lies in an older one
+    set_aside: list[dict[str, Any]]
+    filtered: dict[str, int]
 
 
 def refuse_others(where: str, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -52,9 +102,7 @@ def refuse_others(where: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     names = [name for name in now if name != "latents.code_version" and before.get(name) != now[name]]
     if names:
         listed = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in names)
-        raise UserError(
-            f"{where} was made with other settings or posts: {listed}. Name another folder, or move it away"
-        )
+        raise UserError(f"{where} was made with other settings: {listed}. Name another folder, or move it away")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -71,55 +119,170 @@ def work_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def open_work(folder: Path, settings: dict[str, Any]) -> Iterator[Work]:
-    """The work folder, new or taken up again, for this process alone."""
-    work = Work(work_folder(folder))
-    for each in (work.folder, work.set, work.rows):
-        each.mkdir(parents=True, exist_ok=True)
+def hold_work(work: Work, folder: Path) -> Iterator[None]:
+    """Have the work folder of data.shards ``folder`` for one preparation alone."""
+    make_folders(work)
     with (work.folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        try:  # not flock: decoding processes would inherit it, and hold it for a moment when this one is killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
             raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
-        written = work.folder / "settings.json"
-        if written.exists():
-            refuse_others(f"the unfinished {work.folder}", json.loads(written.read_text(encoding="utf-8")), settings)
-        write_json(written, settings)
-        take_up(work)
-        yield work
+        try:
+            yield
+        finally:
+            if holds_nothing(work):
+                shutil.rmtree(work.folder)
 
 
-def take_up(work: Work) -> None:
-    """Read the sidecars of the complete shards, in order, and remove what was written behind the last of them."""
-    while (sidecar := work.rows / f"shard-{len(work.shards):05d}.json").exists():
-        told = json.loads(sidecar.read_text(encoding="utf-8"))
-        shard = ShardFile(**told["shard"])
-        if not (work.set / shard.name).is_file() or (work.set / shard.name).stat().st_size != shard.size:
-            break
-        add_shard(work, shard, told["rows"], Progress(**told["progress"]))
-    names = {shard.name for shard in work.shards}
+def holds_nothing(work: Work) -> bool:
+    """Whether there is no work to go on with, and nothing to read."""
+    empty = not work.set.exists() or not any(work.set.iterdir())
+    return empty and not work.todo.exists() and not (work.folder / QUARANTINE_NAME).exists()
+
+
+def make_folders(work: Work) -> None:
+    for each in (work.set, work.rows):
+        each.mkdir(parents=True, exist_ok=True)
+
+
+def check_settings(work: Work, settings: dict[str, Any]) -> None:
+    """Note what the work folder is for; refuse one that was begun with other settings."""
+    written = work.folder / "settings.json"
+    if written.exists():
+        refuse_others(f"the unfinished {work.folder}", json.loads(written.read_text(encoding="utf-8")), settings)
+    write_json(written, settings)
+
+
+def plan_todo(work: Work, inputs: pa.Table, old: Stock, sha256: str, size: int) -> Todo:
+    """Decide what is left: posts without latents, and those whose image file may have changed.
+
+    The same posts as when the work was begun go on with the same chunks. Others are planned anew, and what is
+    encoded by then counts.
+
+    Args:
+        old: what a complete set has.
+        sha256: of the inputs.
+        size: samples of a shard.
+    """
+    begun = read_todo(work) if work.todo.exists() else None
+    if begun and (begun.inputs_sha256, begun.store_sha256) == (sha256, sha256_file(work.store)):
+        remove_strangers(work, begun)
+        return begun
+    stock = join_stock([old, read_stock(work.store), *(each.stock for each in read_done(work, begun))])
+    write_stock(work.store, stock)
+    places = find_last(inputs["key"], stock)
+    rows = np.flatnonzero(~is_same_file(inputs, stock.latents, places))
+    first = max((shard_number(shard.name) for shard in stock.shards), default=-1) + 1
+    todo = Todo(rows, places[rows], first, size, sha256, sha256_file(work.store))
+    write_todo(work, todo)
+    for sidecar in work.rows.iterdir():  # what they say is in the store now
+        sidecar.unlink()
+    remove_strangers(work, todo)
+    return todo
+
+
+def is_same_file(inputs: pa.Table, store: pa.Table, places: np.ndarray) -> np.ndarray:
+    """Whether each post's image is in the store, made from a file of the same size and time: bool (n,)."""
+    same = places != UNKNOWN
+    for name in ("image_size", "image_mtime_ns") if len(store) else ():
+        same &= inputs[name].to_numpy() == store[name].to_numpy()[np.maximum(places, 0)]
+    return same
+
+
+def join_stock(parts: Sequence[Stock]) -> Stock:
+    """All that is encoded, each sample once: what a later part says of it counts."""
+    table = pa.concat_tables([part.latents for part in parts])
+    samples = table.select(["shard", "offset"]).append_column("place", pa.array(np.arange(len(table))))
+    places = samples.group_by(["shard", "offset"]).aggregate([("place", "max")])["place_max"].to_numpy()
+    shards = {shard.name: shard for part in parts for shard in part.shards}
+    return Stock(table.take(pa.array(np.sort(places))), sorted(shards.values(), key=lambda shard: shard.name))
+
+
+def find_last(keys: pa.ChunkedArray, stock: Stock) -> np.ndarray:
+    """The row of the latents that counts for each key, or UNKNOWN: int64 (n,)."""
+    reversed_keys = stock.latents["key"].combine_chunks()[::-1]
+    places = pc.index_in(keys, reversed_keys)
+    return pc.fill_null(pc.subtract(len(reversed_keys) - 1, places), UNKNOWN).to_numpy().astype(np.int64)
+
+
+def remove_strangers(work: Work, todo: Todo) -> None:
+    """Delete what a killed process was writing: shards that nothing counts."""
+    counted = [read_stock(work.store), *(done.stock for done in read_done(work, todo))]
+    names = {shard.name for stock in counted for shard in stock.shards}
     for path in work.set.iterdir():
         if path.name not in names:
             path.unlink()
 
 
-def add_shard(work: Work, shard: ShardFile, rows: list[Row], since: Progress) -> None:
-    """Count a complete shard, with what happened on the way to it."""
-    work.shards.append(shard)
-    work.tables.append(rows_to_table(rows))
-    add_progress(work, since)
+def write_table(path: Path, table: pa.Table, told: dict[str, Any] | None = None) -> None:
+    """An Arrow file, whole or not at all; ``told`` goes into its schema's metadata."""
+    schema = table.schema.with_metadata({"told": json.dumps(told, ensure_ascii=False)} if told is not None else None)
+
+    def write(temporary: Path) -> None:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(table.cast(schema))
+
+    write_file(path, write)
 
 
-def add_progress(work: Work, since: Progress) -> None:
-    """Join what happened since the last shard to what happened before."""
-    work.done.seen = since.seen
-    work.done.rejected += since.rejected
-    work.done.notes += since.notes
+def read_told(table: pa.Table) -> dict[str, Any]:
+    """The ``told`` of ``write_table``."""
+    return json.loads(table.schema.metadata[b"told"])
 
 
-def commit(work: Work, writer: ShardWriter, since: Progress) -> None:
-    """Complete a shard: the tar first, then the sidecar that makes it count."""
-    shard = writer.finish()
-    told = {"shard": vars(shard), "progress": vars(since), "rows": writer.rows}
-    write_json(work.rows / f"{Path(shard.name).stem}.json", told)
-    add_shard(work, shard, writer.rows, since)
+def write_stock(path: Path, stock: Stock, **more: Any) -> None:
+    """Samples and shards in one file, whole or not at all; ``more`` are the other facts of a chunk."""
+    write_table(path, stock.latents, {"shards": [vars(shard) for shard in stock.shards], **more})
+
+
+def read_stock(path: Path) -> Stock:
+    """The inverse of ``write_stock``; empty where there is no file."""
+    if not path.exists():
+        return Stock(LATENTS_SCHEMA.empty_table(), [])
+    table = read_table(path)
+    return Stock(table.replace_schema_metadata(), [ShardFile(**shard) for shard in read_told(table)["shards"]])
+
+
+TODO_FACTS = ("first_shard", "samples_per_shard", "inputs_sha256", "store_sha256")
+
+
+def write_todo(work: Work, todo: Todo) -> None:
+    table = pa.table({"row": pa.array(todo.rows, pa.int64()), "known": pa.array(todo.known, pa.int64())})
+    write_table(work.todo, table, {name: getattr(todo, name) for name in TODO_FACTS})
+
+
+def read_todo(work: Work) -> Todo:
+    table = read_table(work.todo)
+    return Todo(table["row"].to_numpy(), table["known"].to_numpy(), **read_told(table))
+
+
+def sidecar_path(work: Work, todo: Todo, chunk: int) -> Path:
+    """What makes a chunk count."""
+    return work.rows / f"{Path(shard_name(todo.first_shard + chunk)).stem}.arrow"
+
+
+def write_done(work: Work, todo: Todo, chunk: int, done: Done) -> None:
+    """Make a chunk count; its shard lies in its place already."""
+    path = sidecar_path(work, todo, chunk)
+    write_stock(path, done.stock, set_aside=done.set_aside, filtered=done.filtered)
+
+
+def is_done(work: Work, todo: Todo, chunk: int) -> bool:
+    """Whether a chunk's sidecar lies there, and its shard with the size that it had."""
+    path = sidecar_path(work, todo, chunk)
+    return path.exists() and all(
+        (work.set / shard.name).is_file() and (work.set / shard.name).stat().st_size == shard.size
+        for shard in read_stock(path).shards
+    )
+
+
+def read_done(work: Work, todo: Todo | None) -> list[Done]:
+    """What became of all chunks that are done, in their order."""
+    done = []
+    for chunk in range(len(todo) if todo else 0):
+        assert todo is not None
+        if is_done(work, todo, chunk):
+            path = sidecar_path(work, todo, chunk)
+            told = read_told(read_table(path))
+            done.append(Done(read_stock(path), told["set_aside"], told["filtered"]))
+    return done

@@ -20,7 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from trainer.data.shards import INDEX_NAME, MANIFEST_NAME, SCHEMA, Index, Row, fingerprint_rows, read_manifest
+from trainer.data.shards import (
+    INDEX_NAME,
+    LATENT_FIELDS,
+    LATENTS_NAME,
+    MANIFEST_NAME,
+    SCHEMA,
+    Index,
+    Row,
+    fingerprint_rows,
+    read_manifest,
+)
 from trainer.errors import UserError
 from trainer.files import sha256_file
 
@@ -71,16 +81,23 @@ def find_problems(index: Index, advance: Advance) -> Iterator[str]:
     table, problem = open_table(index)
     if problem:
         yield problem
-    places = order_by_place(table) if table else {}
+    # where the index is not the manifest's, a post's fields that differ from its tar's are told of their samples too
+    whole = list(check_whole(table, manifest)) if table else []
+    strict, rows = bool(problem or whole), table
+    if table:
+        dead, problem = find_dead(index, table)
+        if problem:
+            yield problem
+        rows = pa.concat_tables([table, dead], promote_options="permissive") if len(dead) else table
+    places = order_by_place(rows) if rows else {}
     for shard in manifest["shards"]:
-        yield from check_shard(folder, shard, take_rows(table, places.get(shard["name"], [])), advance)
+        yield from check_shard(folder, shard, take_rows(rows, places.get(shard["name"], [])), advance, strict)
     names = {shard["name"] for shard in manifest["shards"]}
     for name in sorted(places.keys() - names):
         yield f"{INDEX_NAME} names shard {name}, {MANIFEST_NAME} does not list it"
     for name in sorted({path.name for path in folder.glob("*.tar")} - names):
         yield f"{name} is not of this set: {MANIFEST_NAME} does not list it"
-    if table:
-        yield from check_whole(table, manifest)
+    yield from whole
 
 
 def open_table(index: Index) -> tuple[pa.Table | None, str | None]:
@@ -109,13 +126,35 @@ def order_by_place(table: pa.Table) -> dict[str, np.ndarray]:
     return {name: order[starts[i] : starts[i + 1]] for i, name in enumerate(names)}
 
 
+def find_dead(index: Index, table: pa.Table) -> tuple[pa.Table, str | None]:
+    """Samples that lie in a tar and not in the index, such as a filtered post's; and what is wrong with their list."""
+    path, named = index.folder / LATENTS_NAME, index.manifest.get("latents_sha256")
+    none = SCHEMA.empty_table()
+    if named is None:
+        return none, None
+    if not path.is_file():
+        return none, f"{LATENTS_NAME} is missing"
+    if sha256_file(path) != named:
+        return none, f"{LATENTS_NAME} is not the one that {MANIFEST_NAME} names (its SHA-256 differs)"
+    with pa.memory_map(str(path)) as file:
+        known = pa.ipc.open_file(file).read_all()
+    dead = known.join(table.select(["shard", "offset"]), ["shard", "offset"], join_type="left anti")
+    return dead.select([field.name for field in LATENT_FIELDS]), None
+
+
 def take_rows(table: pa.Table | None, numbers: Any) -> Iterator[Row] | None:
     """Rows of the index, one at a time; None where there is no index."""
     return None if table is None else (table.slice(int(number), 1).to_pylist()[0] for number in numbers)
 
 
-def check_shard(folder: Path, shard: dict[str, Any], rows: Iterator[Row] | None, advance: Advance) -> Iterator[str]:
-    """One shard's size, hash and samples; ``rows`` in the order in which they must lie."""
+def check_shard(
+    folder: Path, shard: dict[str, Any], rows: Iterator[Row] | None, advance: Advance, strict: bool
+) -> Iterator[str]:
+    """One shard's size, hash and samples; ``rows`` in the order in which they must lie.
+
+    ``strict`` tells of posts whose fields are others than when they were encoded; where the index is the manifest's,
+    that only means that they were prepared again.
+    """
     path, name = folder / shard["name"], f"shard {shard['name']}"
     if not path.is_file():
         advance(shard["size"])
@@ -131,7 +170,7 @@ def check_shard(folder: Path, shard: dict[str, Any], rows: Iterator[Row] | None,
             previous: Row | None = None
             for row in rows or ():
                 samples += 1
-                yield from (f"{name}, key {key}: {what}" for key, what in check_sample(reader, previous, row))
+                yield from (f"{name}, key {key}: {what}" for key, what in check_sample(reader, previous, row, strict))
                 # of a sample that could not be read the end is not looked for either
                 previous = row if reader.position == row["offset"] + row["length"] else None
             rest = reader.read_rest(keep=previous is not None)
@@ -139,7 +178,7 @@ def check_shard(folder: Path, shard: dict[str, Any], rows: Iterator[Row] | None,
             yield f"{name} cannot be read: {error.strerror or error}"
             return
     if previous is not None:
-        yield from (f"{name}, key {key}: {what}" for key, what in check_gap(rest, previous, None))
+        yield from (f"{name}, key {key}: {what}" for key, what in check_gap(rest, previous, None, strict))
     if reader.digest.hexdigest() != shard["sha256"]:
         yield f"{name} is not as it was written (its SHA-256 differs)"
     if rows is not None and samples != shard["samples"]:
@@ -171,7 +210,7 @@ class Reader:
         return b"".join(parts)
 
 
-def check_sample(reader: Reader, previous: Row | None, row: Row) -> Iterator[Finding]:
+def check_sample(reader: Reader, previous: Row | None, row: Row, strict: bool) -> Iterator[Finding]:
     """One sample's header and latents, and the JSON of the sample before it, which lies in front of them."""
     if row["offset"] < reader.position or row["length"] < 0:
         yield row["key"], f"{INDEX_NAME} places it at byte {row['offset']}, inside another sample"
@@ -181,14 +220,14 @@ def check_sample(reader: Reader, previous: Row | None, row: Row) -> Iterator[Fin
     if reader.position < row["offset"] + row["length"]:
         yield row["key"], f"{row['key']}.npy lies beyond the end of the file"
         return
-    yield from check_gap(gap, previous, row)
+    yield from check_gap(gap, previous, row, strict)
     if zlib.crc32(payload) != row["crc32"]:
         yield row["key"], f"the bytes of {row['key']}.npy are damaged (CRC-32 differs)"
     else:
         yield from check_latents(payload, row)
 
 
-def check_gap(gap: bytes, previous: Row | None, following: Row | None) -> Iterator[Finding]:
+def check_gap(gap: bytes, previous: Row | None, following: Row | None, strict: bool) -> Iterator[Finding]:
     """What lies between two payloads: the padding and JSON of ``previous``, the header of ``following``."""
     nearest = previous or following
     assert nearest is not None
@@ -198,7 +237,7 @@ def check_gap(gap: bytes, previous: Row | None, following: Row | None) -> Iterat
         # the following payload is not there, but the reader looks one member ahead only when it is asked to
         with tarfile.open(fileobj=io.BytesIO(gap + bytes(2 * tarfile.BLOCKSIZE)), mode="r:") as tar:
             if previous is not None:
-                yield from check_json(tar, previous)
+                yield from check_json(tar, previous, strict)
             if following is not None:
                 yield from check_header(tar.next(), len(gap), following)
             elif (extra := tar.next()) is not None:
@@ -209,16 +248,17 @@ def check_gap(gap: bytes, previous: Row | None, following: Row | None) -> Iterat
         yield nearest["key"], f"the tar is damaged {where} {nearest['key']}.npy: {type(error).__name__}: {error}"
 
 
-def check_json(tar: tarfile.TarFile, row: Row) -> Iterator[Finding]:
-    """The sample's ``.json`` member, which is its row of the index."""
+def check_json(tar: tarfile.TarFile, row: Row, strict: bool) -> Iterator[Finding]:
+    """The sample's ``.json`` member, which is its row of the index, as far as it concerns its latents or else whole."""
     member, name = tar.next(), f"{row['key']}.json"
     if member is None or member.name != name:
         yield row["key"], f"the tar holds {member.name if member else 'no readable member'} where {name} belongs"
         return
     file = tar.extractfile(member)
     told = json.loads(file.read()) if file else None
-    if told != row:
-        fields = [field for field in row if not isinstance(told, dict) or told.get(field) != row[field]]
+    compared = row if strict and row["source"] is not None else [field.name for field in LATENT_FIELDS]
+    if not isinstance(told, dict) or any(told.get(field) != row[field] for field in compared):
+        fields = [field for field in compared if not isinstance(told, dict) or told.get(field) != row[field]]
         yield row["key"], f"{name} and {INDEX_NAME} differ in {', '.join(fields) or 'their fields'}"
 
 

@@ -1,0 +1,169 @@
+"""Images looked at ahead of the VAE, in processes of their own, and handed back in order.
+
+What is wrong with one image is an outcome, not an error: it is set aside, even where it kills the process that decodes
+it.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+
+import numpy as np
+
+from trainer.buckets import Fit, Size, fit_image
+from trainer.data.images import BadImage, read_bytes, read_header, read_pixels
+from trainer.data.records import Reject
+from trainer.errors import UserError
+from trainer.files import sha256_bytes
+from trainer.post import ImagePlace
+from trainer.schema import BucketsConfig
+
+AHEAD = 4  # images that each process has ready or in work
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to look at."""
+
+    key: str
+    origin: str
+    place: ImagePlace
+    known_hash: str | None  # of the bytes that its latents were made from, if there are some
+    min_side: int | None
+    buckets: BucketsConfig
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image on its way into the VAE."""
+
+    size: Size
+    fit: Fit
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    content_hash: str
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """The file has another time, but its bytes are those that were encoded."""
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Removed by a filter that has to see the image."""
+
+    name: str
+
+
+Outcome = Decoded | Unchanged | Filtered | Reject
+
+
+def look(task: Task) -> Outcome:
+    """One image's bucket and pixels, or why there are none. The file is read once."""
+    try:
+        data = read_bytes(task.place)
+        content_hash = sha256_bytes(data)
+        if content_hash == task.known_hash:
+            return Unchanged()
+        size = read_header(data)
+        if task.min_side is not None and min(size) < task.min_side:
+            return Filtered("min_side")
+        fit = fit_image(size, **asdict(task.buckets))
+        return Decoded(size, fit, read_pixels(data, fit), content_hash)
+    except BadImage as error:
+        return Reject(task.key, task.origin, error.reason, error.detail)
+    except UserError as error:
+        return Reject(task.key, task.origin, "too_small", str(error))
+    except MemoryError:
+        return Reject(task.key, task.origin, "out_of_memory", "decoding it needs more memory than there is")
+
+
+@contextmanager
+def decoders(processes: int) -> Iterator["Decoders"]:
+    """Processes that look at images; with 0 the calling one does."""
+    pool = Decoders(processes)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+class Decoders:
+    """Looks at images in order, a few ahead. One that kills its process is set aside, whatever it is."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self.pool: Executor | None = start_pool(processes) if processes else None
+
+    def close(self) -> None:
+        """End the processes; what they have in work is dropped."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def look_at(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
+        """The outcome of each task, in order."""
+        if self.pool is None:
+            yield from map(look, tasks)
+            return
+        waiting: deque[tuple[Task, Future[Outcome]]] = deque()
+        for task in tasks:
+            waiting.append((task, self.pool.submit(look, task)))
+            if len(waiting) > AHEAD * self.processes:
+                yield self.take(waiting)
+        while waiting:
+            yield self.take(waiting)
+
+    def take(self, waiting: deque[tuple[Task, Future[Outcome]]]) -> Outcome:
+        """The next outcome. A pool dies as a whole: its images are then looked at one by one, each in a pool of one."""
+        task, future = waiting.popleft()
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self.close()
+            self.pool = start_pool(self.processes)
+            outcome = look_alone(task)
+            for place, (other, _) in enumerate(waiting):
+                waiting[place] = (other, resolved(look_alone(other)))
+            return outcome
+
+
+def start_pool(processes: int) -> ProcessPoolExecutor:
+    """Forked, so that they start at once; they never touch the accelerator."""
+    return ProcessPoolExecutor(processes, get_context("fork"), initializer=begin_process, initargs=(os.getpid(),))
+
+
+def begin_process(parent: int) -> None:
+    """Leave stopping to the parent, and end when it does, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def look_alone(task: Task) -> Outcome:
+    """One image in a process of its own."""
+    with start_pool(1) as pool:
+        try:
+            return pool.submit(look, task).result()
+        except BrokenProcessPool:
+            detail = "the process that decoded it died: a fault of the decoder, or too little memory"
+            return Reject(task.key, task.origin, "killed_decoder", detail)
+
+
+def resolved(outcome: Outcome) -> "Future[Outcome]":
+    """A future that is done."""
+    future: Future[Outcome] = Future()
+    future.set_result(outcome)
+    return future

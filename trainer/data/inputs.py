@@ -1,0 +1,187 @@
+"""All that the sources bring, read once and kept as an Arrow table: what a preparation works through.
+
+No image is opened here. The table is written in batches and mapped afterwards, so that a million posts never stand in
+memory as objects, and every process of a preparation reads the same posts without asking the sources again.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from trainer.data.images import BadImage, stat_image
+from trainer.data.records import Reject
+from trainer.data.shards import POST_FIELDS
+from trainer.errors import UserError
+from trainer.files import sha256_json, write_file
+from trainer.post import ImagePlace, Post, TableCell, TarMember
+from trainer.schema import FiltersConfig
+
+BATCH_ROWS = 16384
+INPUTS_NAME = "inputs.arrow"
+PLACE_FIELDS = [
+    pa.field("path", pa.binary(), nullable=False),  # of the file that holds the image; file names need not be Unicode
+    pa.field("offset", pa.int64()),  # of a tar's member
+    pa.field("length", pa.int64()),
+    pa.field("row", pa.int64()),  # of a dataset's cell
+    pa.field("column", pa.string()),
+]
+STAT_FIELDS = [pa.field(name, pa.int64(), nullable=False) for name in ("image_size", "image_mtime_ns")]
+INPUTS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("image", pa.struct(PLACE_FIELDS), nullable=False),
+        *STAT_FIELDS,
+        *POST_FIELDS,
+        pa.field("stated_width", pa.int32()),
+        pa.field("stated_height", pa.int32()),
+    ]
+)
+
+WHERE_COLUMNS = ("origin", "image")  # where an input lies, not what it is
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a look at all sources found."""
+
+    total: int  # posts, those that a filter removed, and rejects
+    sha256: str  # of all that decides what is prepared
+    set_aside: list[dict[str, Any]]  # rejects, as the quarantine lists them
+    filtered: dict[str, int]  # by filter
+
+
+def survey_inputs(items: Iterable[Post | Reject], filters: FiltersConfig, path: Path, progress: bool = False) -> Inputs:
+    """Read all posts once into the table ``path``; filtered ones are only counted, rejects are kept.
+
+    Raises:
+        UserError: when a key occurs twice, naming both places.
+    """
+    set_aside: list[dict[str, Any]] = []
+    filtered: Counter[str] = Counter()
+    total, digest = 0, hashlib.sha256()
+
+    def write(temporary: Path) -> None:
+        nonlocal total
+        records: list[dict[str, Any]] = []
+
+        def flush() -> None:
+            batch = pa.RecordBatch.from_pylist(records, schema=INPUTS_SCHEMA)
+            writer.write_batch(batch)
+            digest.update(batch.drop_columns(list(WHERE_COLUMNS)).serialize())
+            records.clear()
+
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, INPUTS_SCHEMA) as writer:
+            for item in tqdm(items, "read posts", unit="post", disable=not progress):
+                total += 1
+                record = item if isinstance(item, Reject) else describe(item)
+                if isinstance(record, Reject):
+                    set_aside.append(describe_reject(record))
+                elif (name := find_filter(record, filters)) is not None:
+                    filtered[name] += 1
+                else:
+                    records.append(record)
+                if len(records) == BATCH_ROWS:
+                    flush()
+            if records:
+                flush()
+
+    write_file(path, write)
+    refuse_double_keys(read_table(path))
+    # what the filters let through is in the table; only the shorter side is judged later, by the image itself
+    decided = [digest.hexdigest(), set_aside, filters.min_side, filters.drop_duplicates]
+    return Inputs(total, sha256_json(decided), set_aside, dict(filtered))
+
+
+def describe(post: Post) -> dict[str, Any] | Reject:
+    """The table's row of a post, with its file's size and time; a Reject where the file is missing."""
+    try:
+        size, mtime = stat_image(post.image)
+    except BadImage as error:
+        return Reject(post.key, post.origin, error.reason, error.detail)
+    row = {field.name: getattr(post, field.name) for field in INPUTS_SCHEMA if field.name in Post.__dataclass_fields__}
+    extra = json.dumps(post.extra, ensure_ascii=False) if post.extra else None
+    place = describe_place(post.image)
+    return row | {"image": place, "image_size": size, "image_mtime_ns": mtime, "extra": extra}
+
+
+def describe_place(place: ImagePlace) -> dict[str, Any]:
+    """Where an image lies, as the table's struct."""
+    match place:
+        case TarMember():
+            return {"path": os.fsencode(place.path), "offset": place.offset, "length": place.length}
+        case TableCell():
+            return {"path": os.fsencode(place.path), "row": place.row, "column": place.column}
+        case _:
+            return {"path": os.fsencode(place)}
+
+
+def read_place(struct: dict[str, Any]) -> ImagePlace:
+    """The inverse of ``describe_place``."""
+    path = Path(os.fsdecode(struct["path"]))
+    if struct["offset"] is not None:
+        return TarMember(path, struct["offset"], struct["length"])
+    if struct["row"] is not None:
+        return TableCell(path, struct["row"], struct["column"])
+    return path
+
+
+def describe_reject(reject: Reject) -> dict[str, Any]:
+    """A line of the quarantine. A file name need not be Unicode, and details quote it."""
+    return asdict(reject) | {"detail": reject.detail.encode(errors="backslashreplace").decode()}
+
+
+def find_filter(row: dict[str, Any], filters: FiltersConfig) -> str | None:
+    """The first filter that removes a post, by its name; ``min_side`` needs the image and is judged later."""
+    if filters.min_score is not None and (row["score"] is None or row["score"] < filters.min_score):
+        return "min_score"
+    if filters.ratings is not None and row["rating"] not in filters.ratings:
+        return "ratings"
+    if filters.first_year is not None and (row["year"] is None or row["year"] < filters.first_year):
+        return "first_year"
+    if filters.last_year is not None and (row["year"] is None or row["year"] > filters.last_year):
+        return "last_year"
+    if filters.required_tags or filters.forbidden_tags:
+        tags = list_tags(row)
+        if not all(tag.replace("_", " ") in tags for tag in filters.required_tags):
+            return "required_tags"
+        if any(tag.replace("_", " ") in tags for tag in filters.forbidden_tags):
+            return "forbidden_tags"
+    return None
+
+
+def list_tags(row: dict[str, Any]) -> set[str]:
+    """All tags of a post, with spaces for underscores; of a finished caption what stands between its commas."""
+    strings = [value for name, value in row.items() if name.startswith("tags_") and value]
+    tags = {tag.replace("_", " ") for string in strings for tag in string.split()}
+    finished = (row["caption"] or "").replace("|||", ",").replace("_", " ").split(",")
+    return tags | {tag.strip() for tag in finished}
+
+
+def read_table(path: Path) -> pa.Table:
+    """An Arrow file, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def refuse_double_keys(table: pa.Table) -> None:
+    """A key names one sample, its latents and its noise.
+
+    Raises:
+        UserError: naming both places of such a key.
+    """
+    counts = pc.value_counts(table["key"])
+    double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(double):
+        key = double[0].as_py()
+        first, second, *_ = table.filter(pc.equal(table["key"], key))["origin"].to_pylist()
+        others = f" ({len(double) - 1} other keys do too)" if len(double) > 1 else ""
+        raise UserError(f"the key {key} occurs twice: {first} and {second}; remove one of the posts{others}")

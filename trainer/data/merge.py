@@ -1,0 +1,191 @@
+"""What the sources say and what is encoded -> the set: index, lists and manifest, put in their place.
+
+The index is always the join of both: a post that changed its tags has them in the index at once, one that is gone, or
+filtered now, is left out, and its latents stay in their tar, known to latents.arrow, should it come back.
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.data.inputs import Inputs, read_table
+from trainer.data.shards import (
+    INDEX_NAME,
+    LATENT_FIELDS,
+    LATENTS_NAME,
+    MANIFEST_NAME,
+    NOTES_NAME,
+    QUARANTINE_NAME,
+    SCHEMA,
+    Index,
+    ShardFile,
+    write_index,
+)
+from trainer.data.unfinished import (
+    LATENTS_SCHEMA,
+    UNKNOWN,
+    Done,
+    Stock,
+    Todo,
+    Work,
+    find_last,
+    join_stock,
+    read_stock,
+    write_table,
+)
+from trainer.errors import UserError
+from trainer.files import sha256_file, sync_folder, write_text
+from trainer.schema import FiltersConfig
+
+LAST = (INDEX_NAME, MANIFEST_NAME)  # of a set's files, those that are put in place last, in this order
+
+
+def read_complete(index: Index) -> Stock:
+    """What a complete set has encoded: by its latents.arrow, else by its index, without sizes and times of images."""
+    shards = [ShardFile(**shard) for shard in index.manifest["shards"]]
+    path = index.folder / LATENTS_NAME
+    if path.is_file() and sha256_file(path) == index.manifest.get("latents_sha256"):
+        return Stock(read_table(path), shards)
+    columns = [index.table[name] for name in (field.name for field in LATENT_FIELDS)]
+    unknown = pa.array(np.full(len(index), UNKNOWN))
+    return Stock(pa.table([*columns, unknown, unknown], schema=LATENTS_SCHEMA), shards)
+
+
+def merge_set(
+    work: Work, todo: Todo, done: list[Done], inputs: Inputs, latents: dict[str, Any], filters: FiltersConfig
+) -> dict[str, Any]:
+    """Write everything but the shards into ``work.set``, the manifest last; returns it.
+
+    Args:
+        latents: what made them, the manifest's section.
+
+    Raises:
+        UserError: when no sample is left.
+    """
+    stock = join_stock([read_stock(work.store), *(each.stock for each in done)])
+    table, filtered = choose_samples(read_table(work.inputs), stock, todo, done, filters.min_side)
+    filtered = Counter(inputs.filtered) + sum((Counter(each.filtered) for each in done), filtered)
+    first = find_first_of_bytes(table)
+    doubles = np.flatnonzero(first != np.arange(len(table)))
+    notes = [*note_sizes(table), *note_duplicates(table, first, doubles)]
+    if filters.drop_duplicates:
+        filtered["drop_duplicates"] = len(doubles)
+        table = table.take(pa.array(np.flatnonzero(first == np.arange(len(table)))))
+    set_aside = inputs.set_aside + [line for each in done for line in each.set_aside]
+    filtered = Counter({name: count for name, count in filtered.items() if count})
+    if not len(table):
+        told = [tell(count_by(set_aside, "reason")), tell({f"removed by {name}": n for name, n in filtered.items()})]
+        raise UserError(f"no sample is left of {inputs.total} inputs: {', '.join(filter(None, told))}")
+    write_jsonl(work.set / QUARANTINE_NAME, set_aside)
+    write_jsonl(work.set / NOTES_NAME, notes)
+    write_table(work.set / LATENTS_NAME, stock.latents)
+    counts = {
+        "inputs": inputs.total,
+        "samples": len(table),
+        "set_aside": count_by(set_aside, "reason"),
+        "filtered": dict(filtered.most_common()),
+        "notes": count_by(notes, "note"),
+    }
+    return write_index(
+        work.set, table.select(SCHEMA.names), stock.shards, latents, counts=counts,
+        inputs={"total": inputs.total, "sha256": inputs.sha256},
+        latents_sha256=sha256_file(work.set / LATENTS_NAME),
+    )  # fmt: skip
+
+
+def choose_samples(
+    inputs: pa.Table, stock: Stock, todo: Todo, done: list[Done], min_side: int | None
+) -> tuple[pa.Table, Counter[str]]:
+    """Posts with their latents, sorted by key, and how many the images' sides removed of those encoded before."""
+    places = find_last(inputs["key"], stock)
+    # what had to be looked at again counts only as it was found this time
+    fresh = pa.chunked_array([chunk for each in done for chunk in each.stock.latents["key"].chunks], pa.string())
+    accepted = places != UNKNOWN
+    accepted[todo.rows] &= pc.is_in(inputs["key"].take(pa.array(todo.rows)), fresh.combine_chunks()).to_numpy()
+    if min_side is not None and len(stock.latents):
+        sides = [stock.latents[f"original_{side}"].to_numpy()[np.maximum(places, 0)] for side in ("width", "height")]
+        small = accepted & (np.minimum(*sides) < min_side)
+    else:
+        small = np.zeros(len(places), dtype=bool)
+    rows = np.flatnonzero(accepted & ~small)
+    rows = rows[pc.sort_indices(inputs["key"].take(pa.array(rows))).to_numpy()]
+    posts, encoded = inputs.take(pa.array(rows)), stock.latents.take(pa.array(places[rows]))
+    for name in LATENTS_SCHEMA.names[1:]:
+        posts = posts.drop_columns([name]) if name in posts.schema.names else posts
+        posts = posts.append_column(LATENTS_SCHEMA.field(name), encoded[name])
+    return posts, Counter({"min_side": int(small.sum())})
+
+
+def find_first_of_bytes(table: pa.Table) -> np.ndarray:
+    """For each sample the first one, by key, whose image has the same bytes: int64 (n,)."""
+    codes = table["content_hash"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def note_duplicates(table: pa.Table, first: np.ndarray, doubles: np.ndarray) -> list[dict[str, Any]]:
+    """A note for each image that another one equals, byte by byte."""
+    lines = table.select(["key", "origin"]).take(pa.array(doubles)).to_pylist()
+    others = table["key"].take(pa.array(first[doubles])).to_pylist()
+    return [{**line, "note": "duplicate", "of": other} for line, other in zip(lines, others, strict=True)]
+
+
+def note_sizes(table: pa.Table) -> list[dict[str, Any]]:
+    """A note where the post states another size than the file has."""
+    differs = pc.or_kleene(
+        pc.not_equal(table["stated_width"], table["original_width"]),
+        pc.not_equal(table["stated_height"], table["original_height"]),
+    )
+    names = ["key", "origin", "stated_width", "stated_height", "original_width", "original_height"]
+    return [
+        {
+            "key": row["key"],
+            "origin": row["origin"],
+            "note": "stated_size",
+            "stated": [row["stated_width"], row["stated_height"]],
+            "file": [row["original_width"], row["original_height"]],
+        }
+        for row in table.select(names).filter(pc.fill_null(differs, False)).to_pylist()
+    ]
+
+
+def place_set(work: Work, folder: Path) -> None:
+    """Make ``work.set`` data.shards, or join it to the set that is there.
+
+    Started again after an interruption it ends the same: a set that joins another loses file after file to its place.
+    """
+    for path in work.folder.iterdir():  # what led to the set is of no use from here on
+        if path.is_dir() and path != work.set:
+            shutil.rmtree(path)
+        elif path.name != "lock" and path != work.set:
+            path.unlink()
+    if not folder.exists() or not any(folder.iterdir()):
+        work.set.replace(folder)
+    else:
+        names = [path.name for path in work.set.iterdir() if path.name not in LAST]
+        for name in (*names, *LAST):
+            if (work.set / name).exists():
+                (work.set / name).replace(folder / name)
+        sync_folder(folder)
+    sync_folder(folder.parent)
+
+
+def write_jsonl(path: Path, lines: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def count_by(lines: list[dict[str, Any]], name: str) -> dict[str, int]:
+    """How often each value of a field occurs, the most frequent first."""
+    return dict(Counter(line[name] for line in lines).most_common())
+
+
+def tell(counts: dict[str, int]) -> str:
+    """Counts in one line."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

@@ -1,0 +1,120 @@
+"""Posts of a chunk -> pixels -> raw latents -> one shard, and the chunks of one process after each other.
+
+What a chunk gives depends on the chunk alone. Images of a bucket may share a forward of the VAE: with one at a time
+latents are a function of the image alone, in a batch its neighbours decide the last bits.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import AutoencoderKL
+
+from trainer.buckets import Size
+from trainer.data.decoders import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
+from trainer.data.images import pixels_to_tensor
+from trainer.data.inputs import describe_reject, read_place, read_table
+from trainer.data.records import Reject
+from trainer.data.shards import Row, ShardWriter
+from trainer.data.unfinished import LATENTS_SCHEMA, UNKNOWN, Done, Stock, Todo, Work, write_done
+from trainer.models.vae import encode_raw_latents
+from trainer.schema import BucketsConfig
+
+STAT = ("image_size", "image_mtime_ns")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What turns posts into latents."""
+
+    vae: AutoencoderKL
+    decoders: Decoders
+    buckets: BucketsConfig
+    min_side: int | None
+    batch_size: int
+
+
+class Chunk:
+    """What has become of a chunk's posts so far, and its shard on the way."""
+
+    def __init__(self, work: Work, number: int, encoder: Encoder) -> None:
+        self.work, self.number, self.encoder = work, number, encoder
+        self.writer: ShardWriter | None = None
+        self.waiting: dict[Size, list[tuple[Row, Decoded]]] = {}  # by bucket, fewer than a batch each
+        self.latents: list[Row] = []
+        self.set_aside: list[dict[str, Any]] = []
+        self.filtered: Counter[str] = Counter()
+
+    def add(self, row: Row, old: Row | None, outcome: Outcome) -> None:
+        """The outcome of one post; ``old`` is the row of its latents, if it has some."""
+        match outcome:
+            case Reject():
+                self.set_aside.append(describe_reject(outcome))
+            case Filtered():
+                self.filtered[outcome.name] += 1
+            case Unchanged():
+                assert old is not None
+                self.latents.append(old | {name: row[name] for name in STAT})
+            case Decoded():
+                batch = self.waiting.setdefault(outcome.fit.bucket, [])
+                batch.append((row, outcome))
+                if len(batch) == self.encoder.batch_size:
+                    self.encode(self.waiting.pop(outcome.fit.bucket))
+
+    def encode(self, batch: list[tuple[Row, Decoded]]) -> None:
+        """Encode images of one bucket and write them."""
+        pixels = torch.stack([pixels_to_tensor(image.pixels) for _, image in batch])  # (B, 3, H, W)
+        raw_latents = encode_raw_latents(self.encoder.vae, pixels).half().cpu().numpy()  # (B, 4, H/8, W/8)
+        for (row, image), latents in zip(batch, raw_latents, strict=True):
+            if not np.isfinite(latents).all():
+                detail = "the VAE gave NaN or infinity; SDXL's own overflows in fp16: set precision.vae to fp32"
+                self.set_aside.append(describe_reject(Reject(row["key"], row["origin"], "non_finite_latents", detail)))
+                continue
+            self.writer = self.writer or ShardWriter(self.work.set, self.number)
+            written = self.writer.add(row | place_image(image), latents)
+            self.latents.append({name: written.get(name, row.get(name)) for name in LATENTS_SCHEMA.names})
+
+    def finish(self) -> Done:
+        """Encode what still waits for a full batch, and end the shard."""
+        for bucket in list(self.waiting):
+            self.encode(self.waiting.pop(bucket))
+        shards = [self.writer.finish()] if self.writer else []
+        table = pa.Table.from_pylist(self.latents, schema=LATENTS_SCHEMA)
+        return Done(Stock(table, shards), self.set_aside, dict(self.filtered))
+
+
+def place_image(image: Decoded) -> Row:
+    """The index's columns that say how an image became a sample."""
+    return {
+        "content_hash": image.content_hash,
+        "bucket_width": image.fit.bucket[0],
+        "bucket_height": image.fit.bucket[1],
+        "original_width": image.size[0],
+        "original_height": image.size[1],
+        "crop_left": image.fit.left,
+        "crop_top": image.fit.top,
+    }
+
+
+def encode_chunk(work: Work, todo: Todo, chunk: int, encoder: Encoder, advance: Callable[[Chunk], object]) -> Done:
+    """Encode a chunk and make it count; ``advance`` is told behind each image."""
+    inputs, store = read_table(work.inputs), read_table(work.store)
+    part = todo.chunk(chunk)
+    rows = inputs.take(pa.array(todo.rows[part])).to_pylist()
+    olds = [None if place == UNKNOWN else store.slice(place, 1).to_pylist()[0] for place in todo.known[part].tolist()]
+    tasks = [
+        Task(row["key"], row["origin"], read_place(row["image"]), old and old["content_hash"], encoder.min_side,
+             encoder.buckets)
+        for row, old in zip(rows, olds, strict=True)
+    ]  # fmt: skip
+    made = Chunk(work, todo.first_shard + chunk, encoder)
+    for row, old, outcome in zip(rows, olds, encoder.decoders.look_at(tasks), strict=True):
+        made.add(row, old, outcome)
+        advance(made)
+    done = made.finish()
+    write_done(work, todo, chunk, done)
+    return done

@@ -1,0 +1,74 @@
+"""The processes of a preparation: which one this is, of how many, and how they wait for each other.
+
+They meet before the first image and behind the last. Gloo is used on GPUs too: nothing large is sent, and a wait may
+last for days, where NCCL's would run out.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed
+
+from trainer.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process and the others."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process reads the posts and puts the result together."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """The main process's value, in every process."""
+        if self.world == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all are here. One that died ends the others here too."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def join_team() -> Iterator[Team]:
+    """The processes that ``accelerate launch`` or ``torchrun`` started; this one alone without them."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Team()
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield Team(int(os.environ["RANK"]), world)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def choose_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none or Accelerate was told to use it.
+
+    Raises:
+        UserError: for more processes on a machine than it has GPUs.
+    """
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if told_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(f"this machine has {gpus} GPU(s), and more processes were started: lower --num_processes")
+    return torch.device("cuda", number)
