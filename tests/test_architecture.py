@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 FLOORS: dict[float, str] = {
     -2: "errors schema",
     -1: "config_rules",
-    0: "config files rng buckets post models.single_file",
+    0: "config files rng buckets post data.payload models.single_file",
     0.5: "artefacts models.hub",
     1: "captions diffusion lineage models.text models.vae models.base data.sources data.images data.shards report_page",
     2: "data.plan data.draws data.unfinished data.survey data.verify models.sdxl",

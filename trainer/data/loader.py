@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan, Planned
-from trainer.data.shards import Index, read_raw_latents
+from trainer.data.shards import Index, latents_shape, read_latents_into
 from trainer.errors import UserError
 from trainer.models.text import TextTokenizer, tokenize_captions
 from trainer.schema import CaptionsConfig, DiffusionConfig
@@ -92,19 +92,23 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
     seed = data.plan.seed
     records = [data.index.row(sample.row) for sample in planned]
     named = [(record["key"], sample.pass_) for record, sample in zip(records, planned, strict=True)]
-    latents = [read_raw_latents(data.index, sample.row) for sample in planned]
-    shape = latents[0].shape
+    shape = latents_shape(records[0])  # of all: they share a bucket
+    raw_latents = np.empty((len(records), *shape), dtype=np.float16)
+    noise = np.empty((len(records), *shape), dtype=np.float32)
+    for place, record in enumerate(records):
+        read_latents_into(raw_latents[place], data.index, record)
     captions = [
         draw_sample_caption(record, sample.pass_, seed, data.captions)
         for record, sample in zip(records, planned, strict=True)
     ]
     chunks = tokenize_captions(captions, data.tokenizers, data.captions.max_token_length)
     offset = data.diffusion.noise_offset
-    noise = np.stack([draw_sample_noise(shape, key, pass_, seed, offset) for key, pass_ in named])
+    for place, (key, pass_) in enumerate(named):
+        noise[place] = draw_sample_noise(shape, key, pass_, seed, offset)
     timesteps = [draw_sample_timestep(key, pass_, seed, data.diffusion) for key, pass_ in named]
     return Batch(
         keys=[key for key, _ in named],
-        raw_latents=torch.from_numpy(np.stack(latents)),
+        raw_latents=torch.from_numpy(raw_latents),
         noise=torch.from_numpy(noise),
         timesteps=torch.tensor(timesteps, dtype=torch.int64),
         input_ids_1=torch.from_numpy(chunks.input_ids_1),
