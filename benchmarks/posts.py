@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config import load_config
 from trainer.data.shards import SCHEMA
+from trainer.models.text import TextTokenizer, load_tokenizers, read_bpe
+from trainer.schema import Config
 
 DEMO_POSTS = Path(__file__).parent.parent / "demo" / "posts.jsonl"
 GENERAL, CHARACTERS, COPYRIGHTS, ARTISTS = 20_000, 50_000, 5_000, 100_000  # distinct names of each kind
@@ -74,3 +77,16 @@ def make_rows(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
             "tags_artist": " ".join(draw_names("artist", ARTISTS, 1, generator)),
             "tags_meta": "highres absurdres" if number % 2 else "highres",
         }  # fmt: skip
+
+
+def plain_config() -> Config:
+    """The recipe's defaults."""
+    words = ["run.name=x", "run.stage=x", "model.pretrained=x", "data.shards=x", "optim.unet_lr=1", "schedule.epochs=1"]
+    return load_config([], words)
+
+
+def load_base_tokenizers(base: Path) -> tuple[TextTokenizer, TextTokenizer]:
+    """Both tokenizers of a base model's folder, whatever its text encoders."""
+    folders = base / "tokenizer", base / "tokenizer_2"
+    sizes = [len(read_bpe(folder)[0]) for folder in folders]
+    return load_tokenizers(*folders, (sizes[0], sizes[1]))

@@ -41,8 +41,8 @@ class DataConfig:
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
     micro_batch_size: int = 16  # samples of one forward; divides bucket_batch_size
-    num_workers: int = 4  # loader processes per rank; 0 loads in the training process
-    prefetch_factor: int | None = None  # micro-batches each worker keeps ready; null: 2
+    num_workers: int = 4  # loader threads per rank; 0 loads in the training thread
+    prefetch_factor: int | None = None  # micro-batches kept ready per thread; null: 2
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def fingerprint_rows(ordered: pa.Table, latents: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """An opened set of shards. Pickles to its folder and manifest; a worker maps the table again when it needs it."""
+    """An opened set of shards. Threads share it; it pickles to its folder and manifest."""
 
     folder: Path
     manifest: dict[str, Any]

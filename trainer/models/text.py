@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +32,33 @@ class TagIds:
 
     CLIP's tokenizer lowercases letter by letter, finds words that hold no space, and pairs bytes within a word: no
     token comes of both sides of a space. So a caption's ids are those of its parts between ", ", each with its comma.
+    The comma stays with its part: of "love live!," the last word is "!,".
     """
 
     def __init__(self, bpe: Any) -> None:
         """``bpe``: the tokenizers library's Tokenizer."""
         self.bpe = bpe
-        self._known: dict[str, bytes] = {}  # int32 ids of a part; bytes take a fifth of a list's memory
+        # a part's ids with a comma behind it and without, int32: bytes take a fifth of a list's memory
+        self._known: dict[str, tuple[bytes, bytes]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TagIds, (self.bpe,)
 
     def encode(self, captions: list[str]) -> list[np.ndarray]:
-        """What ``bpe`` makes of each caption without special tokens, int32 (n,)."""
-        split = [split_at_commas(caption) for caption in captions]
-        ids: dict[str, Any] = {part: self._known.get(part) for parts in split for part in parts}
-        if missing := [part for part, known in ids.items() if known is None]:
-            encodings = self.bpe.encode_batch(missing, add_special_tokens=False)
-            fresh = {
-                part: np.array(encoding.ids, dtype=np.int32).tobytes()
-                for part, encoding in zip(missing, encodings, strict=True)
-            }
-            ids |= fresh
-            # common tags come first, so that what a full cache holds is worth holding; sentences are not
-            short = (item for item in fresh.items() if len(item[0]) <= MAX_PART_LENGTH)
-            self._known.update(islice(short, max(0, MAX_KNOWN_PARTS - len(self._known))))
-        return [np.frombuffer(b"".join([ids[part] for part in parts]), dtype=np.int32) for parts in split]
+        """What ``bpe`` makes of each caption without special tokens, int32 (n,). Threads may call it at once."""
+        split = [caption.split(", ") for caption in captions]
+        known = self._known
+        ids = {part: known.get(part) or self._encode_part(part) for part in chain.from_iterable(split)}
+        joined = [b"".join([*[ids[part][0] for part in parts[:-1]], ids[parts[-1]][1]]) for parts in split]
+        return [np.frombuffer(content, dtype=np.int32) for content in joined]
 
-
-def split_at_commas(caption: str) -> list[str]:
-    """The caption's parts between ", ", each with its comma."""
-    *parts, last = caption.split(", ")
-    return [*(f"{part}," for part in parts), last]
+    def _encode_part(self, part: str) -> tuple[bytes, bytes]:
+        encodings = [self.bpe.encode(text, add_special_tokens=False) for text in (f"{part},", part)]
+        with_comma, alone = (np.array(encoding.ids, dtype=np.int32).tobytes() for encoding in encodings)
+        # common tags come first, so that what a full cache holds is worth holding; sentences are not
+        if len(self._known) < MAX_KNOWN_PARTS and len(part) <= MAX_PART_LENGTH:
+            self._known[part] = with_comma, alone
+        return with_comma, alone
 
 
 @dataclass(frozen=True)
