@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 FLOORS: dict[float, str] = {
     -2: "errors schema",
     -1: "config_rules",
-    0: "config files rng buckets post team models.single_file",
+    0: "config files rng buckets post team data.payload models.single_file",
     0.5: "artefacts models.hub data.records data.images",
     0.6: "data.folders data.tar_headers",
     0.7: "data.posts_files data.sidecars data.tars",

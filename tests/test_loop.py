@@ -148,13 +148,14 @@ def test_a_folder_is_trained_into_by_one_process(make_config: MakeConfig) -> Non
 
 def poison(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     """Make one sample's latents infinite, as a broken shard that passes its checksum would."""
-    read = loader.read_raw_latents
+    read = loader.read_latents_into
 
-    def read_poisoned(index: Any, row: int) -> np.ndarray:
-        latents = read(index, row)
-        return latents + np.float16("inf") if index.row(row)["key"] == key else latents
+    def read_poisoned(raw_latents: np.ndarray, index: Any, record: Any) -> None:
+        read(raw_latents, index, record)
+        if record["key"] == key:
+            raw_latents += np.float16("inf")
 
-    monkeypatch.setattr(loader, "read_raw_latents", read_poisoned)
+    monkeypatch.setattr(loader, "read_latents_into", read_poisoned)
 
 
 def test_a_non_finite_loss_stops_and_names_step_and_sample(

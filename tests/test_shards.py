@@ -1,6 +1,7 @@
 """Shards and index: the contract's columns, webdataset's view of the tars, and damage that must not go unnoticed."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import webdataset
 
 from trainer.data import shards
+from trainer.data.payload import npy_header
 from trainer.data.shards import Index, ShardWriter, open_index, read_raw_latents, rows_to_table, write_index
 from trainer.errors import UserError
 
@@ -189,6 +191,26 @@ def test_a_wrong_shape_is_noticed(tmp_path: Path) -> None:
     write_index(folder, rows_to_table(writer.rows), [shard], {})
     with pytest.raises(UserError, match=r"key 1: holds float16 \(4, 16, 8\), the index says float16 \(4, 8, 16\)"):
         read_raw_latents(open_index(folder), 0)
+
+
+@pytest.mark.parametrize("layout", ["version 2", "Fortran"])
+def test_an_array_of_another_layout_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Another NumPy may write other headers than this one's: the numbers are what counts."""
+
+    def write(buffer: io.BytesIO, array: np.ndarray, allow_pickle: bool) -> None:
+        array, version = (np.asfortranarray(array), (1, 0)) if layout == "Fortran" else (array, (2, 0))
+        write_array(buffer, array, version=version, allow_pickle=allow_pickle)
+
+    write_array = np.lib.format.write_array
+    monkeypatch.setattr(np.lib.format, "write_array", write)
+    write_set(tmp_path / "set", 2)
+    index = open_index(tmp_path / "set")
+    for number in range(6):
+        row = index.row(number)
+        with (index.folder / row["shard"]).open("rb") as file:
+            file.seek(row["offset"])
+            assert not file.read(128).startswith(npy_header((4, 16, 8)))
+        assert np.array_equal(read_raw_latents(index, number), raw_latents(KEYS.index(row["key"])))
 
 
 def test_what_does_not_belong_together_is_refused(index: Index, tmp_path: Path) -> None:

@@ -126,6 +126,10 @@ def demo_captions() -> list[str]:
     ]
 
 
+def list_ids(tokenizer: TextTokenizer, captions: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.content_ids(captions)]
+
+
 def check_ids(captions: list[str], ours: TextTokenizer, theirs: CLIPTokenizer) -> None:
     """Our first chunk is what the library makes of a caption, padded and truncated."""
     library = theirs(captions, padding="max_length", max_length=77, truncation=True).input_ids
@@ -151,7 +155,7 @@ def library(tiny_base: Path) -> CLIPTokenizer:
 @given(st.lists(st.text(max_size=40) | st.text("abc!,'_^ 0123é<|endoftext>", max_size=40), min_size=1, max_size=5))
 def test_ids_are_the_librarys_on_any_text(tokenizers: Tokenizers, library: CLIPTokenizer, captions: list[str]) -> None:
     check_ids(captions, tokenizers[0], library)
-    assert tokenizers[1].content_ids(captions) == tokenizers[0].content_ids(captions)
+    assert list_ids(tokenizers[1], captions) == list_ids(tokenizers[0], captions)
 
 
 def test_an_exclamation_mark_is_an_ordinary_token(tiny_base: Path, tokenizers: Tokenizers) -> None:
@@ -161,11 +165,11 @@ def test_an_exclamation_mark_is_an_ordinary_token(tiny_base: Path, tokenizers: T
     trap = CLIPTokenizer.from_pretrained(tiny_base / "tokenizer_2")
     assert trap("love live!").input_ids[-2] == 0  # the trap is there
     for tokenizer in tokenizers:
-        (ids,) = tokenizer.content_ids(["love live!"])
+        (ids,) = list_ids(tokenizer, ["love live!"])
         assert ids[-1] == 256 and 0 not in ids
         chunk = make_chunks(ids, tokenizer, 1)[0].tolist()
         assert chunk[len(ids) : len(ids) + 2] == [256, tokenizer.eos_id]
-        assert 0 not in tokenizer.content_ids(["! a!b !, wow!"])[0][-1:]
+        assert 0 not in list_ids(tokenizer, ["! a!b !, wow!"])[0][-1:]
 
 
 def test_distinct_chunks_are_encoded_once(tokenizers: Tokenizers) -> None:
@@ -269,7 +273,7 @@ def test_a_folder_with_tokenizer_json_alone_gives_the_same_ids(
         again = load_tokenizer(tmp_path / name, vocab_size, padding)
         assert (again.bos_id, again.eos_id, again.padding_id) == (
             tokenizer.bos_id, tokenizer.eos_id, tokenizer.padding_id)  # fmt: skip
-        assert again.content_ids(captions) == tokenizer.content_ids(captions)
+        assert list_ids(again, captions) == list_ids(tokenizer, captions)
 
 
 # --- encoding

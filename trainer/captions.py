@@ -24,13 +24,14 @@ def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
     if record["caption"] is not None:
         return record["caption"]
     general = split_tags(record["tags_general"], rules)
-    people = [tag for tag in general if tag in rules.people]
+    counts = frozenset(rules.people)
+    people = [tag for tag in general if tag in counts]
     fixed = people + [
         tag for name in ("character", "copyright", "artist") for tag in split_tags(record[f"tags_{name}"], rules)
     ]
     free = [
         rules.ratings.get(record["rating"], ""),
-        *(tag for tag in general if tag not in rules.people),
+        *(tag for tag in general if tag not in counts),
         year_tag(record["year"], rules),
         *split_tags(record["tags_meta"], rules),
         quality_tag(record["score"], rules, record["rating"]),
@@ -98,14 +99,14 @@ def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Gener
     kept = generator.random(len(free)) >= rules.tag_dropout
     if not rules.shuffle:
         order = np.arange(len(free))
-    return join_tags([*head, *(free[i] for i in order if kept[i]), *tail])
+    return join_tags([*head, *(free[i] for i in order[kept[order]].tolist()), *tail])
 
 
 def split_caption(text: str) -> list[str]:
     """Tags at every comma, so that ``rating: explicit`` and ``nsfw`` move apart, as in the original."""
-    return [tag.strip() for tag in text.split(",") if tag.strip()]
+    return [tag for part in text.split(",") if (tag := part.strip())]
 
 
 def join_tags(tags: Iterable[str]) -> str:
     """Tags joined by commas; empty ones leave no stray comma."""
-    return ", ".join(tag for tag in tags if tag)
+    return ", ".join([tag for tag in tags if tag])

@@ -172,7 +172,7 @@ def start_loading(run: Run, first: int, last: int) -> Generator[Batch, None, Non
     )  # fmt: skip
     if world > 1:
         micro_batches = inputs.config.data.global_batch_size // inputs.config.data.micro_batch_size
-        batch = inputs.data.make(first * micro_batches + inputs.accelerator.process_index)
+        batch = inputs.data[first * micro_batches + inputs.accelerator.process_index]
         settle_gradient_buckets(run.model, batch, run.objective, run.optimizer)
     return batches
 

@@ -64,8 +64,10 @@ class DataConfig:
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
     micro_batch_size: int = 16  # samples of one forward; divides bucket_batch_size
-    num_workers: int = 4  # processes per rank that load, or in preparation decode, ahead; 0: none beside the rank's own
-    prefetch_factor: int | None = None  # micro-batches each worker keeps ready; null: 2
+    num_workers: int = (
+        4  # per rank: threads that load, in preparation processes that decode; 0: none beside the main one
+    )
+    prefetch_factor: int | None = None  # micro-batches kept ready per thread; null: 2
 
 
 @dataclass(frozen=True)

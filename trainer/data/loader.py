@@ -1,25 +1,25 @@
-"""Dataset, batches from a plan and a first micro-step, collate. All randomness of training is drawn here.
+"""Batches from a plan and a first micro-step, made ahead in threads. All randomness of training is drawn here.
 
 A batch is data: it holds latents, noise, timesteps, the distinct chunks of token ids with each sample's map to them,
 size conditioning and the sample keys. What is drawn is a function of (seed, pass, key), so that the number of
-workers, processes or interruptions changes nothing. Design, ideas 1 and 2.
+threads, processes or interruptions changes nothing. Design, ideas 1 and 2.
 """
 
 import dataclasses
-import signal
+from collections import deque
 from collections.abc import Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan, Planned
-from trainer.data.shards import Index, read_raw_latents
-from trainer.errors import UserError
+from trainer.data.shards import Index, latents_shape, read_latents_into
 from trainer.models.text import TextTokenizer, tokenize_captions
 from trainer.schema import CaptionsConfig, DiffusionConfig
 
@@ -44,7 +44,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in pinned memory; the DataLoader calls this."""
+        """The same batch in pinned memory, which the device reads by itself."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Any) -> "Batch":
@@ -53,7 +53,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset[Batch | UserError]):
+class MicroBatches:
     """Micro-batch n of the whole run, counted over all steps and ranks, as a pure function of n."""
 
     plan: Plan
@@ -63,18 +63,14 @@ class MicroBatches(Dataset[Batch | UserError]):
     diffusion: DiffusionConfig
     micro_batch_size: int
 
-    def __getitem__(self, number: int) -> "Batch | UserError":
-        try:
-            return self.make(number)
-        except UserError as error:
-            return error  # raised in a worker it would reach the user as a traceback
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.plan.unit_size * self.plan.units_per_step // self.micro_batch_size
 
-    def make(self, number: int) -> Batch:
-        """Micro-batch ``number``."""
-        per_step = self.plan.unit_size * self.plan.units_per_step // self.micro_batch_size
-        step, place = divmod(number, per_step)
-        planned = self.plan.micro_batch(step, place, self.micro_batch_size)
-        return make_batch(planned, self)
+    def __getitem__(self, number: int) -> Batch:
+        step, place = divmod(number, self.per_step)
+        return make_batch(self.plan.micro_batch(step, place, self.micro_batch_size), self)
 
 
 def make_time_ids(record: Mapping[str, Any]) -> list[float]:
@@ -92,19 +88,23 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
     seed = data.plan.seed
     records = [data.index.row(sample.row) for sample in planned]
     named = [(record["key"], sample.pass_) for record, sample in zip(records, planned, strict=True)]
-    latents = [read_raw_latents(data.index, sample.row) for sample in planned]
-    shape = latents[0].shape
+    shape = latents_shape(records[0])  # of all: they share a bucket
+    raw_latents = np.empty((len(records), *shape), dtype=np.float16)
+    noise = np.empty((len(records), *shape), dtype=np.float32)
+    for place, record in enumerate(records):
+        read_latents_into(raw_latents[place], data.index, record)
     captions = [
         draw_sample_caption(record, sample.pass_, seed, data.captions)
         for record, sample in zip(records, planned, strict=True)
     ]
     chunks = tokenize_captions(captions, data.tokenizers, data.captions.max_token_length)
     offset = data.diffusion.noise_offset
-    noise = np.stack([draw_sample_noise(shape, key, pass_, seed, offset) for key, pass_ in named])
+    for place, (key, pass_) in enumerate(named):
+        noise[place] = draw_sample_noise(shape, key, pass_, seed, offset)
     timesteps = [draw_sample_timestep(key, pass_, seed, data.diffusion) for key, pass_ in named]
     return Batch(
         keys=[key for key, _ in named],
-        raw_latents=torch.from_numpy(np.stack(latents)),
+        raw_latents=torch.from_numpy(raw_latents),
         noise=torch.from_numpy(noise),
         timesteps=torch.tensor(timesteps, dtype=torch.int64),
         input_ids_1=torch.from_numpy(chunks.input_ids_1),
@@ -114,7 +114,7 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
     )
 
 
-def micro_batch_numbers(first_step: int, last_step: int, per_step: int, rank: int, world: int) -> list[int] | range:
+def micro_batch_numbers(first_step: int, last_step: int, per_step: int, rank: int, world: int) -> range:
     """Numbers of the micro-batches of one rank from ``first_step`` up to ``last_step``.
 
     Micro-step m of a step on rank r of W takes the step's micro-batch m W + r.
@@ -136,27 +136,35 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's batches of the steps ``first_step`` .. ``last_step - 1``, in order.
 
-    Close it when done: the workers end with it, and a process that dies of an error would wait for them for ever.
+    Close it when done: then the threads end, at the latest with the batches that they are making.
+
+    Raises:
+        UserError: as ``make_batch``, in place of the batch.
     """
-    per_step = data.plan.unit_size * data.plan.units_per_step // data.micro_batch_size
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=micro_batch_numbers(first_step, last_step, per_step, rank, world),
-        num_workers=num_workers,
-        prefetch_factor=(prefetch_factor or 2) if num_workers else None,
-        pin_memory=pin_memory,
-        # workers share the memory-mapped index and the plan by fork; they never touch the accelerator
-        multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=ignore_signals,
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    numbers = micro_batch_numbers(first_step, last_step, data.per_step, rank, world)
+    with closing(make_ahead(data, numbers, num_workers, num_workers * (prefetch_factor or 2))) as batches:
+        for batch in batches:
+            # here and not in a loader's thread, for which another device would be the current one
+            yield batch.pin_memory() if pin_memory else batch
 
 
-def ignore_signals(_: int) -> None:
-    """Leave stopping to the training process: a signal to the whole group must not end the workers before it saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def make_ahead(data: MicroBatches, numbers: range, threads: int, ahead: int) -> Generator[Batch, None, None]:
+    """The micro-batches of these numbers, in order, made in threads, ``ahead`` of them before they are wanted.
+
+    Threads and not processes: most of the work is done outside Python's lock, and handing a batch to another process
+    costs more than reading it (benchmarks/loading.py).
+    """
+    if threads == 0:
+        yield from map(data.__getitem__, numbers)
+        return
+    ready: deque[Future[Batch]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    try:
+        for number in numbers:
+            ready.append(pool.submit(data.__getitem__, number))
+            if len(ready) > ahead:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -7,12 +7,11 @@ never walks them: the index tells where each ``.npy`` payload lies.
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.payload import read_payload_into
 from trainer.errors import UserError
 from trainer.files import sha256_file, sha256_json, sync_file, write_file, write_json
 
@@ -165,27 +165,9 @@ def fingerprint_rows(ordered: pa.Table, latents: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-class _OpenShards:
-    """Descriptors by shard, the oldest closed first. Reads by offset, so sharing them over a fork is safe."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-
-    def get(self, path: Path) -> int:
-        if path not in self._descriptors:
-            if len(self._descriptors) >= MAX_OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[path]
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-
 @dataclass(frozen=True)
 class Index:
-    """An opened set of shards. Pickles to its folder and manifest; a worker maps the table again when it needs it."""
+    """An opened set of shards. Threads share it; it pickles to its folder and manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -202,8 +184,14 @@ class Index:
         return pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX_NAME))).read_all()
 
     @cached_property
-    def _open_shards(self) -> _OpenShards:
-        return _OpenShards()
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
+        return dict(zip(self.table.column_names, self.table.columns, strict=True))
+
+    @cached_property
+    def _open_shard(self) -> Callable[[str], io.FileIO]:
+        """A shard by name, the latest ones kept open. One that drops out closes when the last reader is done."""
+        folder = self.folder  # not self: a cycle would keep all open
+        return lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: io.FileIO(folder / name))
 
     @cached_property
     def bucket_sizes(self) -> np.ndarray:
@@ -219,7 +207,8 @@ class Index:
         """One row as a dict of plain Python values, the only one that is materialised."""
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        return self.table.slice(int(number), 1).to_pylist()[0]
+        # value by value: slicing a table and listing its one row takes five times as long
+        return {name: column[int(number)].as_py() for name, column in self._columns.items()}
 
 
 def open_index(folder: str | Path) -> Index:
@@ -282,22 +271,28 @@ def find_shard_problems(index: Index) -> Iterator[str]:
 
 
 def read_raw_latents(index: Index, row: int) -> np.ndarray:
-    """One sample's raw latents, fp16 (4, H/8, W/8): its bytes and nothing else are read.
+    """One sample's raw latents, fp16 (4, H/8, W/8); see ``read_latents_into``."""
+    record = index.row(row)
+    raw_latents = np.empty(latents_shape(record), dtype=np.float16)
+    read_latents_into(raw_latents, index, record)
+    return raw_latents
+
+
+def latents_shape(record: Row) -> tuple[int, int, int]:
+    """(4, H/8, W/8) of a sample's latents."""
+    return 4, record["bucket_height"] // 8, record["bucket_width"] // 8
+
+
+def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> None:
+    """Read one sample's raw latents into an array of their shape: its bytes and nothing else are read.
 
     Raises:
         UserError: naming shard and key, when the bytes are not those that were written.
     """
-    sample = index.row(row)
-    where = f"shard {index.folder / sample['shard']}, key {sample['key']}"
+    where = f"shard {index.folder / record['shard']}, key {record['key']}"
+    place = {name: record[name] for name in ("offset", "length", "crc32")}
     try:
-        descriptor = index._open_shards.get(index.folder / sample["shard"])
-        payload = os.pread(descriptor, sample["length"], sample["offset"])
+        file = index._open_shard(record["shard"])
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    if len(payload) != sample["length"] or zlib.crc32(payload) != sample["crc32"]:
-        raise UserError(f"{where}: the bytes are damaged (CRC-32 differs); restore this shard from a copy")
-    latents = np.load(io.BytesIO(payload), allow_pickle=False)
-    expected = (4, sample["bucket_height"] // 8, sample["bucket_width"] // 8)
-    if latents.shape != expected or latents.dtype != np.float16:
-        raise UserError(f"{where}: holds {latents.dtype} {latents.shape}, the index says float16 {expected}")
-    return latents
+    read_payload_into(raw_latents, file, **place, where=where)

@@ -5,8 +5,11 @@ Many chunks of a batch are identical (a short caption leaves empty ones), so eac
 Recipe, section 4.
 """
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,57 @@ from trainer.errors import UserError
 
 CHUNK_LENGTH = 77  # ids of a chunk: BOS, 75 content tokens, EOS
 CONTENT_LENGTH = 75
+MAX_KNOWN_PARTS = 131_072  # tags whose ids are kept, some 30 MB
+MAX_PART_LENGTH = 64  # characters of such a tag; longer ones are tokenized each time
 BOS_TOKEN, EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
+
+
+class TagIds:
+    """Ids of captions, put together from those of their tags, which are tokenized once.
+
+    CLIP's tokenizer lowercases letter by letter, finds words that hold no space, and pairs bytes within a word: no
+    token comes of both sides of a space. So a caption's ids are those of its parts between ", ", each with its comma.
+    The comma stays with its part: of "love live!," the last word is "!,".
+    """
+
+    def __init__(self, bpe: Any) -> None:
+        """``bpe``: the tokenizers library's Tokenizer."""
+        self.bpe = bpe
+        # a part's ids with a comma behind it and without, int32: bytes take a fifth of a list's memory
+        self._known: dict[str, tuple[bytes, bytes]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TagIds, (self.bpe,)
+
+    def encode(self, captions: list[str]) -> list[np.ndarray]:
+        """What ``bpe`` makes of each caption without special tokens, int32 (n,). Threads may call it at once."""
+        split = [caption.split(", ") for caption in captions]
+        known = self._known
+        ids = {part: known.get(part) or self._encode_part(part) for part in chain.from_iterable(split)}
+        joined = [b"".join([*[ids[part][0] for part in parts[:-1]], ids[parts[-1]][1]]) for parts in split]
+        return [np.frombuffer(content, dtype=np.int32) for content in joined]
+
+    def _encode_part(self, part: str) -> tuple[bytes, bytes]:
+        encodings = [self.bpe.encode(text, add_special_tokens=False) for text in (f"{part},", part)]
+        with_comma, alone = (np.array(encoding.ids, dtype=np.int32).tobytes() for encoding in encodings)
+        # common tags come first, so that what a full cache holds is worth holding; sentences are not
+        if len(self._known) < MAX_KNOWN_PARTS and len(part) <= MAX_PART_LENGTH:
+            self._known[part] = with_comma, alone
+        return with_comma, alone
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
     """One of SDXL's two tokenizers, with the ids that frame and fill a chunk."""
 
-    bpe: Any  # the tokenizers library's Tokenizer
+    tag_ids: TagIds
     bos_id: int
     eos_id: int
     padding_id: int
 
-    def content_ids(self, captions: list[str]) -> list[list[int]]:
-        """Content tokens of each caption, without BOS, EOS and padding, however long."""
-        return [encoding.ids for encoding in self.bpe.encode_batch(captions, add_special_tokens=False)]
+    def content_ids(self, captions: list[str]) -> list[np.ndarray]:
+        """Content tokens of each caption, without BOS, EOS and padding, however long: int32 (n,)."""
+        return self.tag_ids.encode(captions)
 
 
 @dataclass(frozen=True)
@@ -56,7 +95,10 @@ def load_tokenizers(
         UserError: when files are missing, or length, BOS, EOS or padding are not CLIP's.
     """
     first = load_tokenizer(folder_1, vocab_sizes[0], padding_token=EOS_TOKEN)
-    return first, load_tokenizer(folder_2, vocab_sizes[1], padding_token="!")
+    second = load_tokenizer(folder_2, vocab_sizes[1], padding_token="!")
+    if first.tag_ids.bpe.to_str() == second.tag_ids.bpe.to_str():  # SDXL's are: what one knows serves both
+        second = dataclasses.replace(second, tag_ids=first.tag_ids)
+    return first, second
 
 
 def load_tokenizer(folder: Path, vocab_size: int, padding_token: str) -> TextTokenizer:
@@ -76,7 +118,7 @@ def load_tokenizer(folder: Path, vocab_size: int, padding_token: str) -> TextTok
     if declared is not None and declared != padding_token:
         raise UserError(f"tokenizer {folder} pads with {declared!r}; this encoder of SDXL pads with {padding_token!r}")
     wrapped = CLIPTokenizer(vocab=vocab, merges=merges, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
-    return TextTokenizer(wrapped.backend_tokenizer, vocab[BOS_TOKEN], vocab[EOS_TOKEN], vocab[padding_token])
+    return TextTokenizer(TagIds(wrapped.backend_tokenizer), vocab[BOS_TOKEN], vocab[EOS_TOKEN], vocab[padding_token])
 
 
 def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -102,7 +144,7 @@ def declared_padding(folder: Path) -> str | None:
     return None
 
 
-def make_chunks(content: list[int], tokenizer: TextTokenizer, chunks: int) -> np.ndarray:
+def make_chunks(content: Sequence[int] | np.ndarray, tokenizer: TextTokenizer, chunks: int) -> np.ndarray:
     """Content tokens, cut after ``chunks`` times 75, as framed chunks: int64 (chunks, 77).
 
     The first padding slot of a chunk is its EOS.
@@ -121,9 +163,12 @@ def tokenize_captions(
 ) -> TokenChunks:
     """The distinct chunks of a batch of captions, in order of their first appearance."""
     chunks = max_token_length // CONTENT_LENGTH
+    first, second = tokenizers
+    contents_1 = first.content_ids(captions)
+    contents_2 = contents_1 if second.tag_ids is first.tag_ids else second.content_ids(captions)
     framed = [
-        np.concatenate([make_chunks(content, tokenizer, chunks) for content in tokenizer.content_ids(captions)])
-        for tokenizer in tokenizers
+        np.concatenate([make_chunks(content, tokenizer, chunks) for content in contents])
+        for tokenizer, contents in ((first, contents_1), (second, contents_2))
     ]
     pairs = np.concatenate(framed, axis=1)  # (B * chunks, 2 * 77): a chunk is distinct if either encoder's ids are
     seen: dict[bytes, int] = {}
