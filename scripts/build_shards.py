@@ -11,7 +11,9 @@ from trainer.prepare import prepare
 
 
 def main() -> None:
-    arguments = parse_command_line("Encode the images of data.posts and data.images into data.shards.")
+    arguments = parse_command_line(
+        "Encode the images of data.posts and data.images, or of data.sources, into data.shards."
+    )
     config = load_config(arguments.config, arguments.overrides)
     print(prepare(config))
     print("next: python scripts/inspect_shards.py or accelerate launch train.py, with the same --config")
