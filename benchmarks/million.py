@@ -24,8 +24,6 @@ from trainer.data.plan import Plan
 from trainer.data.shards import SCHEMA, ShardFile, open_index, write_index
 from trainer.schema import Config
 
-BATCH_SIZES = {"bucket_batch_size": 48, "global_batch_size": 96}
-
 
 def make_table(rows: int) -> pa.Table:
     """An index of made-up posts; columns are made whole, without an object a row."""
@@ -89,13 +87,13 @@ def open_only(folder: Path) -> str:
 
 def build_plan(folder: Path) -> str:
     """open, and plan the run"""
-    plan = Plan(open_index(folder).bucket_sizes, seed=42, **BATCH_SIZES)
+    plan = Plan(open_index(folder).bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
     return f"{plan.steps_for_epochs(10):,} steps for 10 epochs"
 
 
 def one_epoch(folder: Path) -> str:
     """open, plan, and list every sample of an epoch"""
-    plan = Plan(open_index(folder).bucket_sizes, seed=42, **BATCH_SIZES)
+    plan = Plan(open_index(folder).bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
     steps = plan.steps_for_epochs(1)
     seen = sum(len(plan.unit_samples(unit)) for step in range(steps) for unit in plan.step_units(step))
     return f"{seen:,} samples"
@@ -104,7 +102,7 @@ def one_epoch(folder: Path) -> str:
 def deep_resume(folder: Path) -> str:
     """open, plan, and draw all of step 100,000 but latents"""
     index = open_index(folder)
-    plan = Plan(index.bucket_sizes, seed=42, **BATCH_SIZES)
+    plan = Plan(index.bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
     config = plain_config()
     for sample in plan.step_samples(100_000):
         record = index.row(sample.row)

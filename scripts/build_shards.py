@@ -15,7 +15,9 @@ from trainer.prepare import prepare
 
 
 def main() -> None:
-    arguments = parse_command_line("Encode the images of data.posts and data.images into data.shards.")
+    arguments = parse_command_line(
+        "Encode the images of data.posts and data.images, or of data.sources, into data.shards."
+    )
     summary = prepare(load_config(arguments.config, arguments.overrides))
     if os.environ.get("RANK", "0") == "0":
         print(summary)

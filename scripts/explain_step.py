@@ -46,9 +46,7 @@ def main() -> None:
         raise UserError(f"--step {arguments.step}: steps count from 0")
     config = load_config(arguments.config, arguments.overrides)
     index = open_index(config.data.shards)
-    for line in explain_step(
-        config, index, build_plan(index.bucket_sizes, config.run.seed, config.data), arguments.step
-    ):
+    for line in explain_step(config, index, build_plan(index, config.run.seed, config.data), arguments.step):
         print(json.dumps(line, ensure_ascii=False))
 
 

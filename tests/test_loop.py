@@ -163,7 +163,7 @@ def test_a_non_finite_loss_stops_and_names_step_and_sample(
 ) -> None:
     config = make_config("schedule.max_steps=6", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     index = open_index(config.data.shards)
-    key = index.row(build_plan(index.bucket_sizes, config.run.seed, config.data).step_samples(2)[3].row)["key"]
+    key = index.row(build_plan(index, config.run.seed, config.data).step_samples(2)[3].row)["key"]
     poison(monkeypatch, key)
     with pytest.raises(UserError) as error:
         train(config)

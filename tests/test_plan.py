@@ -322,3 +322,42 @@ def test_ranks_share_a_bucket_where_they_can() -> None:
 def test_no_images_no_plan() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         Plan(np.zeros((0, 2), dtype=int), seed=1, bucket_batch_size=1, global_batch_size=1)
+
+
+# --- repeats
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=12), min_size=1, max_size=3), st.integers(1, 8),
+    st.integers(0, 5),
+)  # fmt: skip
+def test_a_repeated_image_is_seen_so_often_in_each_pass(repeats: list[list[int]], unit: int, seed: int) -> None:
+    """Each image r times in a pass of its bucket's stream, each time in a pass of its own."""
+    sizes = np.repeat(np.array(SIZES[: len(repeats)]), [len(each) for each in repeats], axis=0)
+    times = np.array([number for each in repeats for number in each])
+    plan = Plan(sizes, seed=seed, bucket_batch_size=unit, global_batch_size=unit, repeats=times)
+    entries = [sum(each) for each in repeats]
+    assert plan.counts.tolist() == [entries[SIZES.index(bucket)] for bucket in plan.buckets]
+    assert plan.images.tolist() == [len(repeats[SIZES.index(bucket)]) for bucket in plan.buckets]
+    for bucket, count in enumerate(plan.counts.tolist()):
+        stream = [sample for number in range(3 * count) for sample in plan.unit_samples(Unit(1, bucket, number))]
+        for pass_ in range(3):
+            seen = Counter(stream[pass_ * count : (pass_ + 1) * count])
+            expected = {
+                (row, pass_ * int(times[row]) + turn)
+                for row in np.flatnonzero((sizes == plan.buckets[bucket]).all(axis=1)).tolist()
+                for turn in range(times[row])
+            }
+            assert seen == Counter(expected)  # no draw of one sample is made twice
+    views = np.zeros(len(times), dtype=int)
+    for position in range(int(plan.units_until(3).sum())):
+        np.add.at(views, [row for row, _ in plan.unit_samples(plan.unit_at(position))], 1)
+    assert plan.views(3).tolist() == views.tolist()
+
+
+def test_one_repeat_changes_nothing() -> None:
+    sizes = mix_rows([30, 7, 2])
+    plain = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8)
+    once = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8, repeats=np.ones(len(sizes), dtype=int))
+    assert [plain.step_samples(step) for step in range(30)] == [once.step_samples(step) for step in range(30)]

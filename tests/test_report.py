@@ -162,7 +162,7 @@ def test_the_run_is_the_plans(make_config: MakeConfig, length: str) -> None:
     """Views and repeats against a walk over every step."""
     config = make_config("schedule.max_steps=null", length)
     report = make_report(config, progress=False)
-    plan = build_plan(report.index.bucket_sizes, 42, config.data)
+    plan = build_plan(report.index, 42, config.data)
     steps = config.schedule.max_steps or plan.steps_for_epochs(3)
     assert report.run.steps == steps
     compare_with_walk(plan, steps)

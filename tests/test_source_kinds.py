@@ -241,19 +241,34 @@ def test_a_broken_header_costs_its_own_sample(tmp_path: Path) -> None:
     good = [post.key for post in items if isinstance(post, Post)]
     assert good == [f"t%2F{n:03d}" for n in range(100) if n not in (5, 40, 41)]
     rejects = [item for item in items if isinstance(item, Reject)]
-    assert sorted(reject.reason for reject in rejects) == ["bad_tar"] * 2 + ["no_image"] * 2 + ["no_sidecar"]
+    assert sorted(reject.reason for reject in rejects) == ["bad_sample"] + ["bad_tar"] * 2 + ["no_image"] * 2
     assert any(reject.origin == f"t.tar: byte {min(broken)}" and "are no member" in reject.detail for reject in rejects)
 
 
+@pytest.mark.parametrize("lost", ["1.png", "1.json", "1.txt", "0.json", "0.txt", "2.txt"])
+def test_a_sample_that_lost_a_sidecar_is_no_post(tmp_path: Path, lost: str) -> None:
+    members = [("png", PNG), ("json", b'{"score": 5}'), ("txt", b"x")]
+    file = write_tar(tmp_path / "t.tar", *[(f"{n}.{ext}", payload) for n in range(4) for ext, payload in members])
+    with tarfile.open(file) as tar:
+        offset = tar.getmember(lost).offset
+    with file.open("r+b") as broken:
+        broken.seek(offset)
+        broken.write(b"?")
+    posts = {post.key: post for post in iterate(SourceConfig("tars", str(file))) if isinstance(post, Post)}
+    assert posts.keys() == {f"t%2F{n}" for n in range(4)} - {f"t%2F{lost[0]}"}
+    assert all((post.score, post.caption) == (5, "x") for post in posts.values())
+
+
 def test_a_truncated_tar_keeps_what_is_whole(tmp_path: Path) -> None:
-    file = write_tar(tmp_path / "t.tar", *[(f"{n}.{ext}", PNG) for n in range(5) for ext in ("txt", "png")])
+    file = write_tar(
+        tmp_path / "t.tar",
+        *[(f"{n}.{ext}", payload) for n in range(5) for ext, payload in (("txt", b"x"), ("png", PNG))],
+    )
     with tarfile.open(file) as tar:
         end = tar.getmember("3.png").offset_data + 100
     os.truncate(file, end)
-    items = iterate(SourceConfig("tars", str(write_tar(tmp_path / "u.tar", ("a.png", PNG), ("a.txt", b"x")))))
-    assert told(items) == ["u%2Fa"]
     items = iterate(SourceConfig("tars", str(file)))
-    assert [item.reason for item in items if isinstance(item, Reject)].count("bad_tar") == 1
+    assert told(items) == ["t%2F0", "t%2F1", "t%2F2", "bad_tar", "no_image"]
 
 
 def test_joined_tars_are_read_to_the_end(tmp_path: Path) -> None:

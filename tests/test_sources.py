@@ -2,15 +2,22 @@
 
 import json
 import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.data.shards import open_index, read_raw_latents
 from trainer.data.sources import Reject, iterate_sources
 from trainer.errors import UserError
 from trainer.post import Post
-from trainer.schema import DataConfig
+from trainer.prepare import prepare
+from trainer.report_facts import draw_original, find_images
+from trainer.schema import Config, DataConfig
 
 
 def iterate_posts(posts: list[str] | None, images: str | None) -> list[Post | Reject]:
@@ -152,3 +159,34 @@ def test_what_cannot_be_read_at_all_is_the_users(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             iterate_posts(posts, images)
+
+
+def test_a_set_of_mixed_sources(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    plain = make_config()
+    images, (posts,) = Path(plain.data.images or ""), plain.data.posts or []
+    lines = [json.loads(line) for line in Path(posts).read_text().splitlines()]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:8]))
+    with tarfile.open(tmp_path / "more.tar", "w") as tar:
+        for line in lines[8:16]:
+            (tmp_path / "post.json").write_text(json.dumps(line))
+            tar.add(tmp_path / "post.json", f"{line['id']}.json")
+            tar.add(images / line["file"], f"{line['id']}.png")
+    meta = {
+        Path(line["file"]).stem: {"caption": "a drawing", "tags": line["tag_string_general"]} for line in lines[16:]
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    sources = (
+        f"[{{kind: posts, path: {tmp_path / 'some.jsonl'}, images: {images}}}, {{kind: tars, path: "
+        f"{tmp_path / 'more.tar'}, name: more}}, {{kind: kohya, path: {tmp_path / 'meta.json'}, images: {images}}}]"
+    )
+    words = ["data.posts=null", "data.images=null", f"data.sources={sources}", f"data.shards={tmp_path / 'shards'}"]
+    config = make_config(*words)
+    assert prepare(config, progress=False).samples == 24
+    index, before = open_index(tmp_path / "shards"), open_index(plain.data.shards)
+    rows = [index.row(number) for number in range(24)]
+    assert Counter(row["source"] for row in rows) == {"some.jsonl": 8, "more": 8, "meta.json": 8}
+    # the same images give the same latents, wherever they lie
+    latents = {before.row(number)["content_hash"]: read_raw_latents(before, number) for number in range(24)}
+    assert all(np.array_equal(read_raw_latents(index, n), latents[row["content_hash"]]) for n, row in enumerate(rows))
+    found, _ = find_images(config, {row["key"] for row in rows}, progress=False)
+    assert all(draw_original(found[row["key"]], row["content_hash"], (32, 32))[0] for row in rows)

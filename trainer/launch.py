@@ -130,7 +130,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         "index_fingerprint": index.fingerprint,
         "images": len(index),
     }
-    plan = build_plan(index.bucket_sizes, config.run.seed, config.data)
+    plan = build_plan(index, config.run.seed, config.data)
     captions = resolve_percentiles(config.captions, index.table)
     data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
     digest = sha256_json(fixed_values(resolved_values(config)))

@@ -48,7 +48,7 @@ def make_report(config: Config, progress: bool = True) -> Report:
     index = open_index(config.data.shards)
     rows, seed = index.table, config.run.seed
     config = replace(config, captions=resolve_percentiles(config.captions, rows))
-    plan = build_plan(index.bucket_sizes, seed, config.data)
+    plan = build_plan(index, seed, config.data)
     # by exactly one of the two the run's length is given
     steps = config.schedule.max_steps or plan.steps_for_epochs(config.schedule.epochs or 1)
     fits = measure_fits(rows, index.manifest["latents"].get("buckets", {}).get("upscale", True))

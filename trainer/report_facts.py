@@ -113,15 +113,17 @@ def count_repeating(plan: Plan, epochs: int) -> np.ndarray:
     """Units of whole epochs that hold an image more than once, int64 (buckets,).
 
     Every unit of a bucket that has fewer images than a unit. In another bucket only a unit that lies across the end
-    of a pass can: what the end of one order holds, the beginning of the next may hold again.
+    of a pass can: what the end of one order holds, the beginning of the next may hold again. Where sources repeat
+    their images, any unit can.
     """
     size, repeating = plan.unit_size, plan.units_until(epochs).copy()
-    for bucket, images in enumerate(plan.counts.tolist()):
+    for bucket, images in enumerate(plan.images.tolist()):
         if images < size:
             continue
         units = int(repeating[bucket])
         ends = range(images, units * size, images)
-        across = [Unit(epochs, bucket, end // size) for end in ends if end % size]
+        numbers = range(units) if plan.has_repeats else [end // size for end in ends if end % size]
+        across = [Unit(epochs, bucket, number) for number in numbers]
         repeating[bucket] = sum(len({row for row, _ in plan.unit_samples(unit)}) < size for unit in across)
     return repeating
 

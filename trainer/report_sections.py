@@ -86,10 +86,10 @@ def bucket_rows(report: Report) -> Iterator[tuple[tuple[int, int], int, str, int
     plan, run = report.plan, report.run
     sizes = report.index.bucket_sizes
     codes = (sizes[:, 0].astype(np.int64) << 20) | sizes[:, 1]
-    for place in np.argsort(-plan.counts, kind="stable"):
+    for place in np.argsort(-plan.images, kind="stable"):
         width, height = plan.buckets[place]
         views = view_range(run.views[codes == (width << 20 | height)])
-        yield (width, height), int(plan.counts[place]), views, int(run.units[place]), int(run.repeating[place])
+        yield (width, height), int(plan.images[place]), views, int(run.units[place]), int(run.repeating[place])
 
 
 def tell_buckets(report: Report) -> Iterator[Html]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from trainer.data.records import BadRecord
+from trainer.data.records import BadRecord, show_name
 from trainer.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -44,17 +44,17 @@ def walk_one(folder: Path, parent: str) -> Iterator[Found | str]:
     """One folder's files, and between them its folders by name, ending with a slash."""
     siblings: dict[str, bool] = {}
     names: list[str] = []
+    path = os.path.join(folder, parent)  # noqa: PTH118
     try:
-        with os.scandir(os.path.join(folder, parent)) as entries:  # noqa: PTH118
+        with os.scandir(path) as entries:
             for entry in entries:
-                plain = entry.is_file(follow_symlinks=False)
-                if plain or not entry.is_dir():
-                    siblings[entry.name] = plain
-                    names.append(entry.name)
-                elif not entry.is_symlink():
+                if entry.is_dir(follow_symlinks=False):
                     names.append(entry.name + "/")
+                elif entry.is_file(follow_symlinks=False) or not os.path.isdir(entry.path):  # noqa: PTH112
+                    siblings[entry.name] = entry.is_file(follow_symlinks=False)
+                    names.append(entry.name)
     except OSError as error:
-        raise UserError(f"{os.path.join(folder, parent)} cannot be listed: {error.strerror}") from error  # noqa: PTH118
+        raise UserError(f"{path} cannot be listed: {error.strerror}") from error
     for name in sorted(names):  # with the slash, so that this is the order of whole paths
         if name.endswith("/"):
             yield parent + name
@@ -150,5 +150,7 @@ def find_image(record: dict[str, Any], key: str | None, images: ImageFolder) -> 
     if not found:
         raise BadRecord("image_missing", f"no image is called {record['id']} and one of {', '.join(EXTENSIONS)}")
     if len(found) > 1:
-        raise BadRecord("image_ambiguous", f"id {record['id']} has several images: {', '.join(sorted(found))}")
+        raise BadRecord(
+            "image_ambiguous", f"id {record['id']} has several images: {show_name(', '.join(sorted(found)))}"
+        )
     return images.place(found[0])

@@ -46,7 +46,7 @@ def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
             for row, (values, place) in enumerate(iterate_rows(table, image)):
                 yield read_row(source, number, values, TableCell(file, row, image) if place is True else place, split)
                 number += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # a name that is not UTF-8 is a ValueError
             raise UserError(f"{file} is damaged: {error}") from error
 
 

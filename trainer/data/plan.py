@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from trainer.data.shards import Index
+from trainer.errors import UserError
 from trainer.rng import rng
 from trainer.schema import DataConfig
 
@@ -38,8 +42,21 @@ class Planned:
 class Plan:
     """The order of everything, as pure functions of the step; caches only what costs time to compute."""
 
-    def __init__(self, bucket_sizes: np.ndarray, *, seed: int, bucket_batch_size: int, global_batch_size: int):
-        """``bucket_sizes``: (n, 2) int, width and height of the bucket of each row of the index."""
+    def __init__(
+        self,
+        bucket_sizes: np.ndarray,
+        *,
+        seed: int,
+        bucket_batch_size: int,
+        global_batch_size: int,
+        repeats: np.ndarray | None = None,
+    ):
+        """The plan of an index.
+
+        Args:
+            bucket_sizes: (n, 2) int, width and height of the bucket of each row of the index.
+            repeats: (n,) int, how often each row is seen in a pass of its bucket's stream; None is once.
+        """
         assert global_batch_size % bucket_batch_size == 0
         if not len(bucket_sizes):
             raise ValueError("a plan needs at least one image")
@@ -50,9 +67,17 @@ class Plan:
         codes = (bucket_sizes[:, 0].astype(np.int64) << 20) | bucket_sizes[:, 1]
         found, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
         self.buckets = [(int(code >> 20), int(code & 0xFFFFF)) for code in found]  # (width, height)
-        self.counts = counts  # images of each bucket
-        # rows of bucket b, in the index's order, are rows[starts[b] : starts[b + 1]]
+        self.images = counts  # of each bucket
+        # entries of bucket b, rows in the index's order, are rows[starts[b] : starts[b + 1]]; a row may be several
         self._rows = np.argsort(inverse, kind="stable").astype(np.int32)
+        self._repeats, self._turns = repeats, np.zeros(0, dtype=np.int32)
+        if repeats is not None:
+            times = repeats[self._rows]
+            firsts = np.repeat(np.cumsum(times) - times, times)
+            self._turns = (np.arange(len(firsts)) - firsts).astype(np.int32)  # which of its row's entries each one is
+            self._rows = np.repeat(self._rows, times)
+            counts = np.bincount(inverse, weights=repeats).astype(np.int64)
+        self.counts = counts  # entries of each bucket: images, each as often as it is repeated
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._epoch_units = lru_cache(maxsize=2)(self._shuffle_epoch)
         self._order = lru_cache(maxsize=2 * len(self.buckets))(self._shuffle_pass)
@@ -93,7 +118,14 @@ class Plan:
         count = int(self.counts[unit.bucket])
         first = unit.number * self.unit_size
         places = [divmod(first + i, count) for i in range(self.unit_size)]
-        return [(int(self._order(unit.bucket, pass_)[place]), pass_) for pass_, place in places]
+        return [self._seen(int(self._order(unit.bucket, pass_)[place]), pass_) for pass_, place in places]
+
+    def _seen(self, entry: int, pass_: int) -> tuple[int, int]:
+        """The row of an entry, and its own pass: a row that is seen r times in each of its bucket's makes r of them."""
+        row = int(self._rows[entry])
+        if self._repeats is None:
+            return row, pass_
+        return row, pass_ * int(self._repeats[row]) + int(self._turns[entry])
 
     def step_samples(self, step: int) -> list[Planned]:
         """All samples of a step in the order of their position in the global batch."""
@@ -110,23 +142,28 @@ class Plan:
         samples = self.unit_samples(unit)[offset : offset + size]
         return [Planned(row, pass_, number * size + i, unit) for i, (row, pass_) in enumerate(samples)]
 
+    @property
+    def has_repeats(self) -> bool:
+        """Whether some image is seen more than once in a pass."""
+        return self._repeats is not None
+
     def views(self, epochs: int) -> np.ndarray:
         """How often each row of the index is seen by the end of an epoch, int64 (n,).
 
         Counts the units of whole epochs, not the few that fill the last step.
         """
-        seen = np.zeros(len(self._rows), dtype=np.int64)
+        seen = np.zeros(int(self.images.sum()), dtype=np.int64)
         for bucket, units in enumerate(self.units_until(epochs)):
             rows = self._rows[self._starts[bucket] : self._starts[bucket + 1]]
             passes, rest = divmod(int(units) * self.unit_size, len(rows))
-            seen[rows] = passes
+            np.add.at(seen, rows, passes)
             if rest:
-                seen[self._order(bucket, passes)[:rest]] += 1
+                np.add.at(seen, self._rows[self._order(bucket, passes)[:rest]], 1)
         return seen
 
     def repeating_buckets(self) -> list[tuple[int, int]]:
         """Buckets (width, height) with fewer images than a unit: an image repeats within it."""
-        return [size for size, count in zip(self.buckets, self.counts, strict=True) if count < self.unit_size]
+        return [size for size, count in zip(self.buckets, self.images, strict=True) if count < self.unit_size]
 
     def _shuffle_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(bucket, number) of an epoch's units in their shuffled order, int32 each."""
@@ -137,17 +174,37 @@ class Plan:
         return buckets[order].astype(np.int32), numbers[order].astype(np.int32)
 
     def _shuffle_pass(self, bucket: int, pass_: int) -> np.ndarray:
-        """Rows of a bucket in the order of one pass, int32 (n_b,)."""
+        """Entries of a bucket in the order of one pass, int32 (n_b,)."""
         width, height = self.buckets[bucket]
         order = rng("order", self.seed, pass_, width, height).permutation(int(self.counts[bucket]))
-        return self._rows[self._starts[bucket] : self._starts[bucket + 1]][order]
+        return (order + self._starts[bucket]).astype(np.int32)
 
 
-def build_plan(bucket_sizes: np.ndarray, seed: int, data: DataConfig) -> Plan:
-    """The plan of a config over an index; ``bucket_sizes`` as in Plan."""
+def build_plan(index: Index, seed: int, data: DataConfig) -> Plan:
+    """The plan of a config over an index."""
     return Plan(
-        bucket_sizes,
+        index.bucket_sizes,
         seed=seed,
         bucket_batch_size=data.bucket_batch_size,
         global_batch_size=data.global_batch_size,
+        repeats=find_repeats(index, data),
     )
+
+
+def find_repeats(index: Index, data: DataConfig) -> np.ndarray | None:
+    """How often each row is seen in a pass, by its source, int64 (n,); None where that is once for all.
+
+    Raises:
+        UserError: when the index has samples of a source that the config does not name.
+    """
+    if data.sources is None or all(source.repeats == 1 for source in data.sources):
+        return None
+    labels = [source.label for source in data.sources]
+    places = pc.index_in(index.table["source"], pa.array(labels))
+    if places.null_count:
+        strange = pc.unique(index.table["source"].filter(pc.is_null(places))).to_pylist()
+        raise UserError(
+            f"data.sources: {index.folder} holds samples of {', '.join(strange[:4])}, and no source is called so, "
+            "which leaves its repeats unknown: name it as when it was prepared, or run scripts/build_shards.py again"
+        )
+    return np.array([source.repeats for source in data.sources])[places.to_numpy()]

@@ -55,4 +55,7 @@ def read_sidecars(
 
 def show_name(name: str) -> str:
     """A file's name as text that any report can hold: a name need not be Unicode."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    try:
+        return os.fsencode(name).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return name.encode(errors="backslashreplace").decode()

@@ -41,7 +41,9 @@ def read_beside(folder: Path, found: Found, source: str) -> Post | Reject:
         bare = name[: name.rfind(".")]
         captions = [bare + extension for extension in CAPTION_EXTENSIONS if bare + extension in found.siblings]
         if len(captions) > 1:
-            raise BadRecord("caption_ambiguous", f"several captions: {', '.join(captions)}; keep one of them")
+            raise BadRecord(
+                "caption_ambiguous", f"several captions: {show_name(', '.join(captions))}; keep one of them"
+            )
         posts = [each for each in (name + ".json", bare + ".json") if each in found.siblings]
         if not captions and not posts:
             raise BadRecord("no_sidecar", "no caption (.txt, .caption) and no post (.json) beside the image")
@@ -58,8 +60,8 @@ def read_sidecar(folder: Path, found: Found, name: str) -> bytes:
     """The bytes of a sidecar beside an image."""
     path = folder / (found.parent + name)
     if not found.siblings[name] and not check_inside(folder, found.parent + name).is_file():
-        raise BadRecord("bad_record", f"{name} is not a regular file")
+        raise BadRecord("bad_record", f"{show_name(name)} is not a regular file")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BadRecord("bad_record", f"{name} cannot be read: {error.strerror}") from error
+        raise BadRecord("bad_record", f"{show_name(name)} cannot be read: {error.strerror}") from error

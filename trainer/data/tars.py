@@ -21,13 +21,18 @@ MAX_SIDECAR = 2**22  # bytes
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """Members that lie one behind the other and share webdataset's key."""
 
     key: str  # their path up to the first dot of its last part
     members: dict[str, Member] = field(default_factory=dict)  # by extension in lower case
     refused: list[str] = field(default_factory=list)  # what is wrong with it
+    beside_damage: bool = False  # a member may be lost
+
+    @property
+    def sidecars(self) -> list[str]:
+        return [name for name in SIDECARS if name in self.members]
 
 
 def iterate_tars(path: Path, source: str) -> Iterator[Post | Reject]:
@@ -65,37 +70,70 @@ def iterate_tar(file: Path, name: str, source: str) -> Iterator[Post | Reject]:
     with opened as tar:
         if any(tar.read(8).startswith(magic) for magic in COMPRESSED for _ in [tar.seek(0)]):
             refuse_compressed(file)
-        stem = name[:-4] if name.lower().endswith(".tar") else name
-        for item in group_members(walk_tar(tar)):
+        for item in judge_damage(group_members(walk_tar(tar))):
             if isinstance(item, Damage):
                 reason = "bad_tar" if item.name is None else "refused_member"
                 where = f"byte {item.offset}" if item.name is None else item.name
                 yield Reject(None, show_name(f"{name}: {where}"), reason, show_name(item.detail))
             else:
+                stem = name.removesuffix(".tar")
                 yield read_tar_sample(tar, file, item, stem, show_name(f"{name}: {item.key}"), source)
+
+
+def judge_damage(items: Iterator[Sample | Damage]) -> Iterator[Sample | Damage]:
+    """Refuse samples that may have lost a sidecar: what it said would be missing from their captions without a word.
+
+    A sample beside a damaged stretch counts only with the same sidecars as the last sound sample before it, or, at a
+    tar's beginning, the first one behind it.
+    """
+    usual: list[str] | None = None
+    waiting: list[Sample] = []
+    for item in items:
+        if isinstance(item, Damage):
+            yield item
+            continue
+        if not item.beside_damage:
+            usual = item.sidecars
+        waiting.append(item)
+        if usual is not None:
+            yield from compare_sidecars(waiting, usual)
+            waiting = []
+    yield from compare_sidecars(waiting, usual)
+
+
+def compare_sidecars(samples: list[Sample], usual: list[str] | None) -> Iterator[Sample]:
+    for sample in samples:
+        if sample.beside_damage and sample.sidecars != usual:
+            sample.refused.append("beside a damaged stretch, and not with the sidecars of sound samples")
+        yield sample
 
 
 def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage]:
     """Samples as webdataset groups them; what lies between those of one sample does not part it."""
     sample: Sample | None = None
+    damaged = False  # since the last member
     for item in items:
+        key, extension = split_name(item.name or "")
         if isinstance(item, Damage):
-            key = None if item.name is None else split_name(item.name)[0]
+            damaged = damaged or item.name is None
             if sample is not None and key == sample.key:
                 sample.refused.append(f"{item.name}: {item.detail}")
             yield item
             continue
-        key, extension = split_name(item.name)
         if key is None:
             continue
+        if sample is not None:
+            sample.beside_damage |= damaged
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
-            sample = Sample(key)
+            sample = Sample(key, beside_damage=damaged)
+        damaged = False
         if extension in sample.members:
             sample.refused.append(f"two members called .{extension}")
         sample.members[extension] = item
     if sample is not None:
+        sample.beside_damage |= damaged
         yield sample
 
 
@@ -117,7 +155,7 @@ def read_tar_sample(tar: BinaryIO, file: Path, sample: Sample, stem: str, origin
             raise BadRecord("no_image", f"only {', '.join(sorted(sample.members))}; images are {', '.join(IMAGES)}")
         if len(images) > 1:
             raise BadRecord("image_ambiguous", f"several images: {', '.join(images)}")
-        sidecars = {name: read_member(tar, sample.members[name]) for name in SIDECARS if name in sample.members}
+        sidecars = {name: read_member(tar, sample.members[name]) for name in sample.sidecars}
         if not sidecars:
             raise BadRecord("no_sidecar", "no caption (.txt) and no post (.json) beside the image")
         image = sample.members[images[0]]
