@@ -276,17 +276,18 @@ def write_single(folder: Path, target: Path, components: tuple[str, ...] = tuple
 
 
 def test_a_single_file_draws_the_same(tiny_base, tmp_path):
-    """It has no tokenizers: they are named, or lie in the folder of the same name beside it."""
+    """It has no tokenizers: they are named, or lie in the folder of the same name beside it, or around it."""
     file = write_single(tiny_base, tmp_path / "tiny.safetensors")
     with pytest.raises(UserError, match=r"no tokenizer in .*: set --tokenizer"):
         find_source(str(file))
     sources = [find_source(str(file), str(tiny_base)), find_source(str(tiny_base))]
     shutil.copytree(tiny_base, tmp_path / "tiny")
     sources.append(find_source(str(file)))
+    sources.append(find_source(str(shutil.copy(file, tmp_path / "tiny" / "tiny.safetensors"))))
     assert {source.name for source in sources} == {"tiny"}
     draw(sources, plan_pictures(["bird"], [(64, 64)], 1), QUICK, tmp_path / "out", columns=1)
     first, *others = pixels(tmp_path / "out")
-    assert len(others) == 2 and all(np.array_equal(first, other) for other in others)
+    assert len(others) == 3 and all(np.array_equal(first, other) for other in others)
     assert settings(tmp_path / "out" / "000-64x64-seed1-A.png")["sha256"] == sha256_file(file)
 
 

@@ -83,6 +83,11 @@ def test_uncommitted_changes_are_told(three):
     assert "trainer 0.2.0, commit f00 with changes that were not committed" in tell_lineage(changed)
 
 
+def test_hardware_is_told(three):
+    assert "hardware" not in tell_lineage(three | {"hardware": []})
+    assert "  hardware     2 x A, 1 x B\n" in tell_lineage(three | {"hardware": ["2 x A", "1 x B"]})
+
+
 def test_whole_configs_on_request(three):
     assert "  config\n" not in tell_lineage(three)
     text = tell_lineage(three, with_config=True)
@@ -98,10 +103,19 @@ def test_missing_values_are_said_to_be_missing():
 
 @pytest.mark.parametrize(
     "damaged",
-    [{"base": "x"}, {"base": {"lineage": [1]}}, {"code": 3}, {"config": "a: b"}, {"versions": ["torch"]}],
+    [
+        {"base": "x"},
+        {"base": {"lineage": [1]}},
+        {"code": 3},
+        {"config": "a: b"},
+        {"versions": ["torch"]},
+        {"hardware": "A"},
+    ],
 )
 def test_damaged_parts_are_named(damaged):
-    with pytest.raises(UserError, match=r"the lineage is damaged: its (base|lineage|code|config|versions) must be"):
+    with pytest.raises(
+        UserError, match=r"the lineage is damaged: its (base|lineage|code|config|versions|hardware) must be"
+    ):
         tell_lineage(damaged)
 
 

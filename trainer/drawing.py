@@ -133,8 +133,8 @@ def draw_pictures(
 def find_source(reference: str, tokenizer: str | None = None) -> Source:
     """A diffusers folder, a single file, a run's newest export or a hub id.
 
-    Tokenizers come from ``tokenizer`` (folder or hub id) if given, else from the folder itself; a single file has none,
-    and takes those of the diffusers folder that scripts/export.py wrote beside it under the same name, if there is one.
+    Tokenizers come from ``tokenizer`` (folder or hub id) if given, else from the folder itself. A single file has none
+    and takes those of the diffusers folder of its name beside it, as exported, or of the one around it, as published.
 
     Raises:
         UserError: when the model, its VAE or its tokenizers are missing.
@@ -145,9 +145,9 @@ def find_source(reference: str, tokenizer: str | None = None) -> Source:
         raise UserError(
             f"{reference} has no VAE, without which it cannot draw: export it whole, as scripts/export.py does"
         )
-    beside = base.path.with_suffix("")
-    if tokenizer is None and base.path.is_file() and (beside / "tokenizer").is_dir():
-        tokenizer = str(beside)
+    if tokenizer is None and base.path.is_file():
+        near = (base.path.with_suffix(""), base.path.parent)
+        tokenizer = next((str(folder) for folder in near if (folder / "tokenizer").is_dir()), None)
     scheduler = read_config(base, "scheduler")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:

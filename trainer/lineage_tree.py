@@ -81,6 +81,7 @@ def tell_generation(lineage: Mapping[str, Any], with_config: bool) -> Iterator[s
         ("samples seen", count(lineage.get("samples_seen"))),
         ("data", f"{count(lineage.get('images'))} images, index {show(lineage.get('index_fingerprint'))}"),
         ("time", tell_time(lineage)),
+        ("hardware", ", ".join(map(show, entries(lineage, "hardware")))),
         ("code", tell_code(section(lineage, "code"))),
         ("libraries", tell_fields(section(lineage, "versions"), LIBRARIES)),
     ]
@@ -131,6 +132,14 @@ def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(part, dict):
         raise UserError(f"the lineage is damaged: its {show(name)} must be a JSON object, and is {show(part)[:60]}")
+    return part
+
+
+def entries(values: Mapping[str, Any], name: str) -> list[Any]:
+    """A part that must be a list; empty where it is missing."""
+    part = values.get(name) or []
+    if not isinstance(part, list):
+        raise UserError(f"the lineage is damaged: its {show(name)} must be a JSON list, and is {show(part)[:60]}")
     return part
 
 
