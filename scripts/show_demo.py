@@ -8,7 +8,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from trainer.buckets import fit_to_bucket
@@ -16,37 +15,29 @@ from trainer.captions import compose_caption, draw_caption
 from trainer.config import load_config
 from trainer.data.images import read_bytes, read_pixels
 from trainer.data.shards import open_index
+from trainer.drawing import find_source, load_model
 from trainer.errors import run_command
 from trainer.files import write_file
-from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
-from trainer.models.sdxl import build_sdxl
-from trainer.models.text import load_tokenizers
-from trainer.models.vae import build_vae
 from trainer.rng import rng
-from trainer.sampling import make_grid, sample_images
-from trainer.schema import Config, MemoryConfig, ModelConfig, PrecisionConfig, SamplingConfig
+from trainer.sampling import draw_image, make_grid
+from trainer.schema import SamplingConfig
 
 STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
 
 
-def draw(config: Config, export: Path, prompts: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
+def draw(seed: int, export: Path, prompts: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
     """One image a prompt from an exported folder alone, each at its own (width, height)."""
-    base = find_base(str(export))
-    model = build_sdxl(base, ModelConfig("", train_unet=False), PrecisionConfig("fp32", "fp32"), MemoryConfig(False))
-    weights = read_vae(None, base)
-    vae = build_vae(weights.config, weights.state, torch.float32)
-    vocab_sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
-    tokenizers = load_tokenizers(*find_tokenizers(base, None), (vocab_sizes[0], vocab_sizes[1]))
+    model = load_model(find_source(str(export)), "fp32")
+    model.pipeline.set_progress_bar_config(disable=True)
     # guidance 1: a model made from nothing without caption dropout has no unconditional branch
-    sampling = SamplingConfig(prompts=prompts, guidance_scale=1.0)
-    images: list[Image.Image] = []
-    for number, size in enumerate(sizes):
-        drawn = sample_images(
-            model, vae, tokenizers, sampling, config.diffusion, size=size, seed=config.run.seed,
-            max_token_length=config.captions.max_token_length, compute=torch.float32, numbers=range(number, number + 1),
-        )  # fmt: skip
-        images.append(drawn[number])
-    return images
+    sampling = SamplingConfig(guidance_scale=1.0)
+    return [
+        draw_image(
+            model.pipeline, model.sdxl, model.tokenizers, prompt, sampling, size=size, seed=(seed, number),
+            max_token_length=model.max_token_length, compute=model.compute,
+        )
+        for number, (prompt, size) in enumerate(zip(prompts, sizes, strict=True))
+    ]  # fmt: skip
 
 
 def newest_export(run: Path) -> Path:
@@ -72,7 +63,7 @@ def main() -> None:
         fit = fit_to_bucket((record["original_width"], record["original_height"]), size)
         drawings.append(Image.fromarray(read_pixels(read_bytes(files[record["key"]]), fit)))
     exports = [newest_export(run) for run in runs]
-    drawn = [draw(config, export, prompts, sizes) for export in exports]
+    drawn = [draw(config.run.seed, export, prompts, sizes) for export in exports]
     cells = [image for row in zip(drawings, *drawn, strict=True) for image in row]
     labels = [
         label for prompt in prompts for label in (f"trained on: {prompt}", "drawn after stage 1", "after stage 2")

@@ -110,9 +110,13 @@ def test_the_three_steps_run(tiny_base: Path, tmp_path: Path) -> None:
     steps = [command for command in commands() if command[0] != "make"]
     assert [Path(next(word for word in command if word.endswith(".py"))).stem for command in steps] == [
         "build_shards", "explain_step", "inspect_shards", "verify_shards", "train", "export", "train", "export",
+        "sample", "sample", "lineage",
     ]  # fmt: skip
+    (tmp_path / "my/prompts.txt").write_text("1girl, solo\n")
     for number, command in enumerate(steps):
         words = command[next(i for i, word in enumerate(command) if word.endswith(".py")) :]
+        words = [word.replace("step-00000521", "step-00000002") for word in words]
+        words += ["--steps", "1"] if words[0] == "scripts/sample.py" else []
         if "--config" in words:
             place = words.index("--config") + 2
             words = [*words[:place], "overlay.yaml", *words[place:], "schedule.max_steps=2"]
@@ -124,5 +128,6 @@ def test_the_three_steps_run(tiny_base: Path, tmp_path: Path) -> None:
         assert run.returncode == 0, f"step {number}: {' '.join(words)}\n{run.stderr[-3000:]}"
     exported = [path.name for path in (tmp_path / "runs/stage2_refine_unet/export").iterdir()]
     assert sorted(exported) == [
+        "comparison", "samples",
         "stage2_refine_unet-step-00000002-fp16", "stage2_refine_unet-step-00000002-fp16.safetensors",
     ]  # fmt: skip

@@ -245,18 +245,24 @@ def build_metadata(
     )
 
 
+def single_file_tensors(made: Export) -> dict[str, Tensor]:
+    """All tensors in Stability's layout, with the markers by which other programs know what the model predicts."""
+    tensors = to_single_file(made.parts, made.configs)
+    scheduler = made.configs["scheduler"]
+    if scheduler["prediction_type"] == "v_prediction":
+        tensors["v_pred"] = torch.tensor([])
+        if scheduler.get("rescale_betas_zero_snr"):
+            tensors["ztsnr"] = torch.tensor([])
+    return tensors
+
+
 def write_single_file(path: Path, made: Export) -> Path:
     """Stability's layout, whole or not at all; nothing happens where it lies already.
 
     Raises:
         UserError: when another file has the name.
     """
-    tensors = to_single_file(made.parts, made.configs)
-    scheduler = made.configs["scheduler"]
-    if scheduler["prediction_type"] == "v_prediction":  # the community's markers
-        tensors["v_pred"] = torch.tensor([])
-        if scheduler.get("rescale_betas_zero_snr"):
-            tensors["ztsnr"] = torch.tensor([])
+    tensors = single_file_tensors(made)
     temporary = temporary_path(path)
     try:
         write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))

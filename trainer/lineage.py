@@ -126,11 +126,15 @@ def read_lineage(path: Path) -> Lineage | None:
         if path.is_file():
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(LINEAGE_KEY)
-            return None if text is None else json.loads(text)
-        if (path / LINEAGE_FILE).is_file():
-            return json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
-        if (path / "train_state.json").is_file():
-            return json.loads((path / "train_state.json").read_text(encoding="utf-8")).get("lineage")
-    except (OSError, ValueError, SafetensorError) as error:
+            lineage = None if text is None else json.loads(text)
+        elif (path / LINEAGE_FILE).is_file():
+            lineage = json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
+        elif (path / "train_state.json").is_file():
+            lineage = json.loads((path / "train_state.json").read_text(encoding="utf-8")).get("lineage")
+        else:
+            return None
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(f"the lineage of {path} cannot be read: {error}") from error
-    return None
+    if not isinstance(lineage, dict | None):
+        raise UserError(f"the lineage of {path} is damaged: it must be a JSON object")
+    return lineage

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from trainer.models.sdxl import SDXL
 from trainer.models.text import TextTokenizer, encode_prompts, tokenize_captions
@@ -21,7 +21,6 @@ from trainer.rng import philox_key, rng
 from trainer.schema import DiffusionConfig, SamplingConfig
 
 
-@torch.no_grad()
 def sample_images(
     model: SDXL,
     vae: Any,
@@ -39,30 +38,57 @@ def sample_images(
 
     Each image is drawn by itself, so that it does not depend on which rank draws what.
     """
-    device = next(model.parameters()).device
-    pipeline = StableDiffusionXLPipeline(
+    pipeline = build_pipeline(model, vae, diffusion)
+    pipeline.set_progress_bar_config(disable=True)
+    return {
+        number: draw_image(
+            pipeline, model, tokenizers, sampling.prompts[number], sampling, size=size, seed=(seed, number),
+            max_token_length=max_token_length, compute=compute,
+        )
+        for number in numbers
+    }  # fmt: skip
+
+
+def build_pipeline(model: SDXL, vae: Any, diffusion: DiffusionConfig) -> StableDiffusionXLPipeline:
+    """Diffusers' pipeline without text encoders: it is given our prompt embeddings."""
+    return StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=model.unet,
         scheduler=build_scheduler(diffusion), add_watermarker=False,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    images = {}
-    for number in numbers:
-        with evaluating(model), torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
-            prompts = [sampling.prompts[number], sampling.negative_prompt]
-            embeds, pooled = encode_texts(model, tokenizers, prompts, max_token_length)
-            shape = (1, 4, size[1] // 8, size[0] // 8)
-            noise = torch.from_numpy(rng("sample", seed, number).standard_normal(shape, dtype=np.float32))
-            latents = pipeline(
-                prompt_embeds=embeds[:1], pooled_prompt_embeds=pooled[:1],
-                negative_prompt_embeds=embeds[1:], negative_pooled_prompt_embeds=pooled[1:],
-                num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
-                width=size[0], height=size[1], output_type="latent",
-                latents=noise.to(device),
-                generator=torch.Generator().manual_seed(philox_key("sampler", seed, number) & 0x7FFFFFFF),
-            ).images  # fmt: skip
-        # outside autocast: SDXL's own VAE overflows in fp16
-        images[number] = to_image(decode_latents(vae, latents.float()))
-    return images
+
+
+@torch.no_grad()
+def draw_image(
+    pipeline: StableDiffusionXLPipeline,
+    model: SDXL,
+    tokenizers: tuple[TextTokenizer, TextTokenizer],
+    prompt: str,
+    sampling: SamplingConfig,
+    *,
+    size: tuple[int, int],
+    seed: tuple[int, int],
+    max_token_length: int,
+    compute: torch.dtype,
+) -> Image.Image:
+    """One image of (width, height) ``size``, a function of model, prompt, settings and the two numbers of ``seed``.
+
+    Of ``sampling`` only the negative prompt, the steps and the guidance.
+    """
+    device = next(model.parameters()).device
+    with evaluating(model), torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
+        embeds, pooled = encode_texts(model, tokenizers, [prompt, sampling.negative_prompt], max_token_length)
+        shape = (1, 4, size[1] // 8, size[0] // 8)
+        noise = torch.from_numpy(rng("sample", *seed).standard_normal(shape, dtype=np.float32))
+        latents = pipeline(
+            prompt_embeds=embeds[:1], pooled_prompt_embeds=pooled[:1],
+            negative_prompt_embeds=embeds[1:], negative_pooled_prompt_embeds=pooled[1:],
+            num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
+            width=size[0], height=size[1], output_type="latent",
+            latents=noise.to(device),
+            generator=torch.Generator().manual_seed(philox_key("sampler", *seed) & 0x7FFFFFFF),
+        ).images  # fmt: skip
+    # outside autocast: SDXL's own VAE overflows in fp16
+    return to_image(decode_latents(pipeline.vae, latents.float()))
 
 
 def encode_texts(
@@ -105,16 +131,17 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 
 def make_grid(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
-    """Images in rows of ``columns``, each with its label below, shortened to three lines."""
+    """Images in rows of ``columns``, each with its label below, shortened to three lines, larger below large images."""
     width, height = max(image.width for image in images), max(image.height for image in images)
-    margin, text_height = 8, 40
+    letters = max(10, width // 50)  # pixels; three lines of 10 take 40
+    margin, text_height = 8, 4 * letters
     rows = -(-len(images) // columns)
     cell = (width + margin, height + text_height + margin)
     grid = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), "white")
-    draw = ImageDraw.Draw(grid)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(letters)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = margin + number % columns * cell[0], margin + number // columns * cell[1]
         grid.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-        lines = textwrap.wrap(label, max(8, width // 6), max_lines=3, placeholder="...")
-        draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", spacing=1)
+        lines = textwrap.wrap(label, max(8, width * 10 // (6 * letters)), max_lines=3, placeholder="...")
+        draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", spacing=1, font=font)
     return grid

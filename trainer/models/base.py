@@ -67,8 +67,10 @@ class LazyFile(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def find_base(reference: str, revision: str | None = None) -> Base:
+def find_base(reference: str, revision: str | None = None, key: str = "model.pretrained") -> Base:
     """What ``model.pretrained`` names: a local folder or file, a run, else a hub id, whose files are downloaded.
+
+    ``key`` is what messages call it.
 
     Raises:
         UserError: for anything else, pickled weights included.
@@ -89,7 +91,7 @@ def find_base(reference: str, revision: str | None = None) -> Base:
             reference = str(path)  # a later export must not take its place
         check_folder(path)
         return Base(reference, path, None)
-    folder = fetch(reference, revision, "model.pretrained")
+    folder = fetch(reference, revision, key)
     check_folder(folder)
     return Base(reference, folder, folder.name)
 
@@ -197,8 +199,10 @@ def hash_base(base: Base) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def find_tokenizers(base: Base, tokenizer: str | None) -> tuple[Path, Path]:
+def find_tokenizers(base: Base, tokenizer: str | None, key: str = "model.tokenizer") -> tuple[Path, Path]:
     """The folders of both tokenizers: of ``model.tokenizer`` (folder or hub id) if given, else of the base.
+
+    ``key`` is what messages call it.
 
     Raises:
         UserError: when there are none, which says what to set.
@@ -207,13 +211,13 @@ def find_tokenizers(base: Base, tokenizer: str | None) -> tuple[Path, Path]:
     if tokenizer is not None:
         folder = Path(tokenizer).expanduser()
         if not folder.exists():
-            folder = fetch(tokenizer, base.revision if tokenizer == base.reference else None, "model.tokenizer", ())
+            folder = fetch(tokenizer, base.revision if tokenizer == base.reference else None, key, ())
     first, second = folder / "tokenizer", folder / "tokenizer_2"
     for found in (first, second):
         has_words = (found / "vocab.json").is_file() and (found / "merges.txt").is_file()
         if not has_words and not (found / "tokenizer.json").is_file():
             raise UserError(
-                f"no tokenizer in {found}: set model.tokenizer to a folder or hub id with tokenizer/ and tokenizer_2/ "
+                f"no tokenizer in {found}: set {key} to a folder or hub id with tokenizer/ and tokenizer_2/ "
                 "(any SDXL model in diffusers layout; single files carry none)"
             )
     return first, second

@@ -1,0 +1,27 @@
+"""Say what made a file, from the file alone: run, data, code and base, what made that base, down to the first one.
+
+    python scripts/lineage.py FILE [--config]
+
+FILE is a single file, a diffusers folder, a checkpoint or a published folder. --config prints each stage's
+whole config.
+"""
+
+import argparse
+from pathlib import Path
+
+from trainer.errors import run_command
+from trainer.lineage_tree import find_lineage, tell_lineage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Say what made a file, from the file alone, down to the first base.")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="single file, diffusers folder, checkpoint or published folder"
+    )
+    parser.add_argument("--config", action="store_true", help="print each stage's whole config too")
+    arguments = parser.parse_args()
+    print(tell_lineage(find_lineage(arguments.file), arguments.config), end="")
+
+
+if __name__ == "__main__":
+    run_command(main)

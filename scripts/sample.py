@@ -1,0 +1,60 @@
+"""Draw with a checkpoint: one PNG an image, which says how it was made, and a grid of all with labels.
+
+    python scripts/sample.py MODEL --prompts FILE [--all-sizes | --size 832x1216 ...] [--seed N]
+    python scripts/sample.py MODEL --prompt "masterpiece, best quality, 1girl, solo" --compare MODEL_B
+
+MODEL is a diffusers folder, a single file, a run (its newest export) or a hub id. Settings are the model card's unless
+given. Nothing that lies in the folder of images is overwritten.
+"""
+
+import argparse
+from pathlib import Path
+
+from trainer.drawing import default_folder, draw, find_source
+from trainer.errors import UserError, run_command
+from trainer.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
+from trainer.schema import SamplingConfig
+
+
+def parse() -> argparse.Namespace:
+    card = SamplingConfig()
+    parser = argparse.ArgumentParser(description="Draw with a checkpoint, at the model card's settings unless told.")
+    parser.add_argument("model", metavar="MODEL", help="diffusers folder, single file, run or hub id")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; empty and # lines are skipped")
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="behind those of the file, if any")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--size", nargs="+", default=["1024x1024"], metavar="WxH", help="default: 1024x1024")
+    sizes.add_argument("--all-sizes", action="store_true", help="the card's nine sizes")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the first image; the next has N + 1 ...")
+    parser.add_argument("--steps", type=int, default=card.num_inference_steps, help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=card.guidance_scale, help="default: %(default)g; 1 is none")
+    parser.add_argument("--negative", default=card.negative_prompt, metavar="TEXT", help="default: the card's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: samples/ beside MODEL; of a hub id, here")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: fp16 on a GPU, fp32 on the CPU")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or hub id with tokenizer/ and tokenizer_2/")
+    parser.add_argument("--compare", metavar="MODEL_B", help="draw all with this model too; the grid has two columns")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    prompts = [*(read_prompts(arguments.prompts) if arguments.prompts else []), *arguments.prompt]
+    if not prompts:
+        raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
+    sizes = CARD_SIZES if arguments.all_sizes else [read_size(text) for text in arguments.size]
+    sampling = SamplingConfig(
+        negative_prompt=arguments.negative, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance
+    )
+    check_settings(sampling)
+    models = [arguments.model, *([arguments.compare] if arguments.compare else [])]
+    sources = [find_source(model, arguments.tokenizer) for model in models]
+    out = arguments.out or default_folder(sources)
+    pictures = plan_pictures(prompts, sizes, arguments.seed)
+    columns = len(sizes) if len(sizes) > 1 else min(4, len(prompts))
+    grid = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype)
+    print(f"{len(pictures) * len(sources)} image(s), each with its prompt and settings inside: {out}")
+    print(f"all of them: {grid}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,220 @@
+"""Draw prompts with any checkpoint: one PNG an image that says how it was made, and a grid of all with labels.
+
+Sampler, text encoding and noise are those of the samples while training. An image is a function of model, prompt, size,
+settings and its own seed: drawn alone, with that seed, it is the same file (on the same device).
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import trainer
+from trainer.errors import UserError
+from trainer.files import write_file
+from trainer.lineage import Lineage, read_lineage, read_versions
+from trainer.models.base import Base, find_base, find_tokenizers, has_vae, hash_base, read_config, read_vae
+from trainer.models.sdxl import DTYPES, SDXL, build_sdxl
+from trainer.models.text import TextTokenizer, load_tokenizers
+from trainer.models.vae import build_vae
+from trainer.pictures import (
+    GRID_NAME,
+    Picture,
+    describe,
+    file_name,
+    grid_scale,
+    label,
+    refuse_existing,
+    shrink,
+    write_png,
+)
+from trainer.sampling import build_pipeline, draw_image, make_grid
+from trainer.schema import (
+    CaptionsConfig,
+    DiffusionConfig,
+    Dtype,
+    MemoryConfig,
+    ModelConfig,
+    PrecisionConfig,
+    SamplingConfig,
+)
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found, but not loaded yet."""
+
+    name: str
+    base: Base
+    tokenizers: tuple[Path, Path]
+    diffusion: DiffusionConfig  # of it only what the model predicts, and whether to zero terminal SNR
+    max_token_length: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can draw, and what its images say about it."""
+
+    sdxl: SDXL
+    pipeline: Any
+    tokenizers: tuple[TextTokenizer, TextTokenizer]
+    max_token_length: int
+    compute: torch.dtype
+    facts: dict[str, Any]
+
+
+def draw(
+    sources: Sequence[Source],
+    pictures: Sequence[Picture],
+    sampling: SamplingConfig,
+    out: Path,
+    *,
+    columns: int,
+    dtype: Dtype | None = None,
+) -> Path:
+    """Draw all pictures with each model, one model in memory at a time; write them and a grid into ``out``.
+
+    Args:
+        sampling: of it only the negative prompt, the steps and the guidance.
+        columns: of the grid; several models have a column each instead.
+        dtype: fp16 on a GPU and fp32 on the CPU unless given.
+
+    Returns: the grid's path.
+
+    Raises:
+        UserError: before anything is drawn, where a file lies that would be written.
+    """
+    several = len(sources) > 1
+    letters = [chr(ord("A") + number) for number in range(len(sources))]
+    paths = [
+        [out / file_name(number, picture, letter if several else "") for number, picture in enumerate(pictures)]
+        for letter in letters
+    ]
+    refuse_existing([out / GRID_NAME, *(path for column in paths for path in column)])
+    scale = grid_scale([picture.size for picture in pictures], len(sources))
+    cells: list[list[tuple[Image.Image, str]]] = [[] for _ in pictures]  # a row for each picture
+    with tqdm(total=len(sources) * len(pictures), unit="image") as bar:
+        for letter, source, column in zip(letters, sources, paths, strict=True):
+            bar.set_description(source.name)
+            drawn = draw_pictures(source, pictures, sampling, dtype)
+            for row, picture, path, (image, texts) in zip(cells, pictures, column, drawn, strict=True):
+                write_png(path, image, texts)
+                row.append((shrink(image, scale), label(picture, f"{letter}: {source.name}" if several else "")))
+                bar.update()
+    images, labels = zip(*(cell for row in cells for cell in row), strict=True)
+    grid = make_grid(list(images), list(labels), len(sources) if several else columns)
+    write_file(out / GRID_NAME, lambda path: grid.save(path, format="PNG"))
+    return out / GRID_NAME
+
+
+def draw_pictures(
+    source: Source, pictures: Sequence[Picture], sampling: SamplingConfig, dtype: Dtype | None
+) -> Iterator[tuple[Image.Image, dict[str, str]]]:
+    """Each picture as drawn by one model, with the texts for its file; the model is loaded here and dropped behind."""
+    model = load_model(source, dtype)
+    prompts = dict.fromkeys([*(picture.prompt for picture in pictures), sampling.negative_prompt])
+    for note in find_cut_prompts(model, list(prompts)):
+        tqdm.write(note, file=sys.stderr)
+    for picture in pictures:
+        image = draw_image(
+            model.pipeline, model.sdxl, model.tokenizers, picture.prompt, sampling, size=picture.size,
+            seed=(picture.seed, 0), max_token_length=model.max_token_length, compute=model.compute,
+        )  # fmt: skip
+        yield image, describe(picture, sampling, model.facts)
+
+
+def find_source(reference: str, tokenizer: str | None = None) -> Source:
+    """A diffusers folder, a single file, a run's newest export or a hub id.
+
+    Tokenizers come from ``tokenizer`` (folder or hub id) if given, else from the folder itself. A single file has none
+    and takes those of the diffusers folder of its name beside it, as exported, or of the one around it, as published.
+
+    Raises:
+        UserError: when the model, its VAE or its tokenizers are missing.
+    """
+    base = find_base(reference, key="MODEL")
+    name = base.reference if base.revision else base.path.resolve().name.removesuffix(".safetensors")
+    if not has_vae(base):
+        raise UserError(
+            f"{reference} has no VAE, without which it cannot draw: export it whole, as scripts/export.py does"
+        )
+    if tokenizer is None and base.path.is_file():
+        near = (base.path.with_suffix(""), base.path.parent)
+        tokenizer = next((str(folder) for folder in near if (folder / "tokenizer").is_dir()), None)
+    scheduler = read_config(base, "scheduler")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"{reference} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be drawn with")
+    return Source(
+        name=name,
+        base=base,
+        tokenizers=find_tokenizers(base, tokenizer, "--tokenizer"),
+        diffusion=DiffusionConfig(
+            prediction_type=prediction, zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr"))
+        ),
+        max_token_length=trained_token_length(read_lineage(base.path)),
+    )
+
+
+def trained_token_length(lineage: Lineage | None) -> int:
+    """The length to which captions were encoded in training, if the model tells, else the recipe's 225."""
+    try:
+        length = lineage["config"]["captions"]["max_token_length"] if lineage else None
+    except (KeyError, TypeError):  # of another version, or of other hands
+        length = None
+    return length if length in (75, 150, 225) else CaptionsConfig.max_token_length
+
+
+def load_model(source: Source, dtype: Dtype | None) -> LoadedModel:
+    """The model with its weights in ``dtype``, on the GPU if there is one."""
+    base, device = source.base, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
+    frozen = ModelConfig("", train_unet=False)
+    sdxl = build_sdxl(base, frozen, PrecisionConfig(compute=dtype, frozen=dtype), MemoryConfig(False)).to(device)
+    weights = read_vae(None, base)
+    # SDXL's own VAE overflows in fp16; one that does not says so in its config
+    vae_dtype: Dtype = "fp32" if weights.config.get("force_upcast", True) else dtype
+    vae = build_vae(weights.config, weights.state, DTYPES[vae_dtype]).to(device)
+    vocab_sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
+    pipeline = build_pipeline(sdxl, vae, source.diffusion)
+    pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, position=1)
+    return LoadedModel(
+        sdxl=sdxl,
+        pipeline=pipeline,
+        tokenizers=load_tokenizers(*source.tokenizers, (vocab_sizes[0], vocab_sizes[1])),
+        max_token_length=source.max_token_length,
+        compute=DTYPES[dtype],
+        facts={
+            "model": source.name,
+            "sha256": hash_base(base),
+            "prediction_type": source.diffusion.prediction_type,
+            "zero_terminal_snr": source.diffusion.zero_terminal_snr,
+            "max_token_length": source.max_token_length,
+            "dtype": dtype,
+            "vae_dtype": vae_dtype,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": {"trainer": trainer.__version__, **read_versions()},
+        },
+    )
+
+
+def find_cut_prompts(model: LoadedModel, prompts: list[str]) -> Iterator[str]:
+    """What to tell about prompts of which the model does not see the end."""
+    for prompt, content in zip(prompts, model.tokenizers[0].content_ids(prompts), strict=True):
+        if len(content) > model.max_token_length:
+            seen = f"only the first {model.max_token_length} of its {len(content)} tokens are seen, as in training"
+            yield f"{prompt[:60]} ...: {seen}"
+
+
+def default_folder(sources: Sequence[Source]) -> Path:
+    """``samples`` beside the model, which of a run's export is where scripts/publish.py looks; of a hub id, here."""
+    base = sources[0].base
+    folder = Path() if base.revision else base.path.parent
+    return folder / ("samples" if len(sources) == 1 else "comparison")

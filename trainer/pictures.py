@@ -1,0 +1,135 @@
+"""What scripts/sample.py is to draw, and its files: prompts, sizes, seeds; PNGs that say how they were made."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from trainer.diffusion import NUM_TIMESTEPS
+from trainer.errors import UserError
+from trainer.files import write_file
+from trainer.schema import SamplingConfig
+
+CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0
+    (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344),
+    (1536, 640), (640, 1536),
+)  # fmt: skip
+GRID_NAME = "grid.png"
+GRID_PIXELS = 64_000_000  # a larger grid is shrunk: Pillow takes files of more than 89 million pixels for bombs
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to draw."""
+
+    prompt: str
+    size: tuple[int, int]  # (width, height)
+    seed: int
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines and lines that begin with # are skipped.
+
+    Raises:
+        UserError: when the file cannot be read or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts file {path} cannot be read as UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not prompts:
+        raise UserError(f"the prompts file {path} has no prompt: write one a line")
+    return prompts
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """``832x1216`` as (width, height).
+
+    Raises:
+        UserError: when it is none, or sides are not multiples of 8.
+    """
+    width, _, height = text.lower().partition("x")
+    sides = [int(side) if side.isascii() and side.isdigit() else 0 for side in (width, height)]
+    if 0 in sides or any(side % 8 for side in sides):  # a latent is 8 x 8 pixels
+        raise UserError(f"size {text!r}: write WIDTHxHEIGHT in multiples of 8, such as 832x1216")
+    return sides[0], sides[1]
+
+
+def plan_pictures(prompts: Sequence[str], sizes: Sequence[tuple[int, int]], seed: int) -> list[Picture]:
+    """Every prompt in every size, each with a seed of its own, counted up from ``seed``."""
+    pairs = [(prompt, size) for prompt in prompts for size in sizes]
+    return [Picture(prompt, size, seed + number) for number, (prompt, size) in enumerate(pairs)]
+
+
+def check_settings(sampling: SamplingConfig) -> None:
+    """Refuse steps and guidance that mean nothing."""
+    if not 1 <= sampling.num_inference_steps <= NUM_TIMESTEPS:
+        raise UserError(f"--steps {sampling.num_inference_steps}: there can be 1 to {NUM_TIMESTEPS}")
+    if not 1 <= sampling.guidance_scale < math.inf:
+        raise UserError(
+            f"--guidance {sampling.guidance_scale:g}: 1 is none, the card advises 5 to 7; less has no effect"
+        )
+
+
+def describe(picture: Picture, sampling: SamplingConfig, facts: dict[str, Any]) -> dict[str, str]:
+    """The text chunks of an image's file: all that is needed to draw it again."""
+    settings = {
+        "size": f"{picture.size[0]}x{picture.size[1]}",
+        "seed": picture.seed,
+        "steps": sampling.num_inference_steps,
+        "guidance": sampling.guidance_scale,
+        "sampler": "Euler ancestral",
+    }
+    return {
+        "prompt": picture.prompt,
+        "negative_prompt": sampling.negative_prompt,
+        "settings": json.dumps(facts | settings, ensure_ascii=False),
+    }
+
+
+def label(picture: Picture, model: str) -> str:
+    """What stands below an image in the grid; ``model`` is "" where all are of one."""
+    said = f"seed {picture.seed}, {picture.size[0]}x{picture.size[1]}: {picture.prompt}"
+    return f"{model}, {said}" if model else said
+
+
+def file_name(number: int, picture: Picture, letter: str) -> str:
+    """``000-832x1216-seed42.png``; ``letter`` tells models apart."""
+    name = f"{number:03d}-{picture.size[0]}x{picture.size[1]}-seed{picture.seed}"
+    return f"{name}-{letter}.png" if letter else f"{name}.png"
+
+
+def refuse_existing(paths: Sequence[Path]) -> None:
+    """Refuse to write over what is there."""
+    if there := [path.name for path in paths if path.exists()]:
+        raise UserError(
+            f"{paths[0].parent} holds {there[0]} already, and nothing is overwritten: "
+            "move the images away, or name another folder with --out DIR"
+        )
+
+
+def write_png(path: Path, image: Image.Image, texts: dict[str, str]) -> None:
+    """A PNG with text chunks, whole or not at all."""
+    chunks = PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text)  # as iTXt in UTF-8 where Latin-1 does not do
+    write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
+
+
+def grid_scale(sizes: Sequence[tuple[int, int]], columns: int) -> float:
+    """By how much images are shrunk, so that a grid of ``columns`` times these sizes does not become too large."""
+    cell = max(width for width, _ in sizes) * max(height for _, height in sizes)
+    return min(1.0, math.sqrt(GRID_PIXELS / (cell * len(sizes) * columns)))
+
+
+def shrink(image: Image.Image, scale: float) -> Image.Image:
+    """A smaller copy, or the image itself at scale 1."""
+    if scale == 1.0:
+        return image
+    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.LANCZOS)
