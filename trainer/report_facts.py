@@ -20,7 +20,7 @@ from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.plan import Plan, Unit
 from trainer.data.shards import Index, Row, read_raw_latents
 from trainer.data.sources import Reject, iterate_sources
-from trainer.data.survey import Duplicates, Fits, RuleCounts, TagCounts
+from trainer.data.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 from trainer.errors import UserError
 from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.models.sdxl import DTYPES
@@ -79,6 +79,7 @@ class Report:
     plan: Plan
     run: RunFacts
     fits: Fits
+    sources: Counts  # images of each
     tags: dict[str, TagCounts]  # by category
     rules: RuleCounts
     lengths: np.ndarray | None  # int64, content tokens of some or all captions

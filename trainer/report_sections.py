@@ -67,6 +67,8 @@ def tell_overview(report: Report) -> Iterator[Html]:
         f"A step sees {data.global_batch_size} images in units of {data.bucket_batch_size} that share a bucket. "
         f"All numbers are of steps 0 to {number(run.steps - 1)}, which this config runs."
     )
+    if len(report.sources) > 1:
+        yield bars("source", report.sources, images, "Sources")
     yield from (notice(f"Left out: {what}") for what in report.missing)
 
 

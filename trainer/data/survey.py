@@ -166,6 +166,13 @@ def count_columns(table: pa.Table, rules: CaptionsConfig) -> Counter[str]:
     return tags
 
 
+def count_sources(table: pa.Table) -> Counts:
+    """Images of each source, the largest first."""
+    counts = pc.value_counts(table["source"])
+    named = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+    return sorted(named, key=lambda item: (-item[1], item[0]))
+
+
 def find_duplicates(table: pa.Table) -> Duplicates:
     """Groups of images whose files have the same SHA-256."""
     counts = pc.value_counts(table["content_hash"])
