@@ -77,7 +77,8 @@ def terms_of_given(place: str, base: dict[str, Any]) -> Terms:
     found = find_base(place)
     if (sha256 := hash_base(found)) != base["sha256"]:
         raise UserError(f"--base {place} is another model: SHA-256 {sha256}, and the lineage names {base['sha256']}")
-    return read_terms(found.path, place) if found.revision is None else fetch_terms(place, found.revision)
+    # named as in the lineage: the place is the user's own and does not belong into a card
+    return read_terms(found.path, base["reference"]) if found.revision is None else fetch_terms(place, found.revision)
 
 
 def read_terms(path: Path, where: str) -> Terms:

@@ -27,6 +27,7 @@ class Release:
     terms: Terms
     license_files: dict[str, str]  # file in the folder -> what it is
     acknowledged: str | None
+    base_id: str | None  # the first base's name on the Hub, where the user says it and the lineage does not
     samples: list[Sample]
     weights: str | None  # the single file, if there is one
     full_precision: str | None  # the fp32 file, if it is in the folder
@@ -39,7 +40,7 @@ class Release:
     def base_model(self) -> str | None:
         """The nearest model of the lineage that the Hub knows."""
         bases = (stage.lineage["base"] for stage in reversed(self.stages))
-        return next((base["reference"] for base in bases if base["revision"] is not None), None)
+        return next((base["reference"] for base in bases if base["revision"] is not None), self.base_id)
 
 
 def write_card(release: Release) -> str:
@@ -127,14 +128,15 @@ def files(release: Release) -> Iterator[str]:
     yield "\n".join(f"- {line}" for line in lines)
     if "diffusers" in publish.formats:
         dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[publish.dtype]
-        yield PYTHON.format(place=publish.repo_id or "this/folder", dtype=dtype)
+        yield PYTHON.format(dtype=dtype)
 
 
 PYTHON = """```python
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{place}", torch_dtype=torch.{dtype})
+name = "..."  # this repository's, owner/name, or the folder it lies in
+pipeline = StableDiffusionXLPipeline.from_pretrained(name, torch_dtype=torch.{dtype})
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 ```"""
 

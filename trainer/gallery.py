@@ -44,7 +44,7 @@ def read_sample(path: Path) -> Sample:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # text chunks may also stand behind the pixels
-            said = {key: value for key, value in image.info.items() if isinstance(value, str)}
+            said = {key: str(value) for key, value in image.info.items() if isinstance(value, str)}  # plain ones
         settings = json.loads(said.get("settings", "{}"))
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a PNG with readable settings: {error}") from error

@@ -137,7 +137,6 @@ def explain(error: BaseException, repo_id: str) -> str:
             "or HF_TOKEN; HF_TOKEN comes before the login"
         )
     return (
-        f"the upload to {repo_id} did not finish, and nothing of it is half there: {reason}. The folder is complete; the same "
-        "command "
-        "tries again, and sends only what is missing"
+        f"the upload to {repo_id} did not finish, and nothing of it is half there: {reason}. The folder is whole; the "
+        "same command tries again, and sends only what is missing"
     )

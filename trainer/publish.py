@@ -26,7 +26,7 @@ from trainer.gallery import read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.lineage import LINEAGE_FILE, Lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
-from trainer.records import read_work
+from trainer.records import Work, read_work
 from trainer.schema import Config
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
@@ -80,10 +80,11 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     licences = collect_licences(terms, brought | given)
     release = Release(
         config=config,
-        stages=list(find_stages(request.run, weights)),
+        stages=list(find_stages(request.run, weights.lineage)),
         terms=terms,
         license_files={name: what for name, (what, _) in licences.items()},
         acknowledged=request.acknowledged,
+        base_id=request.base if request.base and not Path(request.base).expanduser().exists() else None,
         samples=read_samples(request.samples or request.run / "export" / "samples"),
         weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
         full_precision=name_full_precision(config, request.full_precision),
@@ -168,19 +169,16 @@ def collect_licences(terms: Terms, texts: dict[str, str]) -> dict[str, tuple[str
     return licences
 
 
-def find_stages(run: Path, weights: Weights) -> Iterator[Stage]:
-    """The stages of the lineage, the first of them first, each with what its records say of the work."""
-    chain = [weights.lineage]
-    while (before := chain[-1]["base"]["lineage"]) is not None:
-        chain.append(before)
-    for place, made in enumerate(reversed(chain), start=1):
-        folder: Path | None = run
-        if made is not weights.lineage:
-            later = chain[len(chain) - place - 1]
-            folder = run_of_export(later["base"]["reference"], made["run"])
-        work = read_work(folder, made["step"]) if folder else None
-        hours = made["hours"] if work is None or work.hours is None else work.hours
-        yield Stage(made, hours, work.hardware if work else (), f"configs/{place}-{made['run']}.yaml")
+def find_stages(run: Path, lineage: Lineage) -> Iterator[Stage]:
+    """The stages of the lineage, the first of them first; their work from the lineage, else from the run's records."""
+    chain: list[tuple[Lineage, Path | None]] = [(lineage, run)]
+    while (before := chain[-1][0]["base"]["lineage"]) is not None:
+        chain.append((before, run_of_export(chain[-1][0]["base"]["reference"], before["run"])))
+    for place, (made, folder) in enumerate(reversed(chain), start=1):
+        work = Work(made["started_at"], made["hours"], tuple(made.get("hardware", ())))
+        if work.hours is None and folder is not None:
+            work = read_work(folder, made["step"])
+        yield Stage(made, work.hours, work.hardware, f"configs/{place}-{made['run']}.yaml")
 
 
 def run_of_export(reference: str, name: str) -> Path | None:
