@@ -1,8 +1,10 @@
 """A published folder is whole, opens for strangers, and holds nothing of its maker's machine; all else is refused."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from trainer.models.base import find_base, read_state
 from trainer.models.sdxl import COMPONENTS
 from trainer.publish import Request, check_published, publish, read_publish_config
 from trainer.published_folder import check_folder, read_sums
+from trainer.schema import PublishConfig
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY.parent / "shared/licenses/faipl-1.0-sd.md"
@@ -405,3 +408,14 @@ def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, 
     assert asked.returncode == 2 and "no token for the Hub" in asked.stderr
     for wrong in (["extra"], ["--replace"]):
         assert run_script(*words, *wrong).returncode == 2
+
+
+def test_the_readmes_commands_are_the_scripts() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    commands = [line.split() for block in blocks for line in block.splitlines() if "publish.py" in line]
+    source = (REPOSITORY / "scripts/publish.py").read_text()
+    assert len(commands) == 2
+    for command in commands:
+        assert all(f'"{word}"' in source for word in command if word.startswith("--"))
+        fields = [word.partition("=")[0].removeprefix("publish.") for word in command if "=" in word]
+        assert fields and set(fields) <= {field.name for field in dataclasses.fields(PublishConfig)}
