@@ -69,8 +69,8 @@ def tell(folder: Path, release: Release) -> None:
     if not release.samples:
         print("  no sample images: draw some with scripts/sample.py into RUN/export/samples, or give --samples DIR")
     if release.base_model is None:
-        print("  no base_model in the card's header: the run found its base in a folder, which CHANGES.md names by hash; if "
-              "it is on the Hub, --base owner/name says so")  # fmt: skip
+        print("  no base_model in the card's header: the run found its base in a folder; CHANGES.md has its hash; "
+              "if it is on the Hub, --base owner/name says so")  # fmt: skip
 
 
 if __name__ == "__main__":

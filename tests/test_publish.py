@@ -257,6 +257,11 @@ def test_an_export_that_says_something_else_is_refused(run: Path, request_of: Re
     file, diffusers = export(run)
     with pytest.raises(UserError, match=r"says title 'stage2', and 'Mine' is to be published: move that export away"):
         publish(request_of, [SOURCE, "publish.title=Mine"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"fp16\.safetensors is damaged: its tensors are not those"):
+        publish(request_of, [SOURCE])
+    file.write_bytes(whole)
     made = json.loads((diffusers / "lineage.json").read_text())
     (diffusers / "lineage.json").write_text(json.dumps(made | {"written_at": "2020-01-01T00:00:00+00:00"}))
     with pytest.raises(UserError, match=r"was made from another checkpoint than"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from trainer.artefacts import hash_files
+from trainer.artefacts import check_stamp, hash_files
 from trainer.base_terms import find_terms
 from trainer.card import Release, write_card
 from trainer.card_stages import Stage, write_changes
@@ -21,7 +21,7 @@ from trainer.checkpoint import find_newest, read_train_state, step_of, verify_ch
 from trainer.config import load_config
 from trainer.errors import UserError
 from trainer.export import build_export, write_diffusers, write_single_file
-from trainer.files import sync_folder, temporary_path, write_json, write_text
+from trainer.files import sync_file, sync_folder, temporary_path, write_json, write_text
 from trainer.gallery import read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.lineage import LINEAGE_FILE, Lineage, read_lineage, shorten_paths
@@ -213,6 +213,8 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         check_folder(temporary, release.config.run.name)
         write_sums(temporary)
         if not folder.exists():
+            for path in temporary.rglob("*"):
+                sync_file(path)  # folders too; what was copied is not on the disk yet
             sync_folder(temporary)
             temporary.rename(folder)
             sync_folder(folder.parent)
@@ -253,7 +255,7 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
 
 
 def check_export(weights: Weights, config: Config) -> None:
-    """Refuse an export that another checkpoint made, or whose header names another title, author or licence.
+    """Refuse an export that is damaged or another checkpoint's, or that names another title, author or licence.
 
     Raises:
         UserError: naming what differs.
@@ -267,6 +269,7 @@ def check_export(weights: Weights, config: Config) -> None:
             raise UserError(f"{path} was made from another checkpoint than {weights.checkpoint}: {again}")
         if path.is_dir():
             continue
+        check_stamp(path)
         with safe_open(path, framework="pt") as reader:
             said = reader.metadata() or {}
         for name, value in wanted.items():
