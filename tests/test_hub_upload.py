@@ -110,6 +110,14 @@ def test_a_hub_that_stays_broken_leaves_nothing_half(hub: Hub, folder: Path) -> 
     assert published(hub) == {}
 
 
+def test_what_the_hub_refuses_is_not_tried_again(hub: Hub, folder: Path) -> None:
+    """As when somebody else committed in between: the commit names its parent."""
+    hub.failures["commit"] = [412]
+    done = upload(folder, hub.url)
+    assert done.returncode == 2 and "did not finish" in done.stderr
+    assert published(hub) == {} and hub.requests.count("commit") == 1
+
+
 @pytest.mark.parametrize("kind", ["put", "commit"])
 def test_a_process_killed_in_the_middle_leaves_nothing_half(hub: Hub, folder: Path, kind: str) -> None:
     hub.holding = kind

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
+from fake_hub import TOKEN, run_hub
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from test_export import make_run
@@ -411,6 +412,18 @@ def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, 
     nowhere = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     asked = run_script(*words, "publish.repo_id=owner/name", "--upload", **nowhere)
     assert asked.returncode == 2 and "no token for the Hub" in asked.stderr
+    with run_hub() as hub:
+        there = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        sent = run_script(*words, "publish.repo_id=owner/name", "--upload", **there)
+        assert sent.returncode == 0 and f"uploaded and verified: {hub.url}/owner/name (private" in sent.stdout, (
+            sent.stderr
+        )
+        folder, repo = run / "published/stage2", hub.repos["owner/name"]
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        assert repo.private and len(repo.commits) == 2 and repo.files.keys() - {".gitattributes"} == files.keys()
+        assert all(repo.files[name] == path.read_bytes() for name, path in files.items())
+        written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+        assert TOKEN not in sent.stdout + sent.stderr and TOKEN.encode() not in written
     for wrong in (["extra"], ["--replace"]):
         assert run_script(*words, *wrong).returncode == 2
 
