@@ -9,7 +9,12 @@ STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml model
 STAGE2 := --config configs/stage2_refine_unet.yaml configs/demo.yaml optim.unet_lr=5e-4 \
 	data.posts=[demo/stage2.jsonl] data.shards=demo_run/shards2 schedule.max_steps=160
 
-.PHONY: setup setup-dev demo test test-slow check clean-demo
+# the licence's text is not part of this repository: make demo LICENSE_FILE=faipl-1.0-sd.md builds the published folder
+PUBLISH := $(BIN)/python scripts/publish.py demo_run/runs/stage2_refine_unet
+PUBLISH_LICENSED = $(PUBLISH) --license-file "$(LICENSE_FILE)" publish.source_url=https://example.org/the-demo \
+	--acknowledge-base-terms "made from nothing by scripts/make_tiny_base.py: nobody else's terms apply"
+
+.PHONY: setup setup-dev demo publish-demo test test-slow check clean-demo
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -34,6 +39,14 @@ demo: .venv/installed
 	$(TRAIN) $(STAGE2)
 	$(BIN)/python scripts/export.py demo_run/runs/stage2_refine_unet
 	$(BIN)/python scripts/show_demo.py demo_run
+	@echo; echo "Publishing without the licence's text is refused, and says what is missing:"
+	-$(PUBLISH)
+	$(if $(LICENSE_FILE),$(PUBLISH_LICENSED),@echo "With it the folder is built, and nothing uploaded: make publish-demo LICENSE_FILE=faipl-1.0-sd.md")
+
+# after make demo: the folder that strangers would get
+publish-demo: .venv/installed
+	$(if $(LICENSE_FILE),,$(error give the text of FAIPL-1.0-SD: make publish-demo LICENSE_FILE=faipl-1.0-sd.md))
+	$(PUBLISH_LICENSED)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

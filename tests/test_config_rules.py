@@ -130,6 +130,12 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     *[([f"sampling.{name}={side}"], f"sampling.{name}", f"must be a multiple of 32, not {side}")
       for name in ("width", "height") for side in (1000, 0, -32)],
     (["publish.formats=[]"], "publish.formats", "name at least one of"),
+    *[([f"publish.repo_id={name}"], "publish.repo_id", f"must be owner/name on the Hub, not {name}")
+      for name in ("name", "a/b/c", "-a/b", "https://huggingface.co/a/b")],
+    (["publish.private=false"], "publish.private", "has no effect: publish.repo_id is null"),
+    *[([f"publish.{name}='{address}'"], f"publish.{name}", "must be an https address without a name or")
+      for name in ("source_url", "license_link")
+      for address in ("example.org", "http://example.org", "https://me:secret@example.org", "https://a.b/c d")],
 ]  # fmt: skip
 
 
@@ -161,6 +167,8 @@ def test_rules(words: list[str], key: str, part: str) -> None:
             " caption_column: b}, {kind: posts, path: p.jsonl, images: i}, {kind: kohya, path: m.json, images: i}]"
         ],
         ["captions.years=[]", "captions.quality=[]", "captions.ratings={}", "captions.people=[]"],
+        ["publish.repo_id=owner/name", "publish.private=false", "publish.source_url=https://example.org/a/b"],
+        ["publish.repo_id=Owner-1/name.v1_0", "publish.private=true", "publish.license_link=https://example.org"],
     ],
     ids=" ".join,
 )

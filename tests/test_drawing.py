@@ -19,6 +19,7 @@ from trainer.buckets import list_buckets
 from trainer.drawing import default_folder, draw, find_source, load_model
 from trainer.errors import UserError
 from trainer.files import sha256_file
+from trainer.gallery import read_samples
 from trainer.models.base import find_base, hash_base, read_config, read_state
 from trainer.models.hub import STEMS
 from trainer.models.single_file import to_single_file
@@ -137,6 +138,14 @@ def test_the_cards_settings_by_default(tiny_base, tmp_path, sample):
     assert expected.items() <= said.items() and said["versions"]["torch"]
     assert not any(str(tiny_base.parent) in text for text in texts(path).values())
     assert texts(tmp_path / "grid.png") == {}
+    # what publishing takes from such a folder: the image, not the grid
+    (taken,) = read_samples(tmp_path)
+    assert (taken.path, taken.prompt, taken.negative_prompt, taken.settings) == (
+        path,
+        "1girl, 木",
+        NEGATIVE_PROMPT,
+        said,
+    )
 
 
 def test_an_image_alone_is_the_same_file(tiny_base, tmp_path, sample):

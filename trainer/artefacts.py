@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.errors import UserError
 from trainer.files import sha256_file, write_bytes, write_text
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
@@ -34,6 +35,19 @@ def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         assert len(encoded) <= length, "the header became longer"
         file.seek(8)
         file.write(encoded.ljust(length))  # spaces behind the JSON are part of the format
+
+
+def check_stamp(path: Path) -> None:
+    """Compare a file with the hash in its own header.
+
+    Raises:
+        UserError: when it is damaged, or carries none.
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        said = json.loads(file.read(length)).get("__metadata__", {}).get(HASH_KEY)
+        if said != f"0x{hashlib.file_digest(file, 'sha256').hexdigest()}":
+            raise UserError(f"{path} is damaged: its tensors are not those whose SHA-256 is in its header")
 
 
 def write_tokenizer(target: Path, source: Path, name: str) -> None:

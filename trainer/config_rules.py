@@ -23,6 +23,7 @@ def find_broken_rules(config: Config) -> Iterator[Broken]:
     yield from optim_rules(config)
     yield from schedule_rules(config)
     yield from output_rules(config)
+    yield from publish_rules(config)
 
 
 AT_LEAST = {
@@ -258,5 +259,17 @@ def output_rules(config: Config) -> Iterator[Broken]:
         side = getattr(sampling, name)
         if side is not None and (side <= 0 or side % 32):
             yield (f"sampling.{name}",), f"must be a multiple of 32, not {side}"
-    if not config.publish.formats:
+
+
+def publish_rules(config: Config) -> Iterator[Broken]:
+    publish = config.publish
+    if not publish.formats:
         yield ("publish.formats",), "name at least one of single_file and diffusers"
+    if publish.repo_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", publish.repo_id):
+        yield ("publish.repo_id",), f"must be owner/name on the Hub, not {publish.repo_id}"
+    if not publish.private and publish.repo_id is None:
+        yield ("publish.private", "publish.repo_id"), "has no effect: publish.repo_id is null"
+    for name in ("source_url", "license_link"):
+        address = getattr(publish, name)
+        if address is not None and not re.fullmatch(r"https://[^\s/@]+\.[^\s@<>|()]+", address):
+            yield (f"publish.{name}",), "must be an https address without a name or password in it"

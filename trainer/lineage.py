@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def build_lineage(
     *,
     started_at: str | None = None,
     hours: float | None = None,
+    hardware: Sequence[str] = (),
 ) -> Lineage:
     """The lineage of what a run has made with ``step`` completed optimizer steps.
 
@@ -44,6 +45,7 @@ def build_lineage(
         facts: ``images`` in the index, ``index_fingerprint``, and ``base``: reference, revision and sha256 of the
             start weights; their own ``lineage`` too, or else it is looked up where the reference is local.
         started_at: ISO 8601; ``hours`` of training so far. Both None when unknown.
+        hardware: such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed, none when unknown.
     """
     base = facts["base"]
     lineage = {
@@ -56,6 +58,7 @@ def build_lineage(
         "started_at": started_at,
         "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hours": hours,
+        "hardware": list(hardware),
         "config": config.written,
         "code": describe_code(),
         "versions": read_versions(),

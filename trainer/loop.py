@@ -29,6 +29,7 @@ from trainer.models.vae import build_vae
 from trainer.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.progress import Progress
 from trainer.run_folder import begin_attempt, lock_run, run_path
+from trainer.run_records import read_work
 from trainer.sampling import make_grid, sample_images
 from trainer.schema import Config
 from trainer.training_step import Objective, StepResult, settle_gradient_buckets, training_step
@@ -194,6 +195,7 @@ def save(run: Run, made: int) -> None:
     config, accelerator = run.inputs.config, run.inputs.accelerator
     folder = run_path(config) / "checkpoints"
     if accelerator.is_main_process:
+        work = read_work(run_path(config), made)
         state = {
             "run": config.run.name,
             "stage": config.run.stage,
@@ -210,7 +212,9 @@ def save(run: Run, made: int) -> None:
             "loss_scaler": checkpoint.scaler_state(accelerator.scaler),
             "skipped_steps": run.progress.skipped,
             "tracker_run_id": run.tracker_run_id,
-            "lineage": build_lineage(config, run.inputs.facts, made),
+            "lineage": build_lineage(
+                config, run.inputs.facts, made, started_at=work.started_at, hours=work.hours, hardware=work.hardware
+            ),
         }
         checkpoint.save_checkpoint(folder, run.sdxl, run.optimizer, state)
         checkpoint.retain_checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)

@@ -19,7 +19,6 @@ CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0
     (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344),
     (1536, 640), (640, 1536),
 )  # fmt: skip
-GRID_NAME = "grid.png"
 GRID_PIXELS = 64_000_000  # a larger grid is shrunk: Pillow takes files of more than 89 million pixels for bombs
 
 

@@ -258,11 +258,15 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PublishConfig:
+    repo_id: str | None = None  # owner/name on the Hub; only an upload needs it
+    private: bool = True  # stays private on the Hub; false makes it public once what was uploaded is verified
+    source_url: str | None = None  # where the corresponding source is to be had, which the licence asks for
     title: str | None = None  # null: the run's name
     author: str | None = None
     formats: list[Literal["single_file", "diffusers"]] = field(default_factory=lambda: ["single_file", "diffusers"])
     dtype: Dtype = "fp16"
     license_name: str | None = "faipl-1.0-sd"
+    license_link: str | None = None  # what the card's header links to; null: the licence file in the folder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,439 @@
+"""A published folder is whole, opens for strangers, and holds nothing of its maker's machine; all else is refused."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionXLPipeline
+from fake_hub import TOKEN, run_hub
+from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
+from test_export import make_run
+
+from trainer import licence
+from trainer.checkpoint import find_newest, read_train_state
+from trainer.errors import UserError
+from trainer.export import export
+from trainer.lineage import read_lineage
+from trainer.models.base import find_base, read_state
+from trainer.models.sdxl import COMPONENTS
+from trainer.publish import Request, check_published, publish, read_publish_config
+from trainer.published_folder import check_folder, read_sums
+from trainer.schema import PublishConfig
+
+REPOSITORY = Path(__file__).parent.parent
+TEXT = REPOSITORY.parent / "shared/licenses/faipl-1.0-sd.md"
+OURS = "made from nothing by ourselves"
+WORDS = ["publish.license_name=faipl-1.0-sd", "publish.dtype=fp16", "publish.author=null"]
+SOURCE = "publish.source_url=https://example.org/source"
+
+
+@pytest.fixture(autouse=True)
+def stand_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text that counts as the licence: the real one is not ours to ship, and test_licence judges it."""
+    digest = hashlib.sha256(b"a stand in").hexdigest()
+    monkeypatch.setitem(licence.KNOWN_WORDS, digest, licence.FAIPL)
+    file = tmp_path_factory.mktemp("licence") / "stand-in.md"
+    file.write_text("# A *stand-in*\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_base: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The base's weights, each a little moved."""
+    base, generator = find_base(str(tiny_base)), torch.Generator().manual_seed(5)
+    return {
+        part: {
+            name: tensor.float() + 0.02 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in read_state(base, component).items()
+        }
+        for part, component in COMPONENTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, parts: dict) -> Path:
+    """Two runs, the second from the first one's export; records only of the second."""
+    runs = tmp_path_factory.mktemp("runs")
+    first = make_run(runs / "stage1", tiny_base, parts, *WORDS, "data.images=${oc.env:HOME}/images")
+    _, folder = export(first)
+    (first / "run.json").write_text(json.dumps({"base": {"reference": str(tiny_base)}, "attempts": []}))
+    second = make_run(runs / "stage2", folder, parts, *WORDS, step=30)
+    attempt = {
+        "attempt": 1,
+        "first_step": 0,
+        "started_at": "1970-01-01T00:00:00+00:00",
+        "processes": 2,
+        "device": "A100",
+    }
+    (second / "run.json").write_text(json.dumps({"attempts": [attempt]}))
+    (second / "metrics.jsonl").write_text(json.dumps({"step": 30, "attempt": 1, "time": 5400.0}) + "\n")
+    return second
+
+
+@pytest.fixture
+def run(stages: Path, tmp_path: Path) -> Path:
+    """The second stage, in a folder of the test's own."""
+    return Path(shutil.copytree(stages, tmp_path / "stage2"))
+
+
+@pytest.fixture
+def request_of(run: Path, stand_in: Path) -> Request:
+    return Request(run=run, license_files=[stand_in], acknowledged=OURS)
+
+
+def write_png(path: Path, **chunks: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    for key, text in chunks.items():
+        info.add_itxt(key, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+def change(request: Request, **fields: object) -> Request:
+    return Request(**{**vars(request), **fields})  # type: ignore[arg-type]
+
+
+def test_the_folder_holds_what_it_should_and_no_more(run: Path, request_of: Request) -> None:
+    write_png(run / "export/samples/a.png", prompt="1girl", negative_prompt="lowres", settings='{"steps": 28}')
+    (run / "export/samples/notes.txt").write_text("not for strangers")
+    folder, release = publish(request_of, [SOURCE])
+    assert folder == run / "published/stage2" and len(release.samples) == 1
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in names if "/" not in name} == {
+        "README.md", "LICENSE.md", "CHANGES.md", "SHA256SUMS", "lineage.json", "model_index.json", "stage2.safetensors",
+    }  # fmt: skip
+    assert {name.split("/")[0] for name in names if "/" in name} == {
+        "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "configs", "samples",
+    }  # fmt: skip
+    assert {name for name in names if name.startswith(("configs/", "samples/"))} == {
+        "configs/1-stage1.yaml", "configs/2-stage2.yaml", "samples/a.png",
+    }  # fmt: skip
+    assert (folder / "LICENSE.md").read_text() == "# A *stand-in*\n"
+    card = (folder / "README.md").read_text()
+    assert "| 2 x A100 |" in card and "| 1.5 |" in card and "not recorded" in card and OURS in card
+    done = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder)
+    assert done.returncode == 0 and read_sums(folder).keys() == names - {"SHA256SUMS"}
+    assert [path.name for path in folder.parent.iterdir()] == ["stage2"]  # no leftovers
+
+
+def test_a_stranger_opens_it(request_of: Request, tmp_path: Path) -> None:
+    folder, _ = publish(request_of, [SOURCE])
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere/model"))
+    images = []
+    for loaded in (
+        StableDiffusionXLPipeline.from_pretrained(moved, local_files_only=True, torch_dtype=torch.float32),
+        StableDiffusionXLPipeline.from_single_file(
+            str(moved / "stage2.safetensors"), config=str(moved), local_files_only=True, torch_dtype=torch.float32
+        ),
+    ):
+        loaded.set_progress_bar_config(disable=True)
+        drawn = loaded("bird", num_inference_steps=2, height=64, width=64, output_type="np",
+                       generator=torch.Generator().manual_seed(1))  # fmt: skip
+        images.append(drawn.images)
+    assert images[0].shape == (1, 64, 64, 3) and np.allclose(images[0], images[1], atol=1e-4)
+
+
+def test_it_answers_where_it_comes_from(run: Path, request_of: Request, tiny_base: Path) -> None:
+    folder, release = publish(request_of, [SOURCE])
+    newest = find_newest(run)
+    assert newest is not None
+    state = read_train_state(newest)
+    for made in (read_lineage(folder), read_lineage(folder / "stage2.safetensors")):
+        assert made is not None
+        assert made["step"] == 30 and made["index_fingerprint"] == "ab12" and made["code"]["version"]
+        assert made["base"]["sha256"] == state["base"]["sha256"]
+        assert made["base"]["lineage"]["run"] == "stage1" and made["base"]["lineage"]["step"] == 20
+    first = yaml.safe_load((folder / "configs/1-stage1.yaml").read_text())
+    assert first["data"]["images"] == "${oc.env:HOME}/images" and first["run"]["name"] == "stage1"
+    assert first["optim"]["unet_lr"] == 1e-3
+    everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert str(tiny_base).encode() not in everything and str(run.parent).encode() not in everything
+    assert [stage.config_file for stage in release.stages] == ["configs/1-stage1.yaml", "configs/2-stage2.yaml"]
+
+
+def test_doing_it_again_changes_nothing_and_nothing_is_overwritten(request_of: Request) -> None:
+    folder, _ = publish(request_of, [SOURCE])
+    sums, changed = (folder / "SHA256SUMS").read_bytes(), (folder / "README.md").stat().st_mtime_ns
+    assert publish(request_of, [SOURCE])[0] == folder
+    assert (folder / "SHA256SUMS").read_bytes() == sums and (folder / "README.md").stat().st_mtime_ns == changed
+    (folder / "README.md").write_text("a better card by hand")
+    with pytest.raises(UserError, match=r"stage2 exists and is not what would be published now; it is left alone"):
+        publish(request_of, [SOURCE])
+    assert (folder / "README.md").read_text() == "a better card by hand"
+    other, _ = publish(change(request_of, out=folder.parent / "other"), [SOURCE])
+    assert (other / "SHA256SUMS").read_bytes() == sums
+
+
+def test_every_reason_is_told_and_nothing_is_written(run: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        publish(Request(run=run))
+    told = str(caught.value)
+    assert "is not published, for 3 reason(s)" in told
+    for part in (
+        "does not say under which licence",
+        "the text of FAIPL-1.0-SD is missing",
+        "publish.source_url is not set",
+    ):
+        assert part in told
+    assert not (run / "published").exists()
+
+
+def test_the_bases_own_texts_travel_along(
+    run: Path, stand_in: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    request = Request(run=run, license_files=[stand_in], base=str(base))
+    with pytest.raises(UserError, match="the text of CreativeML Open RAIL"):
+        publish(request, [SOURCE])
+    (base / "LICENSE.md").write_text("another stand-in")
+    digest = hashlib.sha256(b"another stand in").hexdigest()
+    monkeypatch.setitem(licence.KNOWN_WORDS, digest, licence.OPENRAIL)
+    folder, release = publish(request, [SOURCE])
+    assert (folder / "LICENSE-base.md").read_text() == "another stand-in"
+    assert (folder / "LICENSE.md").read_text() == "# A *stand-in*\n"
+    assert "Attachment A" in (folder / "README.md").read_text() and release.terms.name == licence.OPENRAIL
+    (base / "NOTICE").write_text("no licence")
+    (base / "LICENSE-more.txt").write_text("and a postcard")
+    with pytest.raises(UserError, match=r"with more: LICENSE-more\.txt is not the text"):
+        publish(request, [SOURCE])
+    folder, _ = publish(change(request, acknowledged="postcard sent", out=tmp_path / "out"), [SOURCE])
+    assert (folder / "LICENSE-base-2.md").read_text() == "and a postcard"
+
+
+def test_knobs(run: Path, request_of: Request, tmp_path: Path) -> None:
+    shutil.rmtree(run / "export", ignore_errors=True)
+    words = [SOURCE, "publish.title=My model", "publish.dtype=bf16", "publish.formats=[single_file]"]
+    folder, release = publish(change(request_of, out=tmp_path / "a", full_precision=True), words)
+    assert {path.name for path in folder.iterdir() if path.suffix == ".safetensors"} == {
+        "stage2.safetensors", "stage2-fp32.safetensors",
+    }  # fmt: skip
+    assert not (folder / "unet").exists() and release.full_precision == "stage2-fp32.safetensors"
+    assert {tensor.dtype for tensor in load_file(folder / "stage2.safetensors").values()} == {
+        torch.bfloat16, torch.int64, torch.float32,
+    } - {torch.float32} | {torch.int64}  # fmt: skip
+    assert "stage2-fp32.safetensors" in (folder / "README.md").read_text()
+    with pytest.raises(UserError, match=r"--full-precision has no effect: publish\.dtype is fp32"):
+        publish(change(request_of, full_precision=True), [SOURCE, "publish.dtype=fp32"])
+    with pytest.raises(UserError, match=r"optim\.unet_lr=1 has no effect on a run that is made"):
+        read_publish_config(run, ["optim.unet_lr=1"])
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.yaml"):
+        read_publish_config(tmp_path, [])
+
+
+# --- what lies in RUN/export
+
+
+def test_an_export_that_lies_there_is_published_as_it_is(run: Path, request_of: Request, tmp_path: Path) -> None:
+    file, diffusers = export(run)
+    folder, _ = publish(change(request_of, out=tmp_path / "a"), [SOURCE])
+    assert (folder / "stage2.safetensors").read_bytes() == file.read_bytes()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (diffusers / weights).read_bytes()
+    # without checkpoint and base it is all there is
+    shutil.rmtree(run / "checkpoints")
+    again, _ = publish(change(request_of, out=tmp_path / "b"), [SOURCE])
+    assert (again / "SHA256SUMS").read_bytes() == (folder / "SHA256SUMS").read_bytes()
+    with pytest.raises(UserError, match=r"--full-precision needs the run's checkpoint"):
+        publish(change(request_of, out=tmp_path / "c", full_precision=True), [SOURCE])
+    with pytest.raises(UserError, match=r"neither a complete checkpoint nor an export in bf16"):
+        publish(request_of, [SOURCE, "publish.dtype=bf16"])
+    shutil.rmtree(diffusers)
+    with pytest.raises(UserError, match=r"lacks one of publish\.formats"):
+        publish(request_of, [SOURCE])
+
+
+def test_an_export_that_says_something_else_is_refused(run: Path, request_of: Request) -> None:
+    file, diffusers = export(run)
+    with pytest.raises(UserError, match=r"says title 'stage2', and 'Mine' is to be published: move that export away"):
+        publish(request_of, [SOURCE, "publish.title=Mine"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"fp16\.safetensors is damaged: its tensors are not those"):
+        publish(request_of, [SOURCE])
+    file.write_bytes(whole)
+    made = json.loads((diffusers / "lineage.json").read_text())
+    (diffusers / "lineage.json").write_text(json.dumps(made | {"written_at": "2020-01-01T00:00:00+00:00"}))
+    with pytest.raises(UserError, match=r"was made from another checkpoint than"):
+        publish(request_of, [SOURCE])
+    assert file.is_file() and not list((run / "published").glob("*"))
+
+
+def test_only_whole_and_unlinked_exports_are_copied(run: Path, request_of: Request, tmp_path: Path) -> None:
+    _, diffusers = export(run)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    (diffusers / "unet/notes.json").symlink_to(secret)
+    (diffusers / ".env").write_text("x")
+    with pytest.raises(UserError) as caught:
+        publish(request_of, [SOURCE])
+    assert "unet/notes.json is a link" in str(caught.value)
+    assert ".env is not a file that is published" in str(caught.value)
+    assert not list((run / "published").glob("*"))
+
+
+# --- samples
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks", "part"),
+    [
+        ("a.png", {}, "does not say from which prompt"),
+        ("a.png", {"prompt": "x", "settings": "no json"}, "is not a PNG with readable settings"),
+        ("a.png", {"prompt": "x", "settings": "[1]"}, "does not say from which prompt"),
+        ("a b.png", {"prompt": "x"}, "has a name of other than letters"),
+        ("a.png", {"prompt": "x", "workflow": "/home/someone/ComfyUI/x.json"}, "samples/a.png holds an absolute path"),
+        ("a.png", {"prompt": "hf_" + "a" * 30}, "holds a token in line"),
+    ],
+)
+def test_samples_must_be_fit(request_of: Request, tmp_path: Path, name: str, chunks: dict[str, str], part: str) -> None:
+    write_png(tmp_path / "drawn" / name, **chunks)
+    with pytest.raises(UserError, match=part):
+        publish(change(request_of, samples=tmp_path / "drawn"), [SOURCE])
+
+
+def test_sample_folders_must_hold_some(request_of: Request, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--samples .* holds no PNG"):
+        publish(change(request_of, samples=tmp_path / "none"), [SOURCE])
+    write_png(tmp_path / "real/a.png", prompt="x")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.png").symlink_to(tmp_path / "real/a.png")
+    with pytest.raises(UserError, match=r"a\.png is a link"):
+        publish(change(request_of, samples=tmp_path / "links"), [SOURCE])
+
+
+# --- what no stranger should see
+
+PRIVATE = [
+    ("a token", "a token hf_" + "A1" * 15), ("a token", "ghp_" + "b2" * 18), ("a token", "sk-proj-" + "c" * 24),
+    ("a token", "AKIA" + "ABCD" * 4), ("a private key", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+    ("a password or key", "api_key: 0123456789abcdef0123"), ("a password or key", "WANDB_API_KEY=0123456789abcdef0123"),
+    ("a password or key", '"token": "0123456789abcdef01"'), ("a name and password", "https://me:pass@example.org/x"),
+    ("an absolute path", "see /home/someone/models/x"), ("an absolute path", "images: /data/anime"),
+    ("an absolute path", "'/mnt/a/b.txt'"), ("an absolute path", "~/models/x"), ("an absolute path", "file:///x"),
+    ("an absolute path", "C:\\Users\\someone"), ("an absolute path", "\\\\server\\share"),
+]  # fmt: skip
+HARMLESS = [
+    "https://example.org/a/b/c", "1girl/1boy", "and/or", "owner/name", "keep_tokens_separator: '|||'", "^_^ o/ \\o/",
+    "max_token_length: 225", "${run.output_dir}/stage1/export", "[LICENSE.md](LICENSE.md)", "0123456789abcdef" * 4,
+    "bos_token: <|startoftext|>", "masterpiece, best quality", "a ~ b", "10:30", "runs/x/export/y", "`configs/`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "text"), PRIVATE)
+def test_secrets_and_paths_are_found_in_every_kind_of_file(tmp_path: Path, what: str, text: str) -> None:
+    (tmp_path / "CHANGES.md").write_text(f"first line\n{text}\n")
+    (tmp_path / "lineage.json").write_text(json.dumps({"a": [{"b": text}]}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "m.safetensors", {"trainer.recipe": json.dumps({"c": {"d": text}})})
+    with pytest.raises(UserError) as caught:
+        check_folder(tmp_path, "m")
+    told = str(caught.value).splitlines()
+    for name in ("CHANGES.md", "lineage.json", "m.safetensors"):
+        assert [line for line in told if line.strip().startswith(f"{name} holds {what}")], told
+    assert "CHANGES.md" in told[1] and told[1].endswith("in line 2")
+    if what != "an absolute path":
+        assert text not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_harmless_texts_are_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "CHANGES.md").write_text(f"{text}\n")
+    (tmp_path / "lineage.json").write_text(json.dumps({"a": text}))
+    check_folder(tmp_path, "m")
+
+
+def test_a_path_within_a_config_stops_the_publication(run: Path, request_of: Request) -> None:
+    """The lineage cuts paths that begin a value; one in the middle of a text is found by the check."""
+    state = run / "checkpoints/step-00000030/train_state.json"
+    said = json.loads(state.read_text())
+    said["lineage"]["config"]["run"]["stage"] = "as told in /home/someone/notes/x"
+    state.write_text(json.dumps(said))
+    with pytest.raises(UserError) as caught:
+        publish(request_of, [SOURCE])
+    for name in ("configs/2-stage2.yaml", "lineage.json", "stage2.safetensors"):
+        assert f"{name} holds an absolute path (/home/someone/notes/x)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.safetensors", ".gitattributes", "train_state.json", "metrics.jsonl", "model.ckpt", "x/README.md",
+     "unet/model.py", "checkpoints/step-00000001/model.safetensors", "samples/a.txt", "trackers/log.txt"],
+)  # fmt: skip
+def test_only_files_on_the_list_are_published(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name} is not a file that is published"):
+        check_folder(tmp_path, "stage2")
+
+
+def test_a_folder_changed_since_is_not_uploaded(run: Path, request_of: Request) -> None:
+    folder, release = publish(request_of, [SOURCE])
+    check_published(folder, release.config)
+    (folder / "CHANGES.md").write_text("nothing was changed")
+    with pytest.raises(UserError, match=r"is not what its SHA256SUMS says: CHANGES\.md"):
+        check_published(folder, release.config)
+
+
+# --- the command, with the licence's real text
+
+
+def run_script(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "scripts/publish.py", *words], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**kept, "PYTHONPATH": str(REPOSITORY), **variables},
+    )  # fmt: skip
+
+
+def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, tmp_path: Path) -> None:
+    if not TEXT.is_file():
+        pytest.skip("the licence's text is not part of this repository and is not beside it (shared/licenses)")
+    refused = run_script(str(run))
+    assert refused.returncode == 2 and "--license-file FILE" in refused.stderr and "Traceback" not in refused.stderr
+    words = [str(run), SOURCE, "--license-file", str(TEXT), "--acknowledge-base-terms", "a = b: ours"]
+    built = run_script(*words)
+    assert built.returncode == 0 and "nothing was uploaded" in built.stdout, built.stderr
+    for part in ("--full-precision", "scripts/sample.py", "sha256sum --check"):
+        assert part in built.stdout
+    assert (run / "published/stage2/LICENSE.md").read_text() == TEXT.read_text()
+    asked = run_script(*words, "--upload")
+    assert asked.returncode == 2 and "--upload needs publish.repo_id=owner/name" in asked.stderr
+    nowhere = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    asked = run_script(*words, "publish.repo_id=owner/name", "--upload", **nowhere)
+    assert asked.returncode == 2 and "no token for the Hub" in asked.stderr
+    with run_hub() as hub:
+        there = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        sent = run_script(*words, "publish.repo_id=owner/name", "--upload", **there)
+        assert sent.returncode == 0 and f"uploaded and verified: {hub.url}/owner/name (private" in sent.stdout, (
+            sent.stderr
+        )
+        folder, repo = run / "published/stage2", hub.repos["owner/name"]
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        assert repo.private and len(repo.commits) == 2 and repo.files.keys() - {".gitattributes"} == files.keys()
+        assert all(repo.files[name] == path.read_bytes() for name, path in files.items())
+        written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+        assert TOKEN not in sent.stdout + sent.stderr and TOKEN.encode() not in written
+    for wrong in (["extra"], ["--replace"]):
+        assert run_script(*words, *wrong).returncode == 2
+
+
+def test_the_readmes_commands_are_the_scripts() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    commands = [line.split() for block in blocks for line in block.splitlines() if "publish.py" in line]
+    source = (REPOSITORY / "scripts/publish.py").read_text()
+    assert len(commands) == 2
+    for command in commands:
+        assert all(f'"{word}"' in source for word in command if word.startswith("--"))
+        fields = [word.partition("=")[0].removeprefix("publish.") for word in command if "=" in word]
+        assert fields and set(fields) <= {field.name for field in dataclasses.fields(PublishConfig)}

@@ -1,0 +1,283 @@
+"""A run -> a folder that can be given to strangers: weights, card, licence, configs, changes, sums.
+
+Nothing is written under the folder's name before it is complete and checked; nothing that lies there is overwritten.
+"""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from safetensors import safe_open
+
+from trainer.artefacts import check_stamp, hash_files
+from trainer.base_terms import find_terms
+from trainer.card import Release, write_card
+from trainer.card_stages import Stage, write_changes
+from trainer.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
+from trainer.config import load_config
+from trainer.errors import UserError
+from trainer.export import build_export, write_diffusers, write_single_file
+from trainer.files import sync_file, sync_folder, temporary_path, write_json, write_text
+from trainer.gallery import read_samples
+from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
+from trainer.lineage import LINEAGE_FILE, Lineage, read_lineage, shorten_paths
+from trainer.published_folder import check_folder, read_sums, write_sums
+from trainer.run_records import Work, read_work
+from trainer.schema import Config
+
+LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says beside the config."""
+
+    run: Path
+    out: Path | None = None  # instead of RUN/published/<run's name>
+    license_files: Sequence[Path] = ()
+    acknowledged: str | None = None  # what the publisher says of the base's terms
+    base: str | None = None  # where the first base of the lineage lies now
+    samples: Path | None = None  # instead of RUN/export/samples
+    full_precision: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is published of a run: its newest step, from an export that lies there or from the checkpoint."""
+
+    step: int
+    lineage: Lineage
+    checkpoint: Path | None
+    exported: Path | None  # RUN/export/<run>-step-XXXXXXXX-<dtype>, with or without .safetensors
+
+
+def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Release]:
+    """Build and check the folder; it is there when this returns, and the same when it was there already.
+
+    Raises:
+        UserError: with every reason not to publish; for a lineage that cannot be followed; for contents that strangers
+            must not see; or where something else lies under the folder's name.
+    """
+    config = read_publish_config(request.run, overrides)
+    weights = find_weights(request.run, config)
+    places = [config.model.pretrained]
+    if weights.checkpoint is not None:
+        places.insert(0, read_train_state(weights.checkpoint)["base"]["reference"])  # the lineage shortens paths
+    terms = find_terms(weights.lineage, places, request.base)
+    given = read_licence_files(list(request.license_files))
+    brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
+    refusals = find_refusals(
+        terms, brought | given, license_name=config.publish.license_name, source_url=config.publish.source_url,
+        acknowledged=request.acknowledged,
+    )  # fmt: skip
+    if reasons := list(refusals):
+        listed = "\n".join(f"  {reason}" for reason in reasons)
+        raise UserError(f"{request.run} is not published, for {len(reasons)} reason(s):\n{listed}")
+    licences = collect_licences(terms, brought | given)
+    release = Release(
+        config=config,
+        stages=list(find_stages(request.run, weights.lineage)),
+        terms=terms,
+        license_files={name: what for name, (what, _) in licences.items()},
+        acknowledged=request.acknowledged,
+        base_id=request.base if request.base and not Path(request.base).expanduser().exists() else None,
+        samples=read_samples(request.samples or request.run / "export" / "samples"),
+        weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
+        full_precision=name_full_precision(config, request.full_precision),
+    )
+    if request.samples and not release.samples:
+        raise UserError(f"--samples {request.samples} holds no PNG")
+    folder = request.out or request.run / "published" / config.run.name
+    texts = {name: text for name, (_, text) in licences.items()}
+    return build_folder(folder, release, weights, texts), release
+
+
+def name_full_precision(config: Config, wanted: bool) -> str | None:
+    """The fp32 file's name; None where it is not published.
+
+    Raises:
+        UserError: when it is wanted, and all is fp32 already.
+    """
+    if config.publish.dtype == "fp32":
+        if wanted:
+            raise UserError("--full-precision has no effect: publish.dtype is fp32")
+        return f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else "unet"
+    return f"{config.run.name}-fp32.safetensors" if wanted else None
+
+
+def read_publish_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The run's config with ``publish.key=value`` over it.
+
+    Raises:
+        UserError: for words that would change what the run was.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run: it has no config.yaml")
+    if strange := [word for word in overrides if not word.startswith("publish.")]:
+        raise UserError(f"{strange[0]} has no effect on a run that is made: only publish.key=value can be set here")
+    return load_config([run / "config.yaml"], overrides)
+
+
+def find_weights(run: Path, config: Config) -> Weights:
+    """The newest step of a run, and where its weights come from: an export of it if there is one, else the checkpoint.
+
+    Raises:
+        UserError: when there is neither.
+    """
+    checkpoint, dtype = find_newest(run), config.publish.dtype
+    pattern = re.compile(rf"{re.escape(config.run.name)}-step-(\d{{8,}})-{dtype}(\.safetensors)?")
+    exports = {
+        int(match[1]): path.with_name(path.name.removesuffix(".safetensors"))
+        for path in run.glob("export/*")
+        if (match := pattern.fullmatch(path.name)) and not path.is_symlink()
+    }
+    step = max([*exports, step_of(checkpoint) if checkpoint else 0])
+    if step == 0:
+        raise UserError(f"{run} has neither a complete checkpoint nor an export in {dtype}: nothing to publish")
+    of_step = checkpoint if checkpoint and step_of(checkpoint) == step else None
+    exported = exports.get(step)
+    complete = exported is not None and all(path.exists() for path in exported_paths(exported, config))
+    if not complete and of_step is None:
+        raise UserError(f"{exported} lacks one of publish.formats {config.publish.formats}, and its checkpoint is gone")
+    if of_step is not None:
+        lineage = shorten_paths(read_train_state(of_step)["lineage"])
+    else:
+        found = read_lineage(exported_paths(exported, config)[0])  # type: ignore[arg-type]
+        if found is None:
+            raise UserError(f"{exported} says nothing about its lineage, so that its card cannot be written")
+        lineage = found
+    return Weights(step, lineage, of_step, exported if complete else None)
+
+
+def exported_paths(exported: Path, config: Config) -> list[Path]:
+    """What an export consists of in the formats of the config."""
+    names = {"single_file": f"{exported.name}.safetensors", "diffusers": exported.name}
+    return [exported.with_name(names[form]) for form in config.publish.formats]
+
+
+def collect_licences(terms: Terms, texts: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Licence files of the folder: name -> (what it is, text). The base's own texts travel along."""
+    licences = {"LICENSE.md": (LICENCE_NAMES[FAIPL], texts[FAIPL])}
+    others = [(LICENCE_NAMES[OPENRAIL], texts[OPENRAIL])] if OPENRAIL in texts else []
+    others += [(f"{name} of {terms.where}", text) for name, text in terms.texts.items() if recognise(text) is None]
+    for place, (what, text) in enumerate(others):
+        licences[f"LICENSE-base{f'-{place + 1}' if place else ''}.md"] = (what, text)
+    return licences
+
+
+def find_stages(run: Path, lineage: Lineage) -> Iterator[Stage]:
+    """The stages of the lineage, the first of them first; their work from the lineage, else from the run's records."""
+    chain: list[tuple[Lineage, Path | None]] = [(lineage, run)]
+    while (before := chain[-1][0]["base"]["lineage"]) is not None:
+        chain.append((before, run_of_export(chain[-1][0]["base"]["reference"], before["run"])))
+    for place, (made, folder) in enumerate(reversed(chain), start=1):
+        work = Work(made["started_at"], made["hours"], tuple(made.get("hardware", ())))
+        if work.hours is None and folder is not None:
+            work = read_work(folder, made["step"])
+        yield Stage(made, work.hours, work.hardware, f"configs/{place}-{made['run']}.yaml")
+
+
+def run_of_export(reference: str, name: str) -> Path | None:
+    """The run's folder whose export a later stage began with; None where it is not here."""
+    folder = Path(reference).expanduser().parent.parent
+    return folder if (folder / "run.json").is_file() and folder.name == name else None
+
+
+def build_folder(folder: Path, release: Release, weights: Weights, licences: dict[str, str]) -> Path:
+    """Write everything beside the final name, check it, and move it.
+
+    Raises:
+        UserError: see :func:`publish`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(folder)
+    try:
+        write_weights(temporary, release, weights)
+        write_json(temporary / LINEAGE_FILE, weights.lineage)
+        for stage in release.stages:
+            settings = yaml.safe_dump(stage.lineage["config"], sort_keys=False, allow_unicode=True, width=120)
+            write_text(temporary / stage.config_file, settings)
+        for name, text in licences.items():
+            write_text(temporary / name, text)
+        for sample in release.samples:
+            (temporary / "samples").mkdir(exist_ok=True)
+            shutil.copyfile(sample.path, temporary / "samples" / sample.path.name, follow_symlinks=False)
+        vae = shorten_paths(release.config.written["model"]["vae"])
+        changes = write_changes(release.title, release.stages, release.config.publish.dtype, vae)
+        write_text(temporary / "CHANGES.md", changes)
+        write_text(temporary / "README.md", write_card(release))
+        check_folder(temporary, release.config.run.name)
+        write_sums(temporary)
+        if not folder.exists():
+            for path in temporary.rglob("*"):
+                sync_file(path)  # folders too; what was copied is not on the disk yet
+            sync_folder(temporary)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+        elif folder.is_symlink() or not folder.is_dir() or hash_files(folder) != hash_files(temporary):
+            reason = "exists and is not what would be published now; it is left alone"
+            raise UserError(f"{folder} {reason}: move it away, or use --out DIR")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def write_weights(folder: Path, release: Release, weights: Weights) -> None:
+    """The single file and the diffusers layout, from the export that lies there, else from the checkpoint; and fp32."""
+    config = release.config
+    if weights.exported is not None:
+        check_export(weights, config)
+        for path in exported_paths(weights.exported, config):
+            if path.is_dir():
+                shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
+            else:
+                folder.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / str(release.weights), follow_symlinks=False)
+    if weights.exported is not None and (not release.full_precision or config.publish.dtype == "fp32"):
+        return
+    if weights.checkpoint is None:
+        raise UserError("--full-precision needs the run's checkpoint, and only the export is there")
+    verify_checkpoint(weights.checkpoint)
+    state = read_train_state(weights.checkpoint)
+    if weights.exported is None:
+        made = build_export(weights.checkpoint, state, config, config.publish.dtype)
+        if "diffusers" in config.publish.formats:
+            write_diffusers(folder, made)
+        if release.weights:
+            write_single_file(folder / release.weights, made)
+    if release.full_precision and config.publish.dtype != "fp32":
+        single = dataclasses.replace(config, publish=dataclasses.replace(config.publish, formats=["single_file"]))
+        write_single_file(folder / release.full_precision, build_export(weights.checkpoint, state, single, "fp32"))
+
+
+def check_export(weights: Weights, config: Config) -> None:
+    """Refuse an export that is damaged or another checkpoint's, or that names another title, author or licence.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    assert weights.exported is not None
+    publish = config.publish
+    wanted = {"title": publish.title or config.run.name, "author": publish.author, "license": publish.license_name}
+    for path in exported_paths(weights.exported, config):
+        again = "move that export away, and it is made anew from the checkpoint"
+        if read_lineage(path) != weights.lineage:
+            raise UserError(f"{path} was made from another checkpoint than {weights.checkpoint}: {again}")
+        if path.is_dir():
+            continue
+        check_stamp(path)
+        with safe_open(path, framework="pt") as reader:
+            said = reader.metadata() or {}
+        for name, value in wanted.items():
+            if (found := said.get(f"modelspec.{name}")) != value:
+                raise UserError(f"{path} says {name} {found!r}, and {value!r} is to be published: {again}")
+
+
+def check_published(folder: Path, config: Config) -> None:
+    """What an upload sends: the folder as it was built, not as somebody changed it since."""
+    check_folder(folder, config.run.name)
+    read_sums(folder)
