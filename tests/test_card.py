@@ -111,6 +111,22 @@ def test_tables_of_tags_are_the_rules() -> None:
     assert "|" not in section(write_card(make_release("captions.quality=[]", *own[1:])), "Special tags")
 
 
+def test_tables_of_tags_by_percentile_rating_and_column() -> None:
+    release = make_release()
+    other = load_config([REPOSITORY / f"configs/{name}.yaml" for name in ("stage2_refine_unet", "captions_3_1")])
+    tags = rows(section(write_card(dataclasses.replace(release, config=other)), "Special tags"))
+    assert tags["masterpiece"] == ["above that of 95% of the posts of its rating"]
+    assert tags["best quality"] == ["above that of 85%, up to 95% of the posts of its rating"]
+    assert tags["worst quality"] == ["up to 10% of the posts of its rating"]
+    assert tags["very aesthetic"] == ["aesthetic_score", "above 0.71"]
+    assert tags["very displeasing"] == ["aesthetic_score", "the rest"]
+    assert tags["explicit"] == ["explicit, nsfw"] and tags["recent"] == ["2018 to 2020"]
+    rules = "{tag: fine, min_score: 5, rating: g}, {tag: poor, rating: none}, {tag: good, min_score: 9}"
+    tags = rows(section(write_card(make_release(f"captions.quality=[{rules}]")), "Special tags"))
+    assert tags["fine"] == ["5 and above", "general"] and tags["poor"] == ["all", "none"]
+    assert tags["good"] == ["9 and above", "all"]
+
+
 def test_settings_and_sizes_are_the_configs() -> None:
     card = write_card(make_release("sampling.guidance_scale=5.5", "sampling.num_inference_steps=20"))
     settings = rows(section(card, "Recommended settings"))

@@ -3,6 +3,7 @@
 Nothing here is typed by hand for one model: what is not recorded is said to be so.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,19 +177,49 @@ def usage(release: Release) -> Iterator[str]:
 def tag_tables(captions: CaptionsConfig) -> Iterator[str]:
     """Quality, rating and year tags, from the rules that made the captions."""
     yield "## Special tags"
-    if rules := sorted(captions.quality, key=lambda rule: (rule.min_score is not None, rule.min_score or 0)):
-        rows, above = [], None
-        for rule in reversed(rules):
-            least = "" if rule.min_score is None else f"{rule.min_score} and above"
-            if above is not None:
-                least = f"below {above}" if rule.min_score is None else f"{rule.min_score} to {above - 1}"
-            rows.append([rule.tag, least or "all"])
-            above = rule.min_score
-        yield table(["quality tag", "score of the post"], rows)
+    if captions.quality:
+        by_rating = any(rule.rating for rule in captions.quality)
+        rows = quality_rows(captions)
+        yield table(["quality tag", "score of the post", *(["rating"] if by_rating else [])],
+                    [row if by_rating else row[:2] for row in rows])  # fmt: skip
     if captions.ratings:
         yield table(["rating", "tags"], [[RATINGS[key], tag] for key, tag in captions.ratings.items()])
     if captions.years:
         yield table(["year tag", "years"], [[rule.tag, f"{rule.first} to {rule.last}"] for rule in captions.years])
+    if captions.columns:
+        yield table(["tag", "from the posts'", "numbers"], column_rows(captions))
+
+
+def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
+    """[tag, scores, rating] of each quality rule, from the highest to the lowest of each rating."""
+    rows = []
+    for rating in dict.fromkeys(rule.rating for rule in captions.quality):
+        own = [rule for rule in captions.quality if rule.rating == rating]
+        shares = any(rule.above_percentile is not None for rule in own)
+        limits = [(rule.above_percentile if shares else rule.min_score, rule.tag) for rule in own]
+        higher: float | None = None
+        for limit, tag in sorted(limits, key=lambda item: -math.inf if item[0] is None else item[0], reverse=True):
+            if shares:
+                words = [
+                    f"above that of {limit:g}%" if limit is not None else "",
+                    f"up to {higher:g}%" if higher else "",
+                ]
+                scores = ", ".join(word for word in words if word) + " of the posts of its rating"
+            elif higher is None:
+                scores = "all" if limit is None else f"{limit} and above"
+            else:
+                scores = f"below {higher}" if limit is None else f"{limit} to {int(higher) - 1}"
+            rows.append([tag, scores, RATINGS.get(str(rating), str(rating or "all"))])
+            higher = limit
+    return rows
+
+
+def column_rows(captions: CaptionsConfig) -> list[list[str]]:
+    """[tag, column, numbers] of each rule about a number that posts bring."""
+    return [
+        [rule.tag, rule.column, "the rest" if rule.above is None else f"above {rule.above:g}"]
+        for rule in captions.columns
+    ]
 
 
 def gallery(samples: Sequence[Sample]) -> Iterator[str]:
@@ -230,8 +261,7 @@ def licence(release: Release) -> Iterator[str]:
     yield "## License"
     yield (
         "This model is under the Fair AI Public License 1.0-SD ([LICENSE.md](LICENSE.md)). In plain words, which do "
-        "not "
-        "replace the text and are not legal advice:"
+        "not replace the text and are not legal advice:"
     )
     yield "\n".join(
         [
@@ -239,8 +269,7 @@ def licence(release: Release) -> Iterator[str]:
             "- Whoever gets a copy from you, changed or not, also gets the text of the license and the corresponding "
             "source: the model and the changed software, but not the data.",
             "- If you let others use a changed version over a network, give them a way to its source; for a derived "
-            "model "
-            "alone, a download link or a written offer of that model is enough.",
+            "model alone, a download link or a written offer of that model is enough.",
             "- What you derive stays under this license, or one that allows everything this one allows.",
             "- If someone tells you in writing that you broke these rules, you have 30 days to mend it.",
             "- Eleven uses are prohibited, and stay so for everyone who gets it from you: read them in the text.",

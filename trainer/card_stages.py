@@ -69,8 +69,7 @@ def write_changes(title: str, stages: Sequence[Stage], dtype: str, vae: str | No
     parts = [
         f"# What was changed in {cell(title)}",
         "This file is made from the lineage that the training wrote (`lineage.json`). Each stage changed the model "
-        "that it "
-        "started from.",
+        "that it started from.",
         *(f"## {cell(stage.lineage['stage'])}\n\n{changes_of(stage)}" for stage in stages),
         f"The weights were converted to {dtype} for this publication. The VAE is the one that made the latents: "
         + (cell(vae) if vae else "the base's own")

@@ -133,8 +133,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     if status_of(error) in (401, 403):
         return (
             f"the Hub does not let this token write to {repo_id}: {reason}. Make one with write access, and hf auth "
-            "login "
-            "or HF_TOKEN; HF_TOKEN comes before the login"
+            "login or HF_TOKEN; HF_TOKEN comes before the login"
         )
     return (
         f"the upload to {repo_id} did not finish, and nothing of it is half there: {reason}. The folder is whole; the "

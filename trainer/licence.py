@@ -72,9 +72,8 @@ def read_licence_files(files: list[Path]) -> dict[str, str]:
         if licence is None:
             raise UserError(
                 f"--license-file {file} is neither FAIPL-1.0-SD nor CreativeML Open RAIL++-M, word for word. "
-                "FAIPL-1.0-SD "
-                "is published by the Freedom of Development Project, freedevproject.org; give it as Markdown or "
-                "plain text"
+                "FAIPL-1.0-SD is published by the Freedom of Development Project, freedevproject.org; give it as "
+                "Markdown or plain text"
             )
         texts[licence] = text
     return texts
@@ -95,30 +94,27 @@ def find_refusals(
     if license_name != FAIPL:
         yield (
             f"publish.license_name is {license_name}: this tool publishes under {FAIPL} only, which asks derived "
-            "models "
-            "to stay under it or under a licence that allows all it allows (FAIPL-1.0-SD, Notices, third paragraph)"
+            "models to stay under it or under a licence that allows all it allows (FAIPL-1.0-SD, Notices, third "
+            "paragraph)"
         )
     yield from find_base_refusals(terms, acknowledged)
     if FAIPL not in texts:
         yield (
-            f"the text of FAIPL-1.0-SD is missing: {terms.where} does not bring it, and everyone who gets a copy "
-            "must get "
-            "it too (FAIPL-1.0-SD, Notices, first paragraph). Take it from its publisher, freedevproject.org, and add "
-            "--license-file FILE"
+            f"the text of FAIPL-1.0-SD is missing: {terms.where} does not bring it, and everyone who gets a copy must "
+            "get it too (FAIPL-1.0-SD, Notices, first paragraph). Take it from its publisher, freedevproject.org, "
+            "and add --license-file FILE"
         )
     if terms.name == OPENRAIL and OPENRAIL not in texts:
         yield (
             f"the text of CreativeML Open RAIL++-M is missing: {terms.where} is under it, and everyone who gets a "
-            "model "
-            "derived from it must get a copy (Open RAIL++-M, Section III, Distribution and Redistribution). It is "
-            "LICENSE.md of stabilityai/stable-diffusion-xl-base-1.0: add --license-file FILE"
+            "model derived from it must get a copy (Open RAIL++-M, Section III, Distribution and Redistribution). It "
+            "is LICENSE.md of stabilityai/stable-diffusion-xl-base-1.0: add --license-file FILE"
         )
     if source_url is None:
         yield (
-            "publish.source_url is not set: whoever gets the model, or uses it over a network, must have a way to the "
-            "corresponding source, which is the model and the changed software but not the data (FAIPL-1.0-SD, "
-            "Notices, "
-            "first and second paragraph). Add publish.source_url=https://..."
+            "publish.source_url is not set: whoever gets the model, or uses it over a network, must have a way to "
+            "the corresponding source, which is the model and the changed software but not the data (FAIPL-1.0-SD, "
+            "Notices, first and second paragraph). Add publish.source_url=https://..."
         )
 
 
@@ -134,22 +130,20 @@ def find_base_refusals(terms: Terms, acknowledged: str | None) -> Iterator[str]:
         return
     if name not in (FAIPL, OPENRAIL) and FORBIDDING.search(" ".join(licence_words(name))):
         yield (
-            f"{terms.where} is under {name}, which forbids what FAIPL-1.0-SD must allow everyone: use and changes "
-            "for any "
-            "purpose but its prohibited uses (Copyright; Notices, third paragraph). A model derived from it cannot be "
-            f"published under {FAIPL}"
+            f"{terms.where} is under {name}, which forbids what FAIPL-1.0-SD must allow everyone: use and changes for "
+            "any purpose but its prohibited uses (Copyright; Notices, third paragraph). A model derived from it "
+            f"cannot be published under {FAIPL}"
         )
     elif acknowledged is None and name not in (FAIPL, OPENRAIL):
         yield (
             f"{terms.where} is under {name}, which this tool does not know: whether it lets derived models be "
-            "published "
-            f"under {FAIPL} (Notices, third paragraph) is for you to read. If it does: {ACKNOWLEDGE}"
+            f"published under {FAIPL} (Notices, third paragraph) is for you to read. If it does: {ACKNOWLEDGE}"
         )
     elif acknowledged is None and terms.extra:
         yield (
             f"{terms.where} is under {name} with more: {'; '.join(terms.extra)}. Added terms bind you, and "
-            "FAIPL-1.0-SD "
-            f"does not let you drop them (Notices, third paragraph). Read them, and if you keep them: {ACKNOWLEDGE}"
+            "FAIPL-1.0-SD does not let you drop them (Notices, third paragraph). Read them, and if you keep them: "
+            f"{ACKNOWLEDGE}"
         )
     elif acknowledged is not None and name in (FAIPL, OPENRAIL) and not terms.extra:
         yield f"--acknowledge-base-terms has no effect: {terms.where} is under {name} and asks nothing beyond it"
