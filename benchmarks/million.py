@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from posts import plain_config
 
 from trainer.buckets import list_buckets
-from trainer.config import load_config
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan
 from trainer.data.shards import SCHEMA, ShardFile, open_index, write_index
-from trainer.schema import Config
 
 BATCH_SIZES = {"bucket_batch_size": 48, "global_batch_size": 96}
 
@@ -94,7 +93,13 @@ def build_plan(folder: Path) -> str:
 
 
 def one_epoch(folder: Path) -> str:
-    """open, plan, and list every sample of an epoch"""
+    """open, plan, and list every sample of an epoch at once"""
+    rows = Plan(open_index(folder).bucket_sizes, seed=42, **BATCH_SIZES).epoch_rows(1)[1]
+    return f"{rows.size:,} samples, the last row {rows[-1, -1]}"
+
+
+def one_epoch_by_steps(folder: Path) -> str:
+    """open, plan, and list every sample of an epoch step by step"""
     plan = Plan(open_index(folder).bucket_sizes, seed=42, **BATCH_SIZES)
     steps = plan.steps_for_epochs(1)
     seen = sum(len(plan.unit_samples(unit)) for step in range(steps) for unit in plan.step_units(step))
@@ -115,12 +120,6 @@ def deep_resume(folder: Path) -> str:
     return "96 samples"
 
 
-def plain_config() -> Config:
-    """The recipe's defaults."""
-    words = ["run.name=x", "run.stage=x", "model.pretrained=x", "data.shards=x", "optim.unet_lr=1", "schedule.epochs=1"]
-    return load_config([], words)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The index and the plan at the recipe's size.")
     parser.add_argument("--rows", type=int, default=1_271_990)
@@ -135,7 +134,7 @@ def main() -> None:
             return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
 
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
-        for work in (write, open_only, build_plan, one_epoch, deep_resume):
+        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, deep_resume):
             measure(work, folder)
 
 

@@ -92,18 +92,18 @@ class Report:
 
 
 def walk_run(plan: Plan, steps: int) -> RunFacts:
-    """Follow the plan through a run: whole epochs by their counts, the last one unit by unit."""
+    """Follow the plan through a run: whole epochs by their counts, of the last one each unit."""
     end = steps * plan.units_per_step
     last = plan.find_epoch(end - 1)
     units = plan.units_until(last - 1).copy()
     views, repeating = plan.views(last - 1), count_repeating(plan, last - 1)
     start = int(units.sum())
-    for position in range(start, end):
-        unit = plan.unit_at(position)
-        rows = [row for row, _ in plan.unit_samples(unit)]
-        np.add.at(views, rows, 1)
-        units[unit.bucket] += 1
-        repeating[unit.bucket] += len(set(rows)) < len(rows)
+    buckets, rows = (part[: end - start] for part in plan.epoch_rows(last))
+    views += np.bincount(rows.ravel(), minlength=len(views))
+    units += np.bincount(buckets, minlength=len(units))
+    ordered = np.sort(rows, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    repeating += np.bincount(buckets[twice], minlength=len(repeating))
     all_units = int(plan.units_until(last).sum())
     epochs = last - 1 + (end - start) / (all_units - start)
     return RunFacts(steps, epochs, all_units / last / plan.units_per_step, views, units, repeating)
