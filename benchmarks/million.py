@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from posts import plain_config
 
 from trainer.buckets import list_buckets
-from trainer.config import load_config
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan
-from trainer.data.shards import SCHEMA, ShardFile, open_index, write_index
-from trainer.schema import Config
+from trainer.data.shards import SCHEMA, ShardFile, open_index, shard_name, write_index
 
 
 def make_table(rows: int) -> pa.Table:
@@ -39,7 +38,7 @@ def make_table(rows: int) -> pa.Table:
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         "key": text,
         "source": pa.array(np.full(rows, "posts.jsonl")),
-        "shard": pa.array(np.char.add("shard-", (np.arange(rows) // 2000).astype(str))),
+        "shard": name_shards(np.arange(rows) // 2000),
         "content_hash": text,
         "rating": pa.array(np.array(list("gsqe"))[generator.integers(0, 4, rows)]),
         "score": pa.array(generator.integers(-20, 300, rows, dtype=np.int32)),
@@ -92,7 +91,13 @@ def build_plan(folder: Path) -> str:
 
 
 def one_epoch(folder: Path) -> str:
-    """open, plan, and list every sample of an epoch"""
+    """open, plan, and list every sample of an epoch at once"""
+    rows = Plan(open_index(folder).bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96).epoch_rows(1)[1]
+    return f"{rows.size:,} samples, the last row {rows[-1, -1]}"
+
+
+def one_epoch_by_steps(folder: Path) -> str:
+    """open, plan, and list every sample of an epoch step by step"""
     plan = Plan(open_index(folder).bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
     steps = plan.steps_for_epochs(1)
     seen = sum(len(plan.unit_samples(unit)) for step in range(steps) for unit in plan.step_units(step))
@@ -113,12 +118,6 @@ def deep_resume(folder: Path) -> str:
     return "96 samples"
 
 
-def plain_config() -> Config:
-    """The recipe's defaults."""
-    words = ["run.name=x", "run.stage=x", "model.pretrained=x", "data.shards=x", "optim.unet_lr=1", "schedule.epochs=1"]
-    return load_config([], words)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The index and the plan at the recipe's size.")
     parser.add_argument("--rows", type=int, default=1_271_990)
@@ -133,13 +132,18 @@ def main() -> None:
             return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
 
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
-        for work in (write, open_only, build_plan, one_epoch, deep_resume):
+        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, deep_resume):
             measure(work, folder)
+
+
+def name_shards(numbers: np.ndarray) -> pa.Array:
+    """The shards' names of their numbers."""
+    return pa.array(np.array([shard_name(number) for number in range(numbers.max() + 1)])[numbers])
 
 
 def list_shards(folder: Path, rows: int) -> list[ShardFile]:
     """Empty files under the shards' names: nothing here reads a latent."""
-    shards = [ShardFile(f"shard-{number}", 2000, 0, "") for number in range(-(-rows // 2000))]
+    shards = [ShardFile(shard_name(number), 2000, 0, "") for number in range(-(-rows // 2000))]
     for shard in shards:
         (folder / shard.name).touch()
     return shards

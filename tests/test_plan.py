@@ -201,6 +201,17 @@ def test_units_of_an_epoch(counts: list[int], unit: int, epoch: int) -> None:
     assert plan.units_until(epoch).tolist() == expected
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([1, 3, 4, 8]), st.integers(1, 12))
+def test_an_epoch_at_once_is_its_units_one_by_one(counts: list[int], unit: int, epoch: int) -> None:
+    plan = make_plan(counts, unit=unit, step=unit)
+    first, end = (int(plan.units_until(number).sum()) for number in (epoch - 1, epoch))
+    units = [plan.unit_at(position) for position in range(first, end)]
+    buckets, rows = plan.epoch_rows(epoch)
+    assert buckets.tolist() == [one.bucket for one in units]
+    assert rows.tolist() == [[row for row, _ in plan.unit_samples(one)] for one in units]
+
+
 def test_an_image_that_comes_twice_in_a_unit_is_in_another_pass() -> None:
     plan = make_plan([3], unit=8, step=8)
     for step in range(30):

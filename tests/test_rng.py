@@ -68,3 +68,10 @@ def test_draws_of_neighbouring_names_are_independent() -> None:
     assert abs(correlations).max() < 5 / 2000**0.5
     assert abs(draws.mean()) < 5 / draws.size**0.5
     assert abs(draws.var() - 1) < 5 * (2 / draws.size) ** 0.5
+
+
+@given(names)
+def test_the_generator_is_philox_with_the_names_key(some: list[int | str]) -> None:
+    by_key = np.random.Generator(np.random.Philox(key=philox_key("x", *some)))
+    assert str(rng("x", *some).bit_generator.state) == str(by_key.bit_generator.state)
+    assert np.array_equal(rng("x", *some).standard_normal(16), by_key.standard_normal(16))

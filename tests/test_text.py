@@ -85,10 +85,10 @@ def content(first: int, last: int) -> list[int]:
 )
 def test_chunks_are_laid_out_as_the_recipe_says(count: int, first: list[list[int]], second: list[list[int]]) -> None:
     for tokenizer, expected in ((CLIP_1, first), (CLIP_2, second)):
-        chunks = make_chunks(content(0, count), tokenizer, 3)
+        chunks = make_chunks([content(0, count)], tokenizer, 3)
         assert chunks.dtype == np.int64 and chunks.shape == (3, 77)
         assert chunks.tolist() == expected
-        assert make_chunks(content(0, count), tokenizer, 1).tolist() == expected[:1]
+        assert make_chunks([content(0, count)], tokenizer, 1).tolist() == expected[:1]
 
 
 @pytest.mark.parametrize(("length", "vectors"), [(75, 77), (150, 152), (225, 227)])
@@ -133,7 +133,7 @@ def list_ids(tokenizer: TextTokenizer, captions: list[str]) -> list[list[int]]:
 def check_ids(captions: list[str], ours: TextTokenizer, theirs: CLIPTokenizer) -> None:
     """Our first chunk is what the library makes of a caption, padded and truncated."""
     library = theirs(captions, padding="max_length", max_length=77, truncation=True).input_ids
-    framed = [make_chunks(ids, ours, 1)[0].tolist() for ids in ours.content_ids(captions)]
+    framed = [make_chunks([ids], ours, 1)[0].tolist() for ids in ours.content_ids(captions)]
     assert framed == library
 
 
@@ -167,7 +167,7 @@ def test_an_exclamation_mark_is_an_ordinary_token(tiny_base: Path, tokenizers: T
     for tokenizer in tokenizers:
         (ids,) = list_ids(tokenizer, ["love live!"])
         assert ids[-1] == 256 and 0 not in ids
-        chunk = make_chunks(ids, tokenizer, 1)[0].tolist()
+        chunk = make_chunks([ids], tokenizer, 1)[0].tolist()
         assert chunk[len(ids) : len(ids) + 2] == [256, tokenizer.eos_id]
         assert 0 not in list_ids(tokenizer, ["! a!b !, wow!"])[0][-1:]
 
@@ -177,7 +177,7 @@ def test_distinct_chunks_are_encoded_once(tokenizers: Tokenizers) -> None:
     captions = ["bird", "animals", "bird", "", long]
     chunks = tokenize_captions(captions, tokenizers, 225)
     for tokenizer, ids in zip(tokenizers, (chunks.input_ids_1, chunks.input_ids_2), strict=True):
-        expected = [make_chunks(content, tokenizer, 3) for content in tokenizer.content_ids(captions)]
+        expected = [make_chunks([content], tokenizer, 3) for content in tokenizer.content_ids(captions)]
         assert np.array_equal(ids[chunks.chunk_map], np.stack(expected))
         assert ids.dtype == np.int64
     # "bird", the empty one, "animals", and the long one's two

@@ -93,18 +93,16 @@ class Report:
 
 
 def walk_run(plan: Plan, steps: int) -> RunFacts:
-    """Follow the plan through a run: whole epochs by their counts, the last one unit by unit."""
+    """Follow the plan through a run: whole epochs by their counts, of the last one each unit."""
     end = steps * plan.units_per_step
     last = plan.find_epoch(end - 1)
     units = plan.units_until(last - 1).copy()
     views, repeating = plan.views(last - 1), count_repeating(plan, last - 1)
     start = int(units.sum())
-    for position in range(start, end):
-        unit = plan.unit_at(position)
-        rows = [row for row, _ in plan.unit_samples(unit)]
-        np.add.at(views, rows, 1)
-        units[unit.bucket] += 1
-        repeating[unit.bucket] += len(set(rows)) < len(rows)
+    buckets, rows = (part[: end - start] for part in plan.epoch_rows(last))
+    views += np.bincount(rows.ravel(), minlength=len(views))
+    units += np.bincount(buckets, minlength=len(units))
+    repeating += count_twice(plan, buckets, rows)
     all_units = int(plan.units_until(last).sum())
     epochs = last - 1 + (end - start) / (all_units - start)
     return RunFacts(steps, epochs, all_units / last / plan.units_per_step, views, units, repeating)
@@ -118,15 +116,26 @@ def count_repeating(plan: Plan, epochs: int) -> np.ndarray:
     their images, any unit can.
     """
     size, repeating = plan.unit_size, plan.units_until(epochs).copy()
+    if plan.has_repeats:
+        repeating[:] = 0
+        for epoch in range(1, epochs + 1):
+            repeating += count_twice(plan, *plan.epoch_rows(epoch))
+        return repeating
     for bucket, images in enumerate(plan.images.tolist()):
         if images < size:
             continue
         units = int(repeating[bucket])
         ends = range(images, units * size, images)
-        numbers = range(units) if plan.has_repeats else [end // size for end in ends if end % size]
-        across = [Unit(epochs, bucket, number) for number in numbers]
+        across = [Unit(epochs, bucket, end // size) for end in ends if end % size]
         repeating[bucket] = sum(len({row for row, _ in plan.unit_samples(unit)}) < size for unit in across)
     return repeating
+
+
+def count_twice(plan: Plan, buckets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Units that hold an image more than once, by bucket: int64 (buckets,); units as ``Plan.epoch_rows`` gives them."""
+    ordered = np.sort(rows, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    return np.bincount(buckets[twice], minlength=len(plan.buckets))
 
 
 def find_models(config: Config, vae_sha256: str) -> Models:

@@ -5,8 +5,10 @@ bits on machines without AVX2.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 def philox_key(purpose: str, *names: int | str) -> int:
@@ -23,6 +25,18 @@ def philox_key(purpose: str, *names: int | str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
+class KeySeed(ISeedSequence):
+    """A Philox key as a seed. ``Philox(key=...)`` makes the same generator, but reads the system's entropy in vain."""
+
+    def __init__(self, key: int) -> None:
+        self._words = np.frombuffer(key.to_bytes(16, "little"), dtype="<u8")
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """The key's two words, for which Philox asks."""
+        assert (n_words, dtype) == (2, np.uint64)
+        return self._words
+
+
 def rng(purpose: str, *names: int | str) -> np.random.Generator:
     """A generator that only depends on its names."""
-    return np.random.Generator(np.random.Philox(key=philox_key(purpose, *names)))
+    return np.random.Generator(np.random.Philox(KeySeed(philox_key(purpose, *names))))  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ INPUTS_SCHEMA = pa.schema(
     ]
 )
 
+OF_A_POST = tuple(name for name in INPUTS_SCHEMA.names if name in Post.__dataclass_fields__)
 WHERE_COLUMNS = ("origin", "image")  # where an input lies, not what it is
 
 
@@ -108,7 +109,7 @@ def describe(post: Post) -> dict[str, Any] | Reject:
         size, mtime = stat_image(post.image)
     except BadImage as error:
         return Reject(post.key, post.origin, error.reason, error.detail)
-    row = {field.name: getattr(post, field.name) for field in INPUTS_SCHEMA if field.name in Post.__dataclass_fields__}
+    row = {name: getattr(post, name) for name in OF_A_POST}
     extra = json.dumps(post.extra, ensure_ascii=False) if post.extra else None
     place = describe_place(post.image)
     return row | {"image": place, "image_size": size, "image_mtime_ns": mtime, "extra": extra}

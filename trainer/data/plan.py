@@ -127,6 +127,24 @@ class Plan:
             return row, pass_
         return row, pass_ * int(self._repeats[row]) + int(self._turns[entry])
 
+    def epoch_rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """All of an epoch at once: its units' buckets, (units,), and their samples' rows, int32 (units, unit size).
+
+        Units in order, samples as ``unit_samples`` gives them; what 26,500 calls of it would do.
+        """
+        buckets, numbers = self._epoch_units(epoch)
+        rows = np.empty((len(buckets), self.unit_size), dtype=np.int32)
+        for bucket in np.unique(buckets).tolist():
+            units = np.flatnonzero(buckets == bucket)
+            samples = numbers[units, None] * np.int64(self.unit_size) + np.arange(self.unit_size)
+            passes, places = np.divmod(samples, int(self.counts[bucket]))
+            found = np.empty(samples.shape, dtype=np.int32)
+            for pass_ in np.unique(passes).tolist():
+                here = passes == pass_
+                found[here] = self._rows[self._order(bucket, pass_)[places[here]]]
+            rows[units] = found
+        return buckets, rows
+
     def step_samples(self, step: int) -> list[Planned]:
         """All samples of a step in the order of their position in the global batch."""
         return [

@@ -289,7 +289,7 @@ def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> Non
     Raises:
         UserError: naming shard and key, when the bytes are not those that were written.
     """
-    where = f"shard {index.folder / record['shard']}, key {record['key']}"
+    where = f"shard {index.folder}/{record['shard']}, key {record['key']}"
     place = {name: record[name] for name in ("offset", "length", "crc32")}
     try:
         file = index._open_shard(record["shard"])

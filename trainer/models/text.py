@@ -144,18 +144,20 @@ def declared_padding(folder: Path) -> str | None:
     return None
 
 
-def make_chunks(content: Sequence[int] | np.ndarray, tokenizer: TextTokenizer, chunks: int) -> np.ndarray:
-    """Content tokens, cut after ``chunks`` times 75, as framed chunks: int64 (chunks, 77).
+def make_chunks(contents: Sequence[Sequence[int] | np.ndarray], tokenizer: TextTokenizer, chunks: int) -> np.ndarray:
+    """Content tokens of B captions, each cut after ``chunks`` times 75, as framed chunks: int64 (B * chunks, 77).
 
     The first padding slot of a chunk is its EOS.
     """
-    ids = np.full((chunks, CHUNK_LENGTH), tokenizer.padding_id, dtype=np.int64)
-    ids[:, 0] = tokenizer.bos_id
-    for chunk in range(chunks):
-        part = content[chunk * CONTENT_LENGTH : (chunk + 1) * CONTENT_LENGTH]
-        ids[chunk, 1 : 1 + len(part)] = part
-        ids[chunk, 1 + len(part)] = tokenizer.eos_id
-    return ids
+    body = np.full((len(contents), chunks * CONTENT_LENGTH), tokenizer.padding_id, dtype=np.int64)
+    for row, content in zip(body, contents, strict=True):
+        row[: len(content)] = content[: len(row)]
+    left = np.array([len(content) for content in contents])[:, None] - CONTENT_LENGTH * np.arange(chunks)
+    ids = np.full((len(contents), chunks, CHUNK_LENGTH), tokenizer.padding_id, dtype=np.int64)
+    ids[:, :, 0] = tokenizer.bos_id
+    ids[:, :, 1:-1] = body.reshape(len(contents), chunks, CONTENT_LENGTH)
+    np.put_along_axis(ids, 1 + left.clip(0, CONTENT_LENGTH)[..., None], tokenizer.eos_id, axis=2)
+    return ids.reshape(-1, CHUNK_LENGTH)
 
 
 def tokenize_captions(
@@ -166,10 +168,7 @@ def tokenize_captions(
     first, second = tokenizers
     contents_1 = first.content_ids(captions)
     contents_2 = contents_1 if second.tag_ids is first.tag_ids else second.content_ids(captions)
-    framed = [
-        np.concatenate([make_chunks(content, tokenizer, chunks) for content in contents])
-        for tokenizer, contents in ((first, contents_1), (second, contents_2))
-    ]
+    framed = [make_chunks(contents_1, first, chunks), make_chunks(contents_2, second, chunks)]
     pairs = np.concatenate(framed, axis=1)  # (B * chunks, 2 * 77): a chunk is distinct if either encoder's ids are
     seen: dict[bytes, int] = {}
     numbers = [seen.setdefault(pair.tobytes(), len(seen)) for pair in pairs]
