@@ -55,6 +55,10 @@ def list_work(
             for tokenizer in library:
                 tokenizer(caption, padding="max_length", truncation=True, max_length=227)
 
+    def draw_and_call(captions: list[str], pass_: int) -> None:
+        draw(captions, pass_)
+        call_library(captions, pass_)
+
     def call_backend(captions: list[str], _: int) -> None:
         for caption in captions:
             for tokenizer in tokenizers:
@@ -75,6 +79,7 @@ def list_work(
 
     return {
         "transformers' tokenizer called, twice a caption": call_library,
+        "composed, drawn, and transformers' tokenizer called": draw_and_call,
         "its backend called, twice a caption": call_backend,
         "ours: tokenized and cut into chunks, both encoders": tokenize,
         "ours: composed and drawn": draw,

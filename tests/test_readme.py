@@ -87,7 +87,7 @@ def test_the_predecessors_column_is_expressed() -> None:
 
 def test_the_example_post_is_read() -> None:
     post = read_post(json.loads(blocks("json")[0]), source="README", image=Path("1.png"))
-    record = {name: getattr(post, name) for name in ("caption", "rating", "score", "year")}
+    record = {name: getattr(post, name) for name in ("caption", "rating", "score", "year")} | {"extra": None}
     record |= {f"tags_{kind}": getattr(post, f"tags_{kind}")
                for kind in ("general", "character", "copyright", "artist", "meta")}  # fmt: skip
     assert compose_caption(record, CaptionsConfig()) == (

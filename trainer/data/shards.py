@@ -207,7 +207,7 @@ class Index:
         """One row as a dict of plain Python values, the only one that is materialised."""
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        # value by value: slicing a table and listing its one row takes five times as long
+        # value by value: slicing a table and listing its one row takes four times as long
         return {name: column[int(number)].as_py() for name, column in self._columns.items()}
 
 
