@@ -35,7 +35,7 @@ def open_batches(config: Config) -> MicroBatches:
     index = open_index(config.data.shards)
     base = find_base(config.model.pretrained)
     tokenizers = load_tokenizers(*find_tokenizers(base, None), vocab_sizes(base))
-    plan = build_plan(index.bucket_sizes, config.run.seed, config.data)
+    plan = build_plan(index, config.run.seed, config.data)
     return MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
 
 

@@ -59,10 +59,13 @@ def quality_tag(score: int | None, rules: CaptionsConfig, rating: str | None = N
     """The tag of the highest of the rating's rules that the score reaches; none without a score."""
     if score is None:
         return ""
-    own = [rule for rule in rules.quality if rule.rating in (None, rating or "none")]
-    reached = [rule for rule in own if rule.min_score is None or score >= rule.min_score]
-    best = max(reached, key=lambda rule: float("-inf") if rule.min_score is None else rule.min_score, default=None)
-    return best.tag if best else ""
+    own = rating or "none"
+    best, tag = -math.inf, ""
+    for rule in rules.quality:
+        least = -math.inf if rule.min_score is None else rule.min_score
+        if least <= score and (best < least or not tag) and (rule.rating is None or rule.rating == own):
+            best, tag = least, rule.tag
+    return tag
 
 
 def column_tags(extra: str | None, rules: CaptionsConfig) -> list[str]:
@@ -96,10 +99,12 @@ def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Gener
         head, free = split_caption(parts[0]), split_caption(parts[1])
         tail = [tag for part in parts[2:] for tag in split_caption(part)]
     order = generator.permutation(len(free))
-    kept = generator.random(len(free)) >= rules.tag_dropout
     if not rules.shuffle:
         order = np.arange(len(free))
-    return join_tags([*head, *(free[i] for i in order[kept[order]].tolist()), *tail])
+    if rules.tag_dropout:  # the last of the draws
+        kept = generator.random(len(free)) >= rules.tag_dropout
+        order = order[kept[order]]
+    return join_tags([*head, *[free[i] for i in order.tolist()], *tail])
 
 
 def split_caption(text: str) -> list[str]:
