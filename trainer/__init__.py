@@ -5,4 +5,4 @@ import os
 # transformers asks for torchvision at import, which nothing here uses
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
