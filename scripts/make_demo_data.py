@@ -205,7 +205,7 @@ def describe_drawing(metadata: Metadata, relative: str) -> dict[str, object]:
         "tag_string_general": compose_tags(metadata, PurePath(relative).stem),
         "tag_string_character": "",
         "tag_string_copyright": relative.split("/")[0],
-        "tag_string_artist": to_tag(re.sub(r"\s*\(\S+@\S+\)", "", metadata.creator)),  # no addresses of people
+        "tag_string_artist": to_tag(re.sub(r"\s*[(\[<]\S+@\S+[)\]>]", "", metadata.creator)),  # no addresses
         "tag_string_meta": "",
         "source": f"openclipart-svg/svg/{relative}",
     }
