@@ -23,7 +23,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from PIL import Image, ImageChops
 
@@ -187,21 +187,28 @@ def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[s
         name = re.sub(r"[^a-z0-9-]+", "_", svg.stem.lower()).strip("_") + ".png"
         transparent = 0 in image.getchannel("A").tobytes()
         (images / name).write_bytes(encode(image, keep_alpha=transparent and number % ALPHA_EVERY == 0))
-        date = parse_date(metadata.date)
         yield {
             "id": number,
             "file": name,
             "file_ext": "png",
             "image_width": image.width,
             "image_height": image.height,
-            **({"created_at": date} if date else {}),
-            "tag_string_general": compose_tags(metadata, svg.stem),
-            "tag_string_character": "",
-            "tag_string_copyright": relative.split("/")[0],
-            "tag_string_artist": to_tag(re.sub(r"\s*\(\S+@\S+\)", "", metadata.creator)),  # no addresses of people
-            "tag_string_meta": "",
-            "source": f"openclipart-svg/svg/{relative}",
+            **describe_drawing(metadata, relative),
         }
+
+
+def describe_drawing(metadata: Metadata, relative: str) -> dict[str, object]:
+    """A post's fields that come from the drawing's RDF and its path in the package."""
+    date = parse_date(metadata.date)
+    return {
+        **({"created_at": date} if date else {}),
+        "tag_string_general": compose_tags(metadata, PurePath(relative).stem),
+        "tag_string_character": "",
+        "tag_string_copyright": relative.split("/")[0],
+        "tag_string_artist": to_tag(re.sub(r"\s*[(\[<]\S+@\S+[)\]>]", "", metadata.creator)),  # no addresses
+        "tag_string_meta": "",
+        "source": f"openclipart-svg/svg/{relative}",
+    }
 
 
 # What a model of 1.7 million parameters learns by heart within minutes: vivid, and with captions unlike each other.

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from posts_on_disk import BUCKETS, ROOT, draw
 
 from trainer.data import decoders as decoders_module
@@ -55,6 +57,22 @@ def test_what_an_image_can_be(tasks: list[Task], tmp_path: Path) -> None:
     assert isinstance(reject, Reject) and (reject.key, reject.origin, reject.reason) == ("x", "line 7", "missing")
     (kept,) = look_at([Task("1", "here", tmp_path / "1.png", "another", 60, tasks[0].buckets)], 0)
     assert isinstance(kept, Decoded) and kept.size == (60, 90)
+
+
+def test_an_image_that_is_too_large_is_set_aside_without_a_warning(
+    tasks: list[Task], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    bomb = Task("bomb", "here", tmp_path / "bomb.png", None, None, tasks[0].buckets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: os.write(2, str(message).encode())  # type: ignore[assignment]
+        for processes in (0, 1):
+            (reject,) = look_at([bomb], processes)
+            assert isinstance(reject, Reject) and reject.reason == "bomb"
+        assert capfd.readouterr().err == ""
+        decoders_module.look(bomb)
+        assert "could be decompression bomb" in capfd.readouterr().err
 
 
 def fatal(name: str, do: Callable[[], object]) -> Callable[[Task], Outcome]:

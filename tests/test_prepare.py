@@ -43,9 +43,6 @@ from trainer.files import sha256_file
 from trainer.prepare import Summary
 from trainer.schema import Config
 
-# Pillow warns of the bomb before we refuse it
-pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

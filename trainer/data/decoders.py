@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
 import numpy as np
+from PIL import Image
 
 from trainer.buckets import Fit, Size, fit_image
 from trainer.data.images import BadImage, read_bytes, read_header, read_pixels
@@ -89,11 +91,14 @@ def look(task: Task) -> Outcome:
 @contextmanager
 def decoders(processes: int) -> Iterator["Decoders"]:
     """Processes that look at images; with 0 the calling one does."""
-    pool = Decoders(processes)
-    try:
-        yield pool
-    finally:
-        pool.close()
+    with warnings.catch_warnings():
+        # the processes inherit it when they are forked: such an image is set aside, which says more
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        pool = Decoders(processes)
+        try:
+            yield pool
+        finally:
+            pool.close()
 
 
 class Decoders:
