@@ -15,7 +15,7 @@ FLOORS: dict[float, str] = {
     -2: "errors schema",
     -1: "config_rules",
     0: "config files rng buckets post team licence data.payload models.single_file",
-    0.5: "artefacts card_stages models.hub data.records data.images",
+    0.5: "data.tables artefacts card_stages models.hub data.records data.images",
     0.6: "data.folders data.tar_headers",
     0.7: "data.posts_files data.sidecars data.tars",
     0.8: "data.hub_datasets data.kohya",

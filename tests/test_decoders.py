@@ -88,16 +88,21 @@ def fatal(name: str, do: Callable[[], object]) -> Callable[[Task], Outcome]:
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("how", ["exit", "kill"])
+@pytest.mark.parametrize(("how", "pause"), [("exit", 0), ("kill", 0), ("kill", 0.02)])
 def test_an_image_that_kills_its_process_is_set_aside(
-    tasks: list[Task], processes: int, how: str, monkeypatch: pytest.MonkeyPatch
+    tasks: list[Task], processes: int, how: str, pause: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also while the consumer is busy with something else, as the VAE is."""
     # a module's function is pickled by its name: the forked process finds the same one there
     end = (lambda: os._exit(1)) if how == "exit" else (lambda: os.kill(os.getpid(), signal.SIGKILL))
     look = fatal("4 5 29", end)
     look.__module__, look.__qualname__ = decoders_module.__name__, "look"
     monkeypatch.setattr(decoders_module, "look", look)
-    outcomes = look_at(tasks, processes)
+    outcomes = []
+    with decoders(processes) as pool:
+        for outcome in pool.look_at(tasks):
+            outcomes.append(outcome)
+            time.sleep(pause)
     dead = {number for number, outcome in enumerate(outcomes) if isinstance(outcome, Reject)}
     assert dead == {4, 5, 29}
     assert {outcomes[number].reason for number in dead} == {"killed_decoder"}  # type: ignore[union-attr]

@@ -31,6 +31,7 @@ from trainer import encoding, prepare
 from trainer.data.shards import open_index, read_raw_latents
 from trainer.data.verify import verify_shards
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.schema import Config
 
 POSTS = 60
@@ -264,9 +265,14 @@ def test_what_changed_costs_only_itself(whole: Config, tmp_path: Path, monkeypat
     }
 
 
-def test_a_set_that_knows_no_times_is_hashed(whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_of_an_older_version_is_hashed(whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = copied(whole, tmp_path / "old", shards=True)
     (Path(config.data.shards) / "latents.arrow").unlink()
+    with pytest.raises(UserError, match=r"latents.arrow is missing or damaged"):
+        edit_posts(tmp_path / "old", lambda post: post | {"score": 2})
+        run(config)
+    manifest = Path(config.data.shards) / "manifest.json"
+    write_json(manifest, {k: v for k, v in json.loads(manifest.read_text()).items() if k != "latents_sha256"})
     edit_posts(tmp_path / "old", lambda post: post | {"score": 1})
     encoded = count_encoded(monkeypatch)
     summary = run(config)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 from trainer.schema import CaptionsConfig, Config
@@ -184,8 +185,11 @@ def quality_rules(captions: CaptionsConfig) -> Iterator[Broken]:
         yield ("captions.quality",), "give either min_score or above_percentile, not both"
     if any(not 0 < (rule.above_percentile or 0) < 100 for rule in by_percentile):
         yield ("captions.quality",), "above_percentile must lie between 0 and 100"
-    limits = [(rule.rating, rule.min_score, rule.above_percentile) for rule in captions.quality]
-    if len(set(limits)) < len(limits):
+    if any(
+        (one.min_score, one.above_percentile) == (other.min_score, other.above_percentile)
+        and (one.rating == other.rating or None in (one.rating, other.rating))  # a rule for all meets those of each
+        for one, other in combinations(captions.quality, 2)
+    ):
         yield ("captions.quality",), "two tags have the same min_score or above_percentile"
     places = [(rule.column, rule.above) for rule in captions.columns]
     if len(set(places)) < len(places):

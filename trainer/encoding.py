@@ -17,14 +17,13 @@ from diffusers import AutoencoderKL
 from trainer.buckets import Size
 from trainer.data.decoders import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
 from trainer.data.images import pixels_to_tensor
-from trainer.data.inputs import describe_reject, read_place, read_table
+from trainer.data.inputs import describe_reject, read_place
 from trainer.data.records import Reject
 from trainer.data.shards import Row, ShardWriter
-from trainer.data.unfinished import LATENTS_SCHEMA, UNKNOWN, Done, Stock, Todo, Work, write_done
+from trainer.data.tables import read_table, take_rows
+from trainer.data.unfinished import LATENTS_SCHEMA, STAT, UNKNOWN, Done, Stock, Todo, Work, write_done
 from trainer.models.vae import encode_raw_latents
 from trainer.schema import BucketsConfig
-
-STAT = ("image_size", "image_mtime_ns")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def encode_chunk(work: Work, todo: Todo, chunk: int, encoder: Encoder, advance: 
     """Encode a chunk and make it count; ``advance`` is told behind each image."""
     inputs, store = read_table(work.inputs), read_table(work.store)
     part = todo.chunk(chunk)
-    rows = inputs.take(pa.array(todo.rows[part])).to_pylist()
+    rows = take_rows(inputs, todo.rows[part]).to_pylist()
     olds = [None if place == UNKNOWN else store.slice(place, 1).to_pylist()[0] for place in todo.known[part].tolist()]
     tasks = [
         Task(row["key"], row["origin"], read_place(row["image"]), old and old["content_hash"], encoder.min_side,

@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
 from trainer import __version__
 from trainer.data.decoders import decoders
 from trainer.data.images import PIXEL_SETTINGS
-from trainer.data.inputs import Inputs, read_table, survey_inputs
+from trainer.data.inputs import Inputs, survey_inputs
 from trainer.data.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
 from trainer.data.shards import MANIFEST_NAME, NOTES_NAME, QUARANTINE_NAME, open_index
 from trainer.data.sources import iterate_sources, name_sources
+from trainer.data.tables import read_table
 from trainer.data.unfinished import (
     Todo,
     Work,
@@ -32,6 +35,7 @@ from trainer.data.unfinished import (
     read_stock,
     read_todo,
     refuse_others,
+    share_work,
     work_folder,
 )
 from trainer.encoding import Chunk, Encoder, encode_chunk
@@ -84,7 +88,7 @@ def prepare(config: Config, progress: bool = True) -> Summary:
     Raises:
         UserError: on a key that occurs twice, too many images set aside, or a set made with other settings.
     """
-    folder = Path(config.data.shards)
+    folder = find_place(config.data.shards)
     work = Work(work_folder(folder))
     with join_team() as team, ExitStack() as stack:
         weights = read_weights(config, team)
@@ -95,11 +99,30 @@ def prepare(config: Config, progress: bool = True) -> Summary:
             begun = begin(work, folder, latents, config, progress)
         begun = team.share(begun)
         if isinstance(begun, Begun):
+            if not team.is_main:
+                stack.enter_context(share_work(work))
             encode_share(work, config, weights, team, begun, progress)
             team.wait()
             begun = team.share(finish(work, folder, begun, latents, config) if team.is_main else None)
         assert isinstance(begun, Summary)
         return begun
+
+
+def find_place(shards: str) -> Path:
+    """The folder of the set, behind links, so that the work beside it is on the same file system.
+
+    Raises:
+        UserError: where no folder can be put by a rename.
+    """
+    folder = Path(shards)
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"data.shards: {shards} is a file: name a folder")
+    if folder.is_mount():
+        raise UserError(
+            f"data.shards: {shards} is a mount point, beside which nothing can be made: name a folder in it"
+        )
+    return folder
 
 
 def read_weights(config: Config, team: Team) -> VaeWeights:
@@ -122,6 +145,8 @@ def describe_latents(config: Config, weights: VaeWeights) -> dict[str, Any]:
         "buckets": asdict(config.buckets),
         "pixels": PIXEL_SETTINGS,
         "code_version": __version__,
+        # one is what all sets of version 0.1 have
+        **({"encode_batch_size": config.data.encode_batch_size} if config.data.encode_batch_size > 1 else {}),
     }
 
 
@@ -216,7 +241,9 @@ def finish(work: Work, folder: Path, begun: Begun, latents: dict[str, Any], conf
     manifest = merge_set(work, todo, done, begun.inputs, latents, config.filters)
     place_set(work, folder)
     new = [each for chunk, each in zip(chunks, done, strict=True) if chunk not in begun.done_before]
-    return summarise(folder, manifest, sum(shard.samples for each in new for shard in each.stock.shards))
+    names = pa.array([shard.name for each in new for shard in each.stock.shards], pa.string())
+    encoded = pc.sum(pc.is_in(open_index(folder).table["shard"], names)).as_py()
+    return summarise(folder, manifest, int(encoded or 0))
 
 
 def summarise(folder: Path, manifest: dict[str, Any], encoded: int) -> Summary:

@@ -120,11 +120,21 @@ class Decoders:
             return
         waiting: deque[tuple[Task, Future[Outcome]]] = deque()
         for task in tasks:
-            waiting.append((task, self.pool.submit(look, task)))
+            waiting.append((task, self.submit(task)))
             if len(waiting) > AHEAD * self.processes:
                 yield self.take(waiting)
         while waiting:
             yield self.take(waiting)
+
+    def submit(self, task: Task) -> Future[Outcome]:
+        """The outcome to come; of a pool that has died meanwhile it is that, which ``take`` mends."""
+        assert self.pool is not None
+        try:
+            return self.pool.submit(look, task)
+        except BrokenProcessPool as error:
+            future: Future[Outcome] = Future()
+            future.set_exception(error)
+            return future
 
     def take(self, waiting: deque[tuple[Task, Future[Outcome]]]) -> Outcome:
         """The next outcome. A pool dies as a whole: its images are then looked at one by one, each in a pool of one."""

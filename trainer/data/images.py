@@ -172,13 +172,16 @@ def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
     ``read_header``'s size of the same bytes.
 
     Raises:
-        BadImage: as ``read_header``, and undecodable where the data ends early or makes no sense.
+        BadImage: as ``read_header``; undecodable where the data ends early or makes no sense; too_narrow where covering
+            the bucket would make a giant of it.
     """
+    if fit.resized[0] * fit.resized[1] > MAX_PIXELS:
+        raise BadImage("too_narrow", f"resized it would have {fit.resized[0]}x{fit.resized[1]} pixels")
     with open_image(data) as image:
         orientation = read_orientation(image, data)  # before load, as in read_header, so that both agree
-        with naming_errors("undecodable"):
+        with naming_errors("undecodable"):  # palettes and the like are read as late as in the conversion
             image.load()
-        rgb = to_rgb(image)
+            rgb = to_rgb(image)
     if (method := TRANSPOSES.get(orientation)) is not None:  # a mirrored image's method is 0
         rgb = rgb.transpose(method)
     if rgb.size != fit.resized:

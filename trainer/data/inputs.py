@@ -20,6 +20,7 @@ from tqdm import tqdm
 from trainer.data.images import BadImage, stat_image
 from trainer.data.records import Reject
 from trainer.data.shards import POST_FIELDS
+from trainer.data.tables import read_table
 from trainer.errors import UserError
 from trainer.files import sha256_json, write_file
 from trainer.post import ImagePlace, Post, TableCell, TarMember
@@ -34,7 +35,10 @@ PLACE_FIELDS = [
     pa.field("row", pa.int64()),  # of a dataset's cell
     pa.field("column", pa.string()),
 ]
-STAT_FIELDS = [pa.field(name, pa.int64(), nullable=False) for name in ("image_size", "image_mtime_ns")]
+STAT_FIELDS = [  # what tells without reading it that an image is another one
+    *(pa.field(name, pa.int64(), nullable=False) for name in ("image_size", "image_mtime_ns")),
+    pa.field("image_place", pa.string(), nullable=False),
+]
 INPUTS_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -111,8 +115,20 @@ def describe(post: Post) -> dict[str, Any] | Reject:
         return Reject(post.key, post.origin, error.reason, error.detail)
     row = {name: getattr(post, name) for name in OF_A_POST}
     extra = json.dumps(post.extra, ensure_ascii=False) if post.extra else None
-    place = describe_place(post.image)
-    return row | {"image": place, "image_size": size, "image_mtime_ns": mtime, "extra": extra}
+    stat = {"image_size": size, "image_mtime_ns": mtime, "image_place": name_place(post.image)}
+    return row | stat | {"image": describe_place(post.image), "extra": extra}
+
+
+def name_place(place: ImagePlace) -> str:
+    """An image's place as far as it stays when its folder is moved."""
+    match place:
+        case TarMember():
+            name = f"{place.path.name}:{place.offset}"
+        case TableCell():
+            name = f"{place.path.name}:{place.column}:{place.row}"
+        case _:
+            name = f"{place.parent.name}/{place.name}"
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def describe_place(place: ImagePlace) -> dict[str, Any]:
@@ -166,11 +182,6 @@ def list_tags(row: dict[str, Any]) -> set[str]:
     tags = {tag.replace("_", " ") for string in strings for tag in string.split()}
     finished = (row["caption"] or "").replace("|||", ",").replace("_", " ").split(",")
     return tags | {tag.strip() for tag in finished}
-
-
-def read_table(path: Path) -> pa.Table:
-    """An Arrow file, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def refuse_double_keys(table: pa.Table) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.inputs import Inputs, read_table
+from trainer.data.inputs import Inputs
 from trainer.data.shards import (
+    CHUNK_ROWS,
     INDEX_NAME,
     LATENT_FIELDS,
     LATENTS_NAME,
@@ -27,8 +28,11 @@ from trainer.data.shards import (
     ShardFile,
     write_index,
 )
+from trainer.data.tables import read_table, take_rows, write_table
 from trainer.data.unfinished import (
     LATENTS_SCHEMA,
+    SETTINGS_NAME,
+    STAT,
     UNKNOWN,
     Done,
     Stock,
@@ -37,7 +41,6 @@ from trainer.data.unfinished import (
     find_last,
     join_stock,
     read_stock,
-    write_table,
 )
 from trainer.errors import UserError
 from trainer.files import sha256_file, sync_folder, write_text
@@ -47,14 +50,21 @@ LAST = (INDEX_NAME, MANIFEST_NAME)  # of a set's files, those that are put in pl
 
 
 def read_complete(index: Index) -> Stock:
-    """What a complete set has encoded: by its latents.arrow, else by its index, without sizes and times of images."""
+    """What a complete set has encoded: by its latents.arrow, or in an older set by its index, images' files unknown.
+
+    Raises:
+        UserError: when latents.arrow is not the one that the manifest names.
+    """
     shards = [ShardFile(**shard) for shard in index.manifest["shards"]]
-    path = index.folder / LATENTS_NAME
-    if path.is_file() and sha256_file(path) == index.manifest.get("latents_sha256"):
-        return Stock(read_table(path), shards)
-    columns = [index.table[name] for name in (field.name for field in LATENT_FIELDS)]
-    unknown = pa.array(np.full(len(index), UNKNOWN))
-    return Stock(pa.table([*columns, unknown, unknown], schema=LATENTS_SCHEMA), shards)
+    path, named = index.folder / LATENTS_NAME, index.manifest.get("latents_sha256")
+    if named is None:  # a set of version 0.1
+        columns = [index.table[name] for name in (field.name for field in LATENT_FIELDS)]
+        unknown = pa.array(np.full(len(index), UNKNOWN))
+        places = pa.array([""] * len(index))
+        return Stock(pa.table([*columns, unknown, unknown, places], schema=LATENTS_SCHEMA), shards)
+    if not path.is_file() or sha256_file(path) != named:
+        raise UserError(f"{path} is missing or damaged: restore it from a copy, or move {index.folder} away")
+    return Stock(read_table(path), shards)
 
 
 def merge_set(
@@ -69,14 +79,16 @@ def merge_set(
         UserError: when no sample is left.
     """
     stock = join_stock([read_stock(work.store), *(each.stock for each in done)])
-    table, filtered = choose_samples(read_table(work.inputs), stock, todo, done, filters.min_side)
+    rows, places, filtered = choose_samples(read_table(work.inputs), stock, todo, done, filters.min_side)
     filtered = Counter(inputs.filtered) + sum((Counter(each.filtered) for each in done), filtered)
-    first = find_first_of_bytes(table)
-    doubles = np.flatnonzero(first != np.arange(len(table)))
-    notes = [*note_sizes(table), *note_duplicates(table, first, doubles)]
+    first = find_first_of_bytes(stock.latents["content_hash"].take(pa.array(places)))
+    doubles = np.flatnonzero(first != np.arange(len(first)))
+    notes = note_duplicates(read_table(work.inputs), rows, first, doubles)
     if filters.drop_duplicates:
         filtered["drop_duplicates"] = len(doubles)
-        table = table.take(pa.array(np.flatnonzero(first == np.arange(len(table)))))
+        rows, places = np.delete(rows, doubles), np.delete(places, doubles)
+    table = join_columns(read_table(work.inputs), stock.latents, rows, places)
+    notes = note_sizes(table) + notes
     set_aside = inputs.set_aside + [line for each in done for line in each.set_aside]
     filtered = Counter({name: count for name, count in filtered.items() if count})
     if not len(table):
@@ -101,38 +113,50 @@ def merge_set(
 
 def choose_samples(
     inputs: pa.Table, stock: Stock, todo: Todo, done: list[Done], min_side: int | None
-) -> tuple[pa.Table, Counter[str]]:
-    """Posts with their latents, sorted by key, and how many the images' sides removed of those encoded before."""
+) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+    """Posts and their latents, sorted by key: rows of both tables, int64 (n,) each; and how many of those that were
+    encoded before the images' sides removed.
+    """
     places = find_last(inputs["key"], stock)
     # what had to be looked at again counts only as it was found this time
     fresh = pa.chunked_array([chunk for each in done for chunk in each.stock.latents["key"].chunks], pa.string())
     accepted = places != UNKNOWN
-    accepted[todo.rows] &= pc.is_in(inputs["key"].take(pa.array(todo.rows)), fresh.combine_chunks()).to_numpy()
+    looked_at = inputs["key"].take(pa.array(todo.rows))
+    accepted[todo.rows] &= pc.is_in(looked_at, fresh.combine_chunks()).to_numpy()
+    small = np.zeros(len(places), dtype=bool)
     if min_side is not None and len(stock.latents):
         sides = [stock.latents[f"original_{side}"].to_numpy()[np.maximum(places, 0)] for side in ("width", "height")]
         small = accepted & (np.minimum(*sides) < min_side)
-    else:
-        small = np.zeros(len(places), dtype=bool)
     rows = np.flatnonzero(accepted & ~small)
     rows = rows[pc.sort_indices(inputs["key"].take(pa.array(rows))).to_numpy()]
-    posts, encoded = inputs.take(pa.array(rows)), stock.latents.take(pa.array(places[rows]))
-    for name in LATENTS_SCHEMA.names[1:]:
-        posts = posts.drop_columns([name]) if name in posts.schema.names else posts
-        posts = posts.append_column(LATENTS_SCHEMA.field(name), encoded[name])
-    return posts, Counter({"min_side": int(small.sum())})
+    return rows, places[rows], Counter({"min_side": int(small.sum())})
 
 
-def find_first_of_bytes(table: pa.Table) -> np.ndarray:
+def join_columns(inputs: pa.Table, latents: pa.Table, rows: np.ndarray, places: np.ndarray) -> pa.Table:
+    """The index's columns, and those that notes are made of, of some posts and their latents."""
+    names = [name for name in inputs.schema.names if name not in ("image", *STAT)]
+    encoded = LATENTS_SCHEMA.names[1:]
+    batches = []
+    for start in range(0, max(len(rows), 1), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        posts, made = take_rows(inputs.select(names), rows[part]), take_rows(latents.select(encoded), places[part])
+        for name in encoded:
+            posts = posts.append_column(LATENTS_SCHEMA.field(name), made[name])
+        batches.append(posts)
+    return pa.concat_tables(batches)
+
+
+def find_first_of_bytes(content_hashes: pa.ChunkedArray) -> np.ndarray:
     """For each sample the first one, by key, whose image has the same bytes: int64 (n,)."""
-    codes = table["content_hash"].combine_chunks().dictionary_encode().indices.to_numpy()
+    codes = content_hashes.combine_chunks().dictionary_encode().indices.to_numpy()
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     return first[inverse]
 
 
-def note_duplicates(table: pa.Table, first: np.ndarray, doubles: np.ndarray) -> list[dict[str, Any]]:
-    """A note for each image that another one equals, byte by byte."""
-    lines = table.select(["key", "origin"]).take(pa.array(doubles)).to_pylist()
-    others = table["key"].take(pa.array(first[doubles])).to_pylist()
+def note_duplicates(inputs: pa.Table, rows: np.ndarray, first: np.ndarray, doubles: np.ndarray) -> list[dict[str, Any]]:
+    """A note for each image that another one equals, byte by byte; ``rows`` are all samples' in order of their keys."""
+    lines = take_rows(inputs.select(["key", "origin"]), rows[doubles]).to_pylist()
+    others = take_rows(inputs.select(["key"]), rows[first[doubles]])["key"].to_pylist()
     return [{**line, "note": "duplicate", "of": other} for line, other in zip(lines, others, strict=True)]
 
 
@@ -159,11 +183,21 @@ def place_set(work: Work, folder: Path) -> None:
     """Make ``work.set`` data.shards, or join it to the set that is there.
 
     Started again after an interruption it ends the same: a set that joins another loses file after file to its place.
+
+    Raises:
+        UserError: when another set lies there than the one that this work is for.
     """
+    settings, manifest = work.folder / SETTINGS_NAME, folder / MANIFEST_NAME
+    joins = json.loads(settings.read_text(encoding="utf-8"))["joins"]
+    there = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"] if manifest.exists() else None
+    if joins != there:
+        raise UserError(
+            f"{folder} is not the set any more that {work.folder} was made for: move one of them away, and start again"
+        )
     for path in work.folder.iterdir():  # what led to the set is of no use from here on
         if path.is_dir() and path != work.set:
             shutil.rmtree(path)
-        elif path.name != "lock" and path != work.set:
+        elif not path.is_dir() and path.name not in ("lock", SETTINGS_NAME):
             path.unlink()
     if not folder.exists() or not any(folder.iterdir()):
         work.set.replace(folder)

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.folders import ImageFolder, find_image
-from trainer.data.records import BadRecord, Reject, parse_record
+from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, parse_record
 from trainer.errors import UserError
 from trainer.post import Post, encode_key, read_key, read_post
 
@@ -33,9 +33,20 @@ def iterate_posts_file(file: Path, images: ImageFolder, source: str) -> Iterator
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     with lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
+        for number, line in enumerate(iterate_lines(lines), start=1):
+            if len(line) > MAX_SIDECAR:
+                yield Reject(None, f"{file.name} line {number}", "bad_record", f"longer than {MAX_SIDECAR} bytes")
+            elif line.strip():
                 yield read_record(line, source, f"{file.name} line {number}", images)
+
+
+def iterate_lines(file: BinaryIO) -> Iterator[bytes]:
+    """A file's lines; of one that is too long only so much that it is seen to be."""
+    while line := file.readline(MAX_SIDECAR + 1):
+        rest = line
+        while len(rest) > MAX_SIDECAR and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_SIDECAR + 1)
+        yield line
 
 
 def iterate_parquet(file: Path) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from trainer.post import ImagePlace, Post, read_post
 
+MAX_SIDECAR = 2**22  # bytes of a post or caption: more is none
+
 
 @dataclass(frozen=True)
 class Reject:

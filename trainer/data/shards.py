@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.data.payload import read_payload_into
+from trainer.data.tables import take_rows
 from trainer.errors import UserError
 from trainer.files import sha256_file, sha256_json, sync_file, write_file, write_json
 
@@ -134,7 +135,8 @@ def write_index(
     """
     order = pc.sort_indices(table, sort_keys=[("key", "ascending")])
     # in batches: one array of strings holds 2 GiB at most
-    batches = [table.take(order.slice(start, CHUNK_ROWS)) for start in range(0, len(order), CHUNK_ROWS)]
+    starts = range(0, len(order), CHUNK_ROWS)
+    batches = [take_rows(table, order.slice(start, CHUNK_ROWS).to_numpy()) for start in starts]
     ordered = pa.concat_tables([table.slice(0, 0), *batches])
 
     def write_arrow(path: Path) -> None:

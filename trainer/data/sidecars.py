@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.data.folders import EXTENSIONS, Found, check_inside, is_image_name, walk_files
-from trainer.data.records import BadRecord, Reject, read_sidecars, show_name
+from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
 from trainer.errors import UserError
 from trainer.post import Post, encode_key
 
@@ -62,6 +62,8 @@ def read_sidecar(folder: Path, found: Found, name: str) -> bytes:
     if not found.siblings[name] and not check_inside(folder, found.parent + name).is_file():
         raise BadRecord("bad_record", f"{show_name(name)} is not a regular file")
     try:
+        if (size := path.stat().st_size) > MAX_SIDECAR:
+            raise BadRecord("bad_record", f"{show_name(name)} has {size} bytes, above {MAX_SIDECAR}")
         return path.read_bytes()
     except OSError as error:
         raise BadRecord("bad_record", f"{show_name(name)} cannot be read: {error.strerror}") from error

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainer.data.folders import walk_files
-from trainer.data.records import BadRecord, Reject, read_sidecars, show_name
+from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
 from trainer.data.tar_headers import Damage, Member, walk_tar
 from trainer.errors import UserError
 from trainer.post import Post, TarMember, encode_key
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # what webdataset's own tools call images, as far as we read them
 SIDECARS = ("json", "txt")
-MAX_SIDECAR = 2**22  # bytes
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 

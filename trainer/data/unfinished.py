@@ -18,13 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.inputs import INPUTS_NAME, STAT_FIELDS, read_table
+from trainer.data.inputs import INPUTS_NAME, STAT_FIELDS
 from trainer.data.shards import LATENT_FIELDS, QUARANTINE_NAME, ShardFile, shard_name, shard_number
+from trainer.data.tables import read_table, read_told, write_table
 from trainer.errors import UserError
-from trainer.files import sha256_file, write_file, write_json
+from trainer.files import sha256_file, write_json
 
 # every sample that a tar holds, and the size and time of the image file that it was made from
 LATENTS_SCHEMA = pa.schema([*LATENT_FIELDS, *STAT_FIELDS])
+STAT = tuple(field.name for field in STAT_FIELDS)
+SETTINGS_NAME = "settings.json"
+MAIN_BYTE, OTHERS_BYTE = 0, 1  # of the lock file: held by the main process, and shared by the others
 UNKNOWN = -1  # a size or time that is not recorded, and a place in no table
 
 
@@ -124,7 +128,9 @@ def hold_work(work: Work, folder: Path) -> Iterator[None]:
     make_folders(work)
     with (work.folder / "lock").open("w") as lock:
         try:  # not flock: decoding processes would inherit it, and hold it for a moment when this one is killed
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, OTHERS_BYTE)  # whose main process may be dead
+            fcntl.lockf(lock, fcntl.LOCK_UN, 1, OTHERS_BYTE)
         except OSError as error:
             raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
         try:
@@ -132,6 +138,14 @@ def hold_work(work: Work, folder: Path) -> Iterator[None]:
         finally:
             if holds_nothing(work):
                 shutil.rmtree(work.folder)
+
+
+@contextmanager
+def share_work(work: Work) -> Iterator[None]:
+    """Be one of the other processes of a preparation: while there is one, no new preparation begins."""
+    with (work.folder / "lock").open("r") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, OTHERS_BYTE)
+        yield
 
 
 def holds_nothing(work: Work) -> bool:
@@ -147,8 +161,8 @@ def make_folders(work: Work) -> None:
 
 def check_settings(work: Work, settings: dict[str, Any]) -> None:
     """Note what the work folder is for; refuse one that was begun with other settings."""
-    written = work.folder / "settings.json"
-    if written.exists():
+    written = work.folder / SETTINGS_NAME
+    if written.exists() and not holds_nothing(work):
         refuse_others(f"the unfinished {work.folder}", json.loads(written.read_text(encoding="utf-8")), settings)
     write_json(written, settings)
 
@@ -174,18 +188,20 @@ def plan_todo(work: Work, inputs: pa.Table, old: Stock, sha256: str, size: int) 
     rows = np.flatnonzero(~is_same_file(inputs, stock.latents, places))
     first = max((shard_number(shard.name) for shard in stock.shards), default=-1) + 1
     todo = Todo(rows, places[rows], first, size, sha256, sha256_file(work.store))
-    write_todo(work, todo)
-    for sidecar in work.rows.iterdir():  # what they say is in the store now
+    for sidecar in work.rows.iterdir():  # what they say is in the store now, which the todo of before does not know
         sidecar.unlink()
+    write_todo(work, todo)
     remove_strangers(work, todo)
     return todo
 
 
 def is_same_file(inputs: pa.Table, store: pa.Table, places: np.ndarray) -> np.ndarray:
-    """Whether each post's image is in the store, made from a file of the same size and time: bool (n,)."""
+    """Whether each post's image is in the store, made from a file of the same place, size and time: bool (n,)."""
     same = places != UNKNOWN
-    for name in ("image_size", "image_mtime_ns") if len(store) else ():
-        same &= inputs[name].to_numpy() == store[name].to_numpy()[np.maximum(places, 0)]
+    if len(store):
+        then = store.select(STAT).take(pa.array(np.maximum(places, 0)))
+        for name in STAT:
+            same &= pc.equal(inputs[name], then[name]).to_numpy()
     return same
 
 
@@ -212,22 +228,6 @@ def remove_strangers(work: Work, todo: Todo) -> None:
     for path in work.set.iterdir():
         if path.name not in names:
             path.unlink()
-
-
-def write_table(path: Path, table: pa.Table, told: dict[str, Any] | None = None) -> None:
-    """An Arrow file, whole or not at all; ``told`` goes into its schema's metadata."""
-    schema = table.schema.with_metadata({"told": json.dumps(told, ensure_ascii=False)} if told is not None else None)
-
-    def write(temporary: Path) -> None:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(table.cast(schema))
-
-    write_file(path, write)
-
-
-def read_told(table: pa.Table) -> dict[str, Any]:
-    """The ``told`` of ``write_table``."""
-    return json.loads(table.schema.metadata[b"told"])
 
 
 def write_stock(path: Path, stock: Stock, **more: Any) -> None:
@@ -264,15 +264,24 @@ def sidecar_path(work: Work, todo: Todo, chunk: int) -> Path:
 def write_done(work: Work, todo: Todo, chunk: int, done: Done) -> None:
     """Make a chunk count; its shard lies in its place already."""
     path = sidecar_path(work, todo, chunk)
-    write_stock(path, done.stock, set_aside=done.set_aside, filtered=done.filtered)
+    write_stock(path, done.stock, set_aside=done.set_aside, filtered=done.filtered, todo=identify(todo))
+
+
+def identify(todo: Todo) -> list[str]:
+    """What a sidecar says of the todo that its chunk is of."""
+    return [todo.inputs_sha256, todo.store_sha256]
 
 
 def is_done(work: Work, todo: Todo, chunk: int) -> bool:
-    """Whether a chunk's sidecar lies there, and its shard with the size that it had."""
+    """Whether a chunk's sidecar lies there, of this very todo, and its shard with the size that it had."""
     path = sidecar_path(work, todo, chunk)
-    return path.exists() and all(
-        (work.set / shard.name).is_file() and (work.set / shard.name).stat().st_size == shard.size
-        for shard in read_stock(path).shards
+    return (
+        path.exists()
+        and read_told(read_table(path))["todo"] == identify(todo)
+        and all(
+            (work.set / shard.name).is_file() and (work.set / shard.name).stat().st_size == shard.size
+            for shard in read_stock(path).shards
+        )
     )
 
 
