@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from trainer.buckets import Fit
+from trainer.buckets import Fit, Size
 from trainer.data.images import BadImage, pixels_to_tensor, read_bytes, read_header, read_pixels
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -50,6 +50,22 @@ def test_formats(tmp_path: Path, name: str, options: dict) -> None:
     assert (pixels.shape, pixels.dtype) == ((16, 32, 3), np.uint8)
     expected = np.array([RED, GREEN, BLUE, WHITE], dtype=int)
     assert np.abs(np.array(corners(pixels)) - expected).max() <= (8 if name.endswith("jpg") else 0)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [("png", "RGB"), ("png", "L"), ("png", "P"), ("bmp", "RGB"), ("gif", "P"), ("webp", "RGB"), ("jpg", "RGB"),
+     ("jpg", "CMYK")],
+)  # fmt: skip
+@pytest.mark.parametrize("resized", [(50, 40), (150, 120), (100, 80)])
+def test_the_bits_of_plain_pillow(tmp_path: Path, suffix: str, mode: str, resized: Size) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(noise).convert(mode))
+    method = Image.Resampling.BOX if resized[0] < 100 else Image.Resampling.LANCZOS
+    with Image.open(path) as opened:
+        expected = opened.convert("RGB").resize(resized, method).crop((3, 5, 35, 37))
+    pixels = read_pixels(read_bytes(path), Fit((32, 32), resized, 3, 5))
+    assert np.array_equal(pixels, np.asarray(expected))
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])

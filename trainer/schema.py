@@ -58,7 +58,7 @@ class DataConfig:
     posts: list[str] | None = None  # posts files, .jsonl or .parquet; null when images brings its own sidecars
     images: str | None = None  # folder of images, found by the post's `file` or its id
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
-    samples_per_shard: int = 2000
+    samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
     max_bad_fraction: float = 0.01  # preparation stops above this share of images set aside
     encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
     global_batch_size: int = 96  # samples of one optimizer step
