@@ -19,12 +19,13 @@ from million import list_shards, measure, name_shards
 from posts import make_rows, plain_config
 
 from trainer.captions import compose_caption, draw_caption
-from trainer.data.inputs import Inputs, read_table, survey_inputs
+from trainer.data.inputs import Inputs, survey_inputs
 from trainer.data.merge import merge_set
 from trainer.data.plan import Plan
 from trainer.data.shards import open_index
 from trainer.data.survey import take_captions
-from trainer.data.unfinished import LATENTS_SCHEMA, Stock, Work, make_folders, plan_todo, write_stock
+from trainer.data.tables import read_table
+from trainer.data.unfinished import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
 from trainer.post import Post, TarMember, read_post
 from trainer.rng import rng
 from trainer.schema import FiltersConfig
@@ -96,9 +97,7 @@ def write_latents(folder: Path) -> None:
         "offset": pa.array(numbers % 2000 * 131_072),
         "bucket_width": pa.array(sides[:, 0]),
         "bucket_height": pa.array(sides[:, 1]),
-        "image_size": inputs["image_size"].combine_chunks(),
-        "image_mtime_ns": inputs["image_mtime_ns"].combine_chunks(),
-    }
+    } | {name: inputs[name].combine_chunks() for name in STAT}
     filler = pa.array(np.full(count, 2048))
     table = pa.table([columns.get(field.name, filler).cast(field.type) for field in LATENTS_SCHEMA], LATENTS_SCHEMA)
     write_stock(work.store, Stock(table, list_shards(work.set, count)))
