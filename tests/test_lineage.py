@@ -62,7 +62,7 @@ def test_no_folder_of_the_users_gets_in():
         ("/home/someone/images", "images"),
         ("/Users/someone/x/y/z", "y/z"),
         ("C:\\Users\\someone\\m", "m"),
-        ("/home/someone", "home"),
+        ("/Users/someone", "Users"),
         ("/data/home/someone/m", "m"),
         ("~someone/m", "m"),
         ("${oc.env:HOME,/mnt/data/x/y}", "${oc.env:HOME,x/y}"),

@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_publish import SOURCE, change, parts, request_of, run, stages, stand_in
 
 from trainer.errors import UserError
 from trainer.export import export
 from trainer.lineage import complete_lineage, shorten_paths
+from trainer.models.base import LazyFile
 from trainer.publish import Request, publish
+from trainer.published_folder import check_folder
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
 
@@ -72,6 +75,70 @@ def test_prompts_and_tags_are_no_paths(text: str) -> None:
         "filters": {"required_tags": [text]}, "publish": {"title": text, "author": text}, "run": {"stage": text},
     }  # fmt: skip
     assert shorten_paths(kept) == kept
+
+
+# --- what no stranger should see
+
+PRIVATE = [
+    ("a token", "a token hf_" + "A1" * 15), ("a token", "ghp_" + "b2" * 18), ("a token", "sk-proj-" + "c" * 24),
+    ("a token", "AKIA" + "ABCD" * 4), ("a private key", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+    ("a password or key", "api_key: 0123456789abcdef0123"), ("a password or key", "WANDB_API_KEY=0123456789abcdef0123"),
+    ("a password or key", '"token": "0123456789abcdef01"'), ("a name and password", "https://me:pass@example.org/x"),
+    ("an absolute path", "see /home/someone/models/x"), ("an absolute path", "images: /data/anime"),
+    ("an absolute path", "'/mnt/a/b.txt'"), ("an absolute path", "~/models/x"), ("an absolute path", "file:///x"),
+    ("a token", "npm_" + "a1" * 18), ("a token", "r8_" + "a1" * 18), ("a token", "sk_live_" + "a1" * 10),
+    ("a token", "ya29." + "a1" * 18), ("a token", "api_org_" + "a1" * 15), ("a token", "Bearer " + "a1" * 12),
+    ("a token", "my_hf_" + "a1" * 15), ("an absolute path", "C:\\\\Users\\\\someone\\\\m"),
+    ("an absolute path", "C:/Users/someone/models"), ("an absolute path", "model:/home/someone/x/y"),
+    ("an absolute path", ">/home/someone/x"), ("an absolute path", "**/home/someone/x**"),
+    ("an absolute path", "//home/someone/x"), ("an absolute path", "/alpha/beta/gamma"),
+    ("an absolute path", "https://example.org/a /home/someone/x"),
+    ("an absolute path", "C:\\Users\\someone"), ("an absolute path", "\\\\server\\share"),
+]  # fmt: skip
+HARMLESS = [
+    "https://example.org/a/b/c", "1girl/1boy", "and/or", "owner/name", "keep_tokens_separator: '|||'", "^_^ o/ \\o/",
+    "max_token_length: 225", "${run.output_dir}/stage1/export", "[LICENSE.md](LICENSE.md)", "0123456789abcdef" * 4,
+    "1girl, /o/, smile", "/day/night", "/a/", "x:\\d", "/s/ name", "secret: masterpiece_best_quality",
+    "token: stage1_feature_alignment", "https://people.example.org/~me/model/", "https://example.org/#/models/12",
+    "https://example.org/?d=/a/b", "https://example.org/?d=/home/x/y", "\\(fate\\)", "~hatsune miku, fate/stay night",
+    "bos_token: <|startoftext|>", "masterpiece, best quality", "a ~ b", "10:30", "runs/x/export/y", "`configs/`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "text"), PRIVATE)
+def test_secrets_and_paths_are_found_in_every_kind_of_file(tmp_path: Path, what: str, text: str) -> None:
+    (tmp_path / "CHANGES.md").write_text(f"first line\n{text}\n")
+    (tmp_path / "lineage.json").write_text(json.dumps({"a": [{"b": text}]}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "m.safetensors", {"trainer.recipe": json.dumps({"c": {"d": text}})})
+    with pytest.raises(UserError) as caught:
+        check_folder(tmp_path, "m")
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith(f"  {what}")]  # told once
+    assert line.endswith("in CHANGES.md line 2, lineage.json a.0.b, m.safetensors trainer.recipe.c.d")
+    if what != "an absolute path":
+        assert text not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_harmless_texts_are_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "CHANGES.md").write_text(f"{text}\n")
+    (tmp_path / "lineage.json").write_text(json.dumps({"a": text}))
+    check_folder(tmp_path, "m")
+
+
+def test_keys_and_tensor_names_are_read_too(tmp_path: Path) -> None:
+    path = "/home/someone/x"
+    (tmp_path / "lineage.json").write_text(json.dumps({"a": {path: 1}}))
+    save_file({path: torch.zeros(1)}, tmp_path / "m.safetensors", {f"{path}/2": "x"})
+    with pytest.raises(UserError) as caught:
+        check_folder(tmp_path, "m")
+    for place in ("lineage.json a, a key", "m.safetensors tensor names", f"m.safetensors {path}/2"):
+        assert place in str(caught.value)
+
+
+@pytest.mark.parametrize("title", ["[Beta] Anime XL", "{x", "1girl, /o/, smile"])
+def test_titles_may_look_like_something_else(request_of: Request, title: str) -> None:
+    folder, _ = publish(request_of, [SOURCE, f"publish.title='{title}'"])
+    assert LazyFile(folder / "stage2.safetensors").metadata["modelspec.title"] == title
 
 
 # --- damaged exports

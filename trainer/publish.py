@@ -211,7 +211,7 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         changes = write_changes(release.title, release.stages, release.config.publish.dtype, vae)
         write_text(temporary / "CHANGES.md", changes)
         write_text(temporary / "README.md", write_card(release))
-        check_folder(temporary, release.config.run.name)
+        check_folder(temporary, release.config.run.name, folder)
         write_sums(temporary)
         if not folder.exists():
             for path in temporary.rglob("*"):
