@@ -3,16 +3,21 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_publish import SOURCE, change, parts, request_of, run, stages, stand_in
+from test_publish import SOURCE, change, parts, request_of, run, stages, stand_in, write_png
 
+from trainer.artefacts import write_tokenizer
+from trainer.base_terms import read_terms
+from trainer.drawing import default_folder
 from trainer.errors import UserError
 from trainer.export import export
+from trainer.licence import Terms, find_base_refusals
 from trainer.lineage import complete_lineage, shorten_paths
-from trainer.models.base import LazyFile
+from trainer.models.base import Base, LazyFile
 from trainer.publish import Request, publish
 from trainer.published_folder import check_folder
 
@@ -100,7 +105,7 @@ HARMLESS = [
     "max_token_length: 225", "${run.output_dir}/stage1/export", "[LICENSE.md](LICENSE.md)", "0123456789abcdef" * 4,
     "1girl, /o/, smile", "/day/night", "/a/", "x:\\d", "/s/ name", "secret: masterpiece_best_quality",
     "token: stage1_feature_alignment", "https://people.example.org/~me/model/", "https://example.org/#/models/12",
-    "https://example.org/?d=/a/b", "https://example.org/?d=/home/x/y", "\\(fate\\)", "~hatsune miku, fate/stay night",
+    "https://example.org/?d=/a/b", "https://example.org/?d=/mnt/x/y", "\\(fate\\)", "~hatsune miku, fate/stay night",
     "bos_token: <|startoftext|>", "masterpiece, best quality", "a ~ b", "10:30", "runs/x/export/y", "`configs/`",
 ]  # fmt: skip
 
@@ -191,3 +196,55 @@ def test_without_a_checkpoint_a_title_cannot_be_changed(run: Path, request_of: R
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="gone, so that its title cannot be changed any more"):
         publish(request_of, [SOURCE, "publish.title=Mine"])
+
+
+# --- what else is refused or left out
+
+
+@pytest.mark.parametrize(
+    ("model", "fits"),
+    [("stage2-step-00000030-fp16", True), ("stage2-step-00000020-fp16", False), ("other", False), (None, True)],
+)
+def test_samples_are_the_published_models(request_of: Request, tmp_path: Path, model: str | None, fits: bool) -> None:
+    write_png(tmp_path / "drawn/a.png", prompt="x", settings=json.dumps({"model": model} if model else {}))
+    request = change(request_of, samples=tmp_path / "drawn")
+    if fits:
+        assert publish(request, [SOURCE])[1].samples
+    else:
+        with pytest.raises(UserError, match=r"a\.png was drawn by .*, and step 30 of stage2 is published: draw it"):
+            publish(request, [SOURCE])
+
+
+def test_an_out_that_is_no_new_folder(request_of: Request) -> None:
+    with pytest.raises(UserError, match=r"--out \. is a folder that exists"):
+        publish(change(request_of, out=Path()), [SOURCE])
+
+
+def test_a_blank_acknowledgement_is_none(request_of: Request) -> None:
+    with pytest.raises(UserError, match="--acknowledge-base-terms is empty"):
+        publish(change(request_of, acknowledged=" "), [SOURCE])
+
+
+def test_a_card_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8-sig")
+    assert read_terms(tmp_path, "m").name == "cc-by-nc-4.0"
+    told = find_base_refusals(Terms("m", "no commercial use"), "I do not care")
+    assert "which forbids" in next(told)
+
+
+def test_a_tokenizer_leaves_its_makers_disk_behind(tmp_path: Path, tiny_base: Path) -> None:
+    source = Path(shutil.copytree(tiny_base / "tokenizer", tmp_path / "source"))
+    write_tokenizer(tmp_path / "plain", source, "tokenizer")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "plain" / name, source / name)
+    said = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(said | {"name_or_path": "/home/someone/x"}))
+    write_tokenizer(tmp_path / "again", source, "tokenizer")
+    assert json.loads((tmp_path / "again/tokenizer_config.json").read_text()) == said
+
+
+def test_a_published_folder_takes_no_samples(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("")
+    source = SimpleNamespace(base=Base("m", tmp_path / "m.safetensors", None))
+    with pytest.raises(UserError, match="say where with --out DIR"):
+        default_folder([source])  # type: ignore[list-item]

@@ -118,7 +118,7 @@ def read_header(card: Path) -> dict[str, Any]:
     Raises:
         UserError: when it cannot be read.
     """
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     match = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, flags=re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else {}

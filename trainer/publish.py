@@ -22,7 +22,7 @@ from trainer.errors import UserError
 from trainer.export import build_export, write_diffusers, write_single_file
 from trainer.export_check import check_export
 from trainer.files import sync_file, sync_folder, temporary_path, write_json, write_text
-from trainer.gallery import read_samples
+from trainer.gallery import Sample, read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
@@ -92,9 +92,28 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     )
     if request.samples and not release.samples:
         raise UserError(f"--samples {request.samples} holds no PNG")
+    check_samples(release.samples, weights, config.run.name)
     folder = request.out or request.run / "published" / config.run.name
+    if not folder.name or folder.name == "..":
+        raise UserError(f"--out {folder} is a folder that exists: name a new one")
     texts = {name: text for name, (_, text) in licences.items()}
     return build_folder(folder, release, weights, texts), release
+
+
+def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None:
+    """Refuse images that say that another model drew them; those that say nothing of it pass.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for sample in samples:
+        model = sample.settings.get("model")
+        exports = {f"{run}-step-{weights.step:08d}-{dtype}" for dtype in ("fp16", "bf16", "fp32")}
+        if model is not None and model not in {*exports, run}:
+            raise UserError(
+                f"{sample.path} was drawn by {model}, and step {weights.step} of {run} is published: draw it again "
+                "with scripts/sample.py, or take it out of the folder"
+            )
 
 
 def name_full_precision(config: Config, wanted: bool) -> str | None:
