@@ -151,8 +151,9 @@ def usage(release: Release) -> Iterator[str]:
     yield "## Prompts"
     order = "characters, series, artists and then everything else"
     people = ", ".join(f"`{tag}`" for tag in config.captions.people[:1] + config.captions.people[6:8] if tag)
+    who = f"who ({people} and so on), " if people else ""
     yield (
-        f"Tags stand in the order of the training captions: who ({people} and so on), {order}"
+        f"Tags stand in the order of the training captions: {who}{order}"
         + (", the latter in any order, because it was shuffled." if config.captions.shuffle else ".")
     )
     yield "```\n1girl, character, series, everything else, year tag, rating tag, quality tag\n```"
