@@ -27,7 +27,7 @@ FLOORS: dict[float, str] = {
     2.5: "report_facts data.merge encoding",
     2.7: "report_sections",
     3: "data.loader optim checkpoint metrics sampling prepare report run_folder",
-    3.5: "run_records",
+    3.5: "run_records export_check",
     4: "training_step launch drawing",
     5: "progress",
     6: "loop export",

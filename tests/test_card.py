@@ -205,3 +205,8 @@ def test_a_cell_breaks_no_table() -> None:
 
 def test_v_prediction_is_said() -> None:
     assert "predicts v\n" in write_card(make_release("diffusion.prediction_type=v_prediction"))
+
+
+def test_without_tags_of_people_none_are_named() -> None:
+    said = section(write_card(make_release("captions.people=[]")), "Prompts")
+    assert "captions: characters, series" in said and "who" not in said

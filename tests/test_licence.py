@@ -236,3 +236,15 @@ def test_offline_the_cache_answers_or_says_so(tmp_path: Path, monkeypatch: pytes
         fetch_terms("owner/sdxl", "c0ffee")
     (tmp_path / "README.md").write_text(card(license="openrail++"))
     assert fetch_terms("owner/sdxl", "c0ffee") == Terms("owner/sdxl", OPENRAIL)
+
+
+def test_a_part_of_a_snapshot_is_not_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, the library gives what it has of a commit as if it had asked."""
+
+    def no_answer(*_: object, **__: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(base_terms, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(base_terms.HfApi, "model_info", no_answer)
+    with pytest.raises(UserError, match="could not be fetched from the hub: no route"):
+        fetch_terms("owner/sdxl", "c0ffee")

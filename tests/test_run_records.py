@@ -59,3 +59,11 @@ def test_a_checkpoint_carries_them(make_config: Callable[..., Config]) -> None:
     assert newest is not None
     lineage = read_train_state(newest)["lineage"]
     assert lineage["hardware"] == ["1 x cpu"] and lineage["hours"] >= 0 and lineage["started_at"].endswith("+00:00")
+
+
+def test_lines_at_other_steps_do_not_bring_lost_steps_back(tmp_path: Path) -> None:
+    """The first attempt wrote a line every 5 steps, the second, from 10, every 10."""
+    attempts = [attempt(1, 0, "1970-01-01T00:00:00+00:00"), attempt(2, 10, "1970-01-02T00:00:00+00:00")]
+    lines = [(5, 1, 1800.0), (10, 1, 3600.0), (15, 1, 7200.0), (20, 2, 86400.0 + 3600.0)]
+    write_records(tmp_path, attempts, lines)
+    assert read_work(tmp_path, 20).hours == 2.0

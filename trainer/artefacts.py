@@ -15,6 +15,7 @@ from trainer.files import sha256_file, write_bytes, write_text
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_PLACES = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}  # of its maker's disk
 HASH_KEY = "modelspec.hash_sha256"
 NO_HASH = "0x" + "0" * 64
 
@@ -69,7 +70,10 @@ def write_tokenizer(target: Path, source: Path, name: str) -> None:
     # settings that transformers 5 wrote, without the map, are not ones that transformers 4 understands
     own = source if present.issuperset(TOKENIZER_SETTINGS) else resources.files("trainer") / "assets/sdxl" / name
     for file in TOKENIZER_SETTINGS:
-        write_text(target / file, (own / file).read_text(encoding="utf-8"))
+        text = (own / file).read_text(encoding="utf-8")
+        said = json.loads(text)
+        kept = {key: value for key, value in said.items() if key not in TOKENIZER_PLACES}
+        write_text(target / file, text if kept == said else json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 def hash_files(folder: Path) -> dict[str, str]:

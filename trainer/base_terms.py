@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from trainer.errors import UserError
 from trainer.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
@@ -118,7 +118,7 @@ def read_header(card: Path) -> dict[str, Any]:
     Raises:
         UserError: when it cannot be read.
     """
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     match = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, flags=re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else {}
@@ -135,7 +135,10 @@ def fetch_terms(reference: str, revision: str) -> Terms:
     """
     try:
         folder = Path(snapshot_download(reference, revision=revision, allow_patterns=LICENCE_PATTERNS))
-        return read_terms(folder, reference)
+        terms = read_terms(folder, reference)
+        if terms.name is None and not terms.texts:  # offline, a part of a snapshot is given as if it were all
+            HfApi().model_info(reference, revision=revision)
+        return terms
     except HUB_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from trainer.buckets import list_buckets
-from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, table, training
+from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, table, training
 from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
 from trainer.schema import CaptionsConfig, Config
@@ -89,7 +89,9 @@ def build_header(release: Release) -> dict[str, Any]:
 def details(release: Release) -> Iterator[str]:
     """What it is and who made it from what."""
     last, first = release.stages[-1].lineage, release.stages[0].lineage
-    trained = ", then ".join(f"{stage.lineage['stage']} ({stage.lineage['step']} steps)" for stage in release.stages)
+    trained = ", then ".join(
+        f"{stage.lineage['stage']} ({count(stage.lineage['step'])} steps)" for stage in release.stages
+    )
     yield "## Model details"
     yield "\n".join(
         [
@@ -149,8 +151,9 @@ def usage(release: Release) -> Iterator[str]:
     yield "## Prompts"
     order = "characters, series, artists and then everything else"
     people = ", ".join(f"`{tag}`" for tag in config.captions.people[:1] + config.captions.people[6:8] if tag)
+    who = f"who ({people} and so on), " if people else ""
     yield (
-        f"Tags stand in the order of the training captions: who ({people} and so on), {order}"
+        f"Tags stand in the order of the training captions: {who}{order}"
         + (", the latter in any order, because it was shuffled." if config.captions.shuffle else ".")
     )
     yield "```\n1girl, character, series, everything else, year tag, rating tag, quality tag\n```"

@@ -40,11 +40,13 @@ def stage_rows(stage: Stage) -> dict[str, str]:
         "run": made["run"],
         "starts from": made["base"]["reference"],
         "its SHA-256": f"`{made['base']['sha256']}`",
-        "images": f"{made['images']:,}",
+        "images": count(made["images"]),
         "index fingerprint": f"`{made['index_fingerprint']}`",
-        "optimizer steps": f"{made['step']:,}",
+        "optimizer steps": count(made["step"]),
         "samples per step": str(value("data.global_batch_size")),
-        "epochs (samples seen / images)": f"{made['samples_seen'] / made['images']:.2f}",
+        "epochs (samples seen / images)": f"{made['samples_seen'] / made['images']:.2f}"
+        if made["samples_seen"] is not None and made["images"]
+        else NOT_RECORDED,
         "trained": ", ".join(PARTS[part] for part in trained),
         "learning rates": ", ".join(f"{number(rate)}" for rate in trained.values()),
         "rate schedule": f"{value('schedule.lr')}, warm-up of {value('schedule.warmup_steps')} steps",
@@ -88,7 +90,8 @@ def changes_of(stage: Stage) -> str:
         "Base": base_words(made["base"]),
         "Changed": f"weights of {', '.join(PARTS[part] for part in trained)}",
         "Not trained": ", ".join(kept),
-        "How": f"{made['step']:,} optimizer steps, {made['samples_seen']:,} samples seen, of {made['images']:,} images",
+        "How": f"{count(made['step'])} optimizer steps, {count(made['samples_seen'])} samples seen, of "
+        f"{count(made['images'])} images",
         "Data": f"index fingerprint `{made['index_fingerprint']}`",
         "Config": f"[{stage.config_file}]({stage.config_file})",
         "Code": f"version {made['code']['version']}, commit {commit_words(made['code'])}",
@@ -110,6 +113,11 @@ def commit_words(code: dict[str, Any]) -> str:
     if not code["commit"]:
         return NOT_RECORDED
     return f"`{code['commit']}`" + (" with changes that were not committed" if code["dirty"] else "")
+
+
+def count(value: int | None) -> str:
+    """A whole number with its thousands apart."""
+    return NOT_RECORDED if value is None else f"{value:,}"
 
 
 def number(value: Any) -> str:

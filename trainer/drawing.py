@@ -217,4 +217,6 @@ def default_folder(sources: Sequence[Source]) -> Path:
     """``samples`` beside the model, which of a run's export is where scripts/publish.py looks; of a hub id, here."""
     base = sources[0].base
     folder = Path() if base.revision else base.path.parent
+    if (folder / "SHA256SUMS").exists():
+        raise UserError(f"{folder} is a published folder, which its SHA256SUMS name whole: say where with --out DIR")
     return folder / ("samples" if len(sources) == 1 else "comparison")

@@ -77,8 +77,26 @@ def upload_once(api: HfApi, folder: Path, repo_id: str, *, private: bool, replac
             raise UserError(f"{repo_id} does not hold what was sent ({', '.join(wrong[:4])}); it is left as it was, "
                             "private if it was made now: do it again")  # fmt: skip
     if not private and info.private:
-        api.update_repo_settings(repo_id, private=False)
+        make_public(api, repo_id)
     return f"{api.endpoint}/{repo_id}"
+
+
+def make_public(api: HfApi, repo_id: str) -> None:
+    """The last step, when all files are there.
+
+    Raises:
+        UserError: when the Hub refuses it.
+    """
+    try:
+        api.update_repo_settings(repo_id, private=False)
+    except FAILURES as error:
+        if may_pass(error):
+            raise
+        reason = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
+        raise UserError(
+            f"all files are in {repo_id} and verified; only making it public failed: {reason}. Do it on the Hub, or "
+            "run the same command again with a token that may"
+        ) from None
 
 
 def hash_local(folder: Path) -> Hashes:

@@ -24,7 +24,9 @@ OTHER_NAMES = {
     "openrail": OPENRAIL,  # only with its two plus signs, see known_name
     "creativeml open rail m": OPENRAIL,
 }
-FORBIDDING = re.compile(r"\b(n[cd]|non ?commercial|research|no ?derivatives|all rights reserved|proprietary)\b")
+FORBIDDING = re.compile(
+    r"\b(n[cd]|non ?commercial|(no|not for) commercial|research|no ?derivatives|all rights reserved|proprietary)\b"
+)
 ACKNOWLEDGE = '--acknowledge-base-terms "what they are, and why you may publish"'
 
 
@@ -121,6 +123,9 @@ def find_refusals(
 def find_base_refusals(terms: Terms, acknowledged: str | None) -> Iterator[str]:
     """Why the base's own terms do not allow a publication, or not yet."""
     name = terms.name
+    if acknowledged is not None and not acknowledged.strip():
+        yield f"--acknowledge-base-terms is empty: say what they are: {ACKNOWLEDGE}"
+        return
     if name is None:
         if acknowledged is None:
             yield (

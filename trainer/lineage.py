@@ -2,7 +2,7 @@
 
 A plain dict of JSON values. It travels in checkpoints (``train_state.json``), in the metadata of single files and as
 ``lineage.json`` in diffusers folders, so that a published file can be traced back to the first base. Published files
-must not carry a user's folders: absolute paths are cut to their last two parts.
+must not carry a user's folders: absolute paths are cut to their last two parts, and to what follows a user's name.
 """
 
 import datetime
@@ -24,7 +24,16 @@ from trainer.schema import Config
 LINEAGE_KEY = "trainer.lineage"  # metadata of a single file
 LINEAGE_FILE = "lineage.json"  # in a diffusers folder
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
-ABSOLUTE = re.compile(r"(file://)?([/~\\]|[A-Za-z]:[\\/])")
+ABSOLUTE = re.compile(r"(file://)?(~[\w.-]*(/|$)|[/\\]|[A-Za-z]:[\\/])")
+DEFAULT = re.compile(r"(\$\{oc\.env:\w+,\s*['\"]?)([^${}'\"]+)")  # of an interpolation
+USERS = {"home", "users", "media"}  # folders in which each user has one
+# sections and fields of the config that are prose, prompts or tags, in which a slash makes no path
+PROSE = {"captions", "sampling", "filters", "stage", "title", "author", "prompt", "prompts", "negative_prompt", "tags"}
+RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
+RECORDED: dict[str, type | tuple[type, ...]] = {  # what a lineage tells of its run beside its name, config and base
+    "step": int, "samples_seen": int, "images": int, "started_at": str, "hours": (int, float),
+}  # fmt: skip
+TOLD = ("stage", "index_fingerprint", "written_at")  # texts, told as they are
 
 Lineage = dict[str, Any]
 
@@ -103,20 +112,25 @@ def read_versions() -> dict[str, str | None]:
 
 
 def shorten_paths(value: Any) -> Any:
-    """A JSON value with every absolute path in it cut to its last two parts, in keys' values at any depth."""
+    """A JSON value with every text that is an absolute path cut, at any depth; prose and prompts stay as they are."""
     if isinstance(value, dict):
-        return {key: shorten_paths(item) for key, item in value.items()}
+        return {key: item if key in PROSE else shorten_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [shorten_paths(item) for item in value]
     return shorten_path(value) if isinstance(value, str) else value
 
 
 def shorten_path(text: str) -> str:
-    """``/home/someone/models/sdxl/unet`` becomes ``sdxl/unet``; other texts stay."""
+    """``/home/someone/models/sdxl/unet`` becomes ``sdxl/unet``; other texts stay.
+
+    Of ``${oc.env:NAME,/default}`` the default is cut; ``/home/someone/images`` becomes ``images``.
+    """
     if not ABSOLUTE.match(text):
-        return text
+        return DEFAULT.sub(lambda match: match[1] + shorten_path(match[2]), text)
     parts = [part for part in re.split(r"[\\/]+", ABSOLUTE.sub("", text, count=1)) if part]
-    return "/".join(parts[-2:]) or text
+    named = max((place for place, part in enumerate(parts[:-1]) if part.lower() in USERS), default=None)
+    own = parts if named is None else parts[named + 2 :] or [parts[named]]
+    return "/".join(own[-2:]) or ("home" if text.startswith("~") else text)
 
 
 def read_lineage(path: Path) -> Lineage | None:
@@ -141,3 +155,37 @@ def read_lineage(path: Path) -> Lineage | None:
     if not isinstance(lineage, dict | None):
         raise UserError(f"the lineage of {path} is damaged: it must be a JSON object")
     return lineage
+
+
+def complete_lineage(lineage: Lineage) -> Lineage:
+    """A lineage with all that cards and licences ask for at every stage; None where it is not recorded.
+
+    Earlier stages come from other people's files: their run's name becomes a file's name, so it must be one.
+
+    Raises:
+        UserError: for a run's name that is none, or a part that is not what it should be.
+    """
+    name, config, base = lineage.get("run"), lineage.get("config"), lineage.get("base")
+    if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+        raise UserError(
+            f"the lineage names a run {name!r}, which can name no file (letters, digits, . _ and -): it is damaged, or "
+            "its base's file was not made by this trainer"
+        )
+    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        raise UserError(f"the lineage of {name} has no config, without which its card cannot be written")
+    known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("reference", "sha256"))
+    if not isinstance(base, dict) or not known or not isinstance(before := base.get("lineage"), dict | None):
+        raise UserError(f"the lineage of {name} does not say which base it began with (reference, sha256, lineage)")
+    code, hardware = lineage.get("code"), lineage.get("hardware")
+    code = code if isinstance(code, dict) else {}
+    return {
+        **lineage,
+        **{key: value if isinstance(value := lineage.get(key), kind) else None for key, kind in RECORDED.items()},
+        **{key: text if isinstance(text := lineage.get(key), str) else "not recorded" for key in TOLD},
+        "hardware": [str(device) for device in hardware] if isinstance(hardware, list) else [],
+        "code": {key: code.get(key) for key in ("version", "commit", "dirty")},
+        "base": base | {
+            "revision": base.get("revision") if isinstance(base.get("revision"), str) else None,
+            "lineage": complete_lineage(before) if before is not None else None,
+        },
+    }  # fmt: skip

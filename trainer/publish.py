@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
 
-from trainer.artefacts import check_stamp, hash_files
+from trainer.artefacts import hash_files
 from trainer.base_terms import find_terms
 from trainer.card import Release, write_card
 from trainer.card_stages import Stage, write_changes
@@ -21,10 +20,11 @@ from trainer.checkpoint import find_newest, read_train_state, step_of, verify_ch
 from trainer.config import load_config
 from trainer.errors import UserError
 from trainer.export import build_export, write_diffusers, write_single_file
+from trainer.export_check import check_export
 from trainer.files import sync_file, sync_folder, temporary_path, write_json, write_text
-from trainer.gallery import read_samples
+from trainer.gallery import Sample, read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
-from trainer.lineage import LINEAGE_FILE, Lineage, read_lineage, shorten_paths
+from trainer.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
 from trainer.run_records import Work, read_work
 from trainer.schema import Config
@@ -64,10 +64,11 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     """
     config = read_publish_config(request.run, overrides)
     weights = find_weights(request.run, config)
+    lineage = complete_lineage(weights.lineage)
     places = [config.model.pretrained]
     if weights.checkpoint is not None:
         places.insert(0, read_train_state(weights.checkpoint)["base"]["reference"])  # the lineage shortens paths
-    terms = find_terms(weights.lineage, places, request.base)
+    terms = find_terms(lineage, places, request.base)
     given = read_licence_files(list(request.license_files))
     brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
     refusals = find_refusals(
@@ -80,7 +81,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     licences = collect_licences(terms, brought | given)
     release = Release(
         config=config,
-        stages=list(find_stages(request.run, weights.lineage)),
+        stages=list(find_stages(request.run, lineage)),
         terms=terms,
         license_files={name: what for name, (what, _) in licences.items()},
         acknowledged=request.acknowledged,
@@ -91,9 +92,28 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     )
     if request.samples and not release.samples:
         raise UserError(f"--samples {request.samples} holds no PNG")
+    check_samples(release.samples, weights, config.run.name)
     folder = request.out or request.run / "published" / config.run.name
+    if not folder.name or folder.name == "..":
+        raise UserError(f"--out {folder} is a folder that exists: name a new one")
     texts = {name: text for name, (_, text) in licences.items()}
     return build_folder(folder, release, weights, texts), release
+
+
+def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None:
+    """Refuse images that say that another model drew them; those that say nothing of it pass.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for sample in samples:
+        model = sample.settings.get("model")
+        exports = {f"{run}-step-{weights.step:08d}-{dtype}" for dtype in ("fp16", "bf16", "fp32")}
+        if model is not None and model not in {*exports, run}:
+            raise UserError(
+                f"{sample.path} was drawn by {model}, and step {weights.step} of {run} is published: draw it again "
+                "with scripts/sample.py, or take it out of the folder"
+            )
 
 
 def name_full_precision(config: Config, wanted: bool) -> str | None:
@@ -175,8 +195,8 @@ def find_stages(run: Path, lineage: Lineage) -> Iterator[Stage]:
     while (before := chain[-1][0]["base"]["lineage"]) is not None:
         chain.append((before, run_of_export(chain[-1][0]["base"]["reference"], before["run"])))
     for place, (made, folder) in enumerate(reversed(chain), start=1):
-        work = Work(made["started_at"], made["hours"], tuple(made.get("hardware", ())))
-        if work.hours is None and folder is not None:
+        work = Work(made["started_at"], made["hours"], tuple(made["hardware"]))
+        if work.hours is None and folder is not None and made["step"] is not None:
             work = read_work(folder, made["step"])
         yield Stage(made, work.hours, work.hardware, f"configs/{place}-{made['run']}.yaml")
 
@@ -210,7 +230,7 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         changes = write_changes(release.title, release.stages, release.config.publish.dtype, vae)
         write_text(temporary / "CHANGES.md", changes)
         write_text(temporary / "README.md", write_card(release))
-        check_folder(temporary, release.config.run.name)
+        check_folder(temporary, release.config.run.name, folder)
         write_sums(temporary)
         if not folder.exists():
             for path in temporary.rglob("*"):
@@ -230,8 +250,9 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
     """The single file and the diffusers layout, from the export that lies there, else from the checkpoint; and fp32."""
     config = release.config
     if weights.exported is not None:
-        check_export(weights, config)
-        for path in exported_paths(weights.exported, config):
+        paths = exported_paths(weights.exported, config)
+        check_export(paths, weights.lineage, weights.checkpoint, config)
+        for path in paths:
             if path.is_dir():
                 shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
             else:
@@ -252,29 +273,6 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
     if release.full_precision and config.publish.dtype != "fp32":
         single = dataclasses.replace(config, publish=dataclasses.replace(config.publish, formats=["single_file"]))
         write_single_file(folder / release.full_precision, build_export(weights.checkpoint, state, single, "fp32"))
-
-
-def check_export(weights: Weights, config: Config) -> None:
-    """Refuse an export that is damaged or another checkpoint's, or that names another title, author or licence.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    assert weights.exported is not None
-    publish = config.publish
-    wanted = {"title": publish.title or config.run.name, "author": publish.author, "license": publish.license_name}
-    for path in exported_paths(weights.exported, config):
-        again = "move that export away, and it is made anew from the checkpoint"
-        if read_lineage(path) != weights.lineage:
-            raise UserError(f"{path} was made from another checkpoint than {weights.checkpoint}: {again}")
-        if path.is_dir():
-            continue
-        check_stamp(path)
-        with safe_open(path, framework="pt") as reader:
-            said = reader.metadata() or {}
-        for name, value in wanted.items():
-            if (found := said.get(f"modelspec.{name}")) != value:
-                raise UserError(f"{path} says {name} {found!r}, and {value!r} is to be published: {again}")
 
 
 def check_published(folder: Path, config: Config) -> None:

@@ -21,30 +21,55 @@ ALLOWED = (
     r"|configs/\d+-[A-Za-z0-9_][\w.-]*\.yaml|samples/[A-Za-z0-9_][\w.-]*\.png"
 )
 VOCABULARY = {"vocab.json", "merges.txt"}  # every letter and sign of the language, no sentence of anyone's
+CHUNKS = {"prompt", "negative_prompt", "settings"}  # a sample's texts: what is published is a list, here too
+# strings that look random, in which digits and letters mix: words joined by _ or - do not
+RANDOM = (
+    r"(?:(?=(?:[\w/+-]*?\d){3})(?=[\w/+-]*[A-Za-z])|(?=[\w/+-]*\d)(?=(?:[\w/+-]*?[A-Z]){2})(?=(?:[\w/+-]*?[a-z]){2}))"
+    r"[\w/+-]{16,}"
+)
+ROOTS = (
+    "home|Users|mnt|media|data|datasets|root|work|workspace|tmp|var|opt|srv|content|kaggle|scratch|usr|etc|private"
+    "|Volumes|run|proc|dev|notebooks|storage|export|exports|nfs|gpfs|lustre|projects"
+)
 SECRETS = {
     "a token": re.compile(
-        r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-[\w-]{20,}"
-        r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{10,}\.eyJ[\w-]{10,})"
+        r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}"
+        r"|glpat-[\w-]{20,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|npm_[A-Za-z0-9]{30,}"
+        r"|r8_[A-Za-z0-9]{30,}|[sr]k_live_[A-Za-z0-9]{16,}|ya29\.[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}"
+        r"|[Bb]earer\s+(?=[\w.~+/-]*\d)[\w.~+/-]{16,})"
     ),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
     "a password or key": re.compile(
-        r"(?i)(api[_-]?key|access[_-]?key|secret|passw(or)?d|token)[\"']?\s*[:=]\s*[\"']?[\w/+-]{16,}"
+        r"(?i:api[_-]?key|access[_-]?key|secret|passw(?:or)?d|token)[\"']?\s*[:=]\s*[\"']?" + RANDOM
     ),
     "a name and password in an address": re.compile(r"://[^/\s:@]+:[^/\s@]+@"),
     "an absolute path": re.compile(
-        r"(?<![\w.:/<>~})\]*-])/(?:[\w.@+-]+/)+[\w.@+-]*|\bfile://|(?<![\w~])~[\w-]*/[\w.]|(?<!\w)[A-Za-z]:\\\w|\\\\\w+\\\w"
+        # a known root and something in it; three parts of two letters or more, so that /o/ and /day/night are none
+        rf"(?<![\w./~}}<-])/{{1,2}}(?:{ROOTS})/+[\w.@+-]"
+        r"|(?<![\w./~})\]<-])/(?:[\w.@+-]{2,}/){2,}[\w.@+-]{2,}"
+        r"|\bfile://|(?<![\w~])~(?:[\w-]+/[\w.]{2,}|/[\w.-]{2,})"
+        r"|(?<!\w)[A-Za-z]:(?:\\{1,4}[\w.-]{2,}|/[\w.-]{2,}/[\w.-]{2,})|(?<![\w\\:])\\{2,4}[\w.-]{2,}\\{1,2}[\w.$-]{2,}"
     ),
 }
+ADDRESS = re.compile(r"https?://[^\s\"'<>`|)\]}]+")  # paths in it are the web's
+REMEDY = (
+    "a text that the training wrote (lineage.json, configs/, the weights' headers) stands in the checkpoint: change it "
+    "there, in train_state.json, move RUN/export away and publish again; a sample is drawn again or taken out; what "
+    "publish.* or --acknowledge-base-terms says is said otherwise"
+)
 
 
-def check_folder(folder: Path, run: str) -> None:
+def check_folder(folder: Path, run: str, named: Path | None = None) -> None:
     """Refuse a folder that holds anything but what is published, before it gets its name and before an upload.
+
+    ``named``: what messages call it, while it has another name.
 
     Raises:
         UserError: naming all files that do not belong there, links, or texts with secrets or paths in them.
     """
     allowed = re.compile(rf"{ALLOWED}|{re.escape(run)}(-fp32)?\.safetensors")
-    problems = []
+    problems: list[str] = []
+    found: dict[tuple[str, str], list[str]] = {}  # the same text stands in several files: it is told once
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
@@ -54,55 +79,88 @@ def check_folder(folder: Path, run: str) -> None:
         elif not path.is_file() or not allowed.fullmatch(name):
             problems.append(f"{name} is not a file that is published")
         else:
-            problems += [f"{name} holds {what}" for what in find_secrets(path)]
+            if path.suffix == ".png" and (strange := find_chunks(path) - CHUNKS):
+                problems.append(f"{name} holds {', '.join(sorted(strange))} beside {', '.join(sorted(CHUNKS))}: draw "
+                                "it with scripts/sample.py, or take it out")  # fmt: skip
+            for what, text, place in find_secrets(path):
+                found.setdefault((what, text), []).append(f"{name} {place}")
+    for (what, text), places in found.items():
+        shown = f" ({text})" if "path" in what else ""  # a secret is not repeated; a path is, so that it can be found
+        problems.append(f"{what}{shown} in {', '.join(places)}")
     if problems:
-        raise UserError(f"{folder} is not fit to be published:\n" + "\n".join(f"  {problem}" for problem in problems))
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        remedy = f"\n{REMEDY}" if found else ""
+        raise UserError(f"{named or folder} is not fit to be published:\n{listed}{remedy}")
 
 
-def find_secrets(path: Path) -> Iterator[str]:
-    """What no stranger should read in a file: in its text, in a .safetensors header, in a PNG's text chunks.
-
-    A secret is not repeated; a path is, so that it can be found.
-    """
-    for text in read_texts(path):
+def find_secrets(path: Path) -> Iterator[tuple[str, str, str]]:
+    """What no stranger should read in a file, the text itself, and where it stands: a line, or a key."""
+    for place, text in read_texts(path):
         for what, pattern in SECRETS.items():
-            if match := pattern.search(text):
-                line = text.count("\n", 0, match.start()) + 1
-                shown = f" ({match[0]})" if "path" in what else ""
-                yield f"{what}{shown} in line {line}"
+            searched = ADDRESS.sub("", text) if "path" in what else text
+            if match := pattern.search(searched):
+                line = searched.count("\n", 0, match.start()) + 1
+                shown = re.match(r"[^\s\"'`|,;)*\]}>]*", searched[match.start() :])
+                yield what, shown[0] if shown else match[0], place or f"line {line}"
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """Everything in a file that is text."""
+def read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(key, text) of everything in a file that is text; no key where it is text as a whole."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
-        for value in metadata.values():
-            yield from texts_of(json.loads(value)) if value.startswith(("{", "[")) else [value]
+            header = json.loads(file.read(length))
+        for key, value in header.pop("__metadata__", {}).items():
+            yield from texts_of(parse(value), key)
+        yield "tensor names", "\n".join(header)
     elif path.suffix == ".png":
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            yield from (str(value) for value in image.info.values() if isinstance(value, str | bytes))
+        for key, value in read_chunks(path).items():
+            yield from texts_of(parse(value), key)
     elif path.suffix == ".json" and path.name not in VOCABULARY:
-        yield from texts_of(json.loads(path.read_text(encoding="utf-8")))
+        yield from texts_of(json.loads(path.read_text(encoding="utf-8")), "")
     elif path.name not in VOCABULARY:
-        yield path.read_text(encoding="utf-8")
+        yield "", path.read_text(encoding="utf-8")
 
 
-def texts_of(value: object) -> Iterator[str]:
-    """All ``key: text`` pairs and texts in a JSON value; keys, because "token: ..." tells what a text is."""
+def parse(text: str) -> object:
+    """A text's JSON value if it is an object or a list, else the text: a title may begin with a bracket too."""
+    try:
+        value = json.loads(text) if text.startswith(("{", "[")) else text
+    except (ValueError, RecursionError):
+        return text
+    return value
+
+
+def texts_of(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of all texts in a JSON value and of its keys.
+
+    A text is told with its own key before it, because "token: ..." tells what a text is.
+    """
     if isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(item, str):
-                yield f"{key}: {item}"
-            else:
-                yield from texts_of(item)
+        for name, item in value.items():
+            yield f"{key}, a key" if key else "a key", name
+            yield from texts_of(item, f"{key}.{name}" if key else name)
     elif isinstance(value, list):
-        for item in value:
-            yield from texts_of(item)
+        for number, item in enumerate(value):
+            yield from texts_of(item, f"{key}.{number}")
     elif isinstance(value, str):
-        yield value
+        yield key, f"{key.rpartition('.')[2]}: {value}"
+
+
+def read_chunks(path: Path) -> dict[str, str]:
+    """The texts in a PNG: of text chunks, and whatever else Pillow finds there as text or bytes, such as EXIF."""
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()  # text chunks may also stand behind the pixels
+        said = {key: value for key, value in image.info.items() if isinstance(value, str | bytes)}
+    return {
+        str(key): value if isinstance(value, str) else value.decode("utf-8", errors="replace")
+        for key, value in said.items()
+    }
+
+
+def find_chunks(path: Path) -> set[str]:
+    """Names of a PNG's texts; "transparency" is none, Pillow only tells a palette's or a colour's in bytes."""
+    return read_chunks(path).keys() - {"transparency"}
 
 
 def write_sums(folder: Path) -> None:

@@ -22,14 +22,19 @@ def read_work(run_folder: Path, step: int) -> Work:
     """The work behind ``step`` completed steps.
 
     Of each attempt only the time counts whose steps are part of the result: from its start to its last line that no
-    later attempt made again. So lost steps do not count, and neither do pauses between attempts.
+    later attempt made again. So lost steps do not count, and neither do pauses between attempts. Which lines those are
+    is told by where the later attempts began: they may have written lines at other steps.
     """
     attempts = {entry["attempt"]: entry for entry in read_run(run_folder)["attempts"] if entry["first_step"] < step}
+    last = {
+        number: min([step, *(entry["first_step"] for later, entry in attempts.items() if later > number)])
+        for number in attempts
+    }
     metrics = run_folder / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else {}
     ends: dict[int, float] = {}
     for line in lines.values():
-        if line["step"] <= step and line["attempt"] in attempts:
+        if line["step"] <= last.get(line["attempt"], -1):
             ends[line["attempt"]] = max(line["time"], ends.get(line["attempt"], 0.0))
     used = [attempts[number] for number in sorted(ends)]
     if not used:

@@ -1,0 +1,98 @@
+"""Whether an export that lies in RUN/export is whole and says what is to be published now, before it is copied."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.artefacts import check_stamp
+from trainer.checkpoint import MODEL_FILE, verify_checkpoint
+from trainer.errors import UserError
+from trainer.lineage import Lineage, read_lineage
+from trainer.models.base import LazyFile, find_base, has_vae, read_state
+from trainer.models.sdxl import COMPONENTS, DTYPES
+from trainer.schema import Config
+
+
+def check_export(paths: Sequence[Path], lineage: Lineage, checkpoint: Path | None, config: Config) -> None:
+    """Refuse an export that is damaged or another checkpoint's, or that names another title, author or licence.
+
+    ``paths``: the single file and the folder, one of them or both; ``checkpoint``: the one they came from, if it is
+    still there.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    publish = config.publish
+    wanted = {"title": publish.title or config.run.name, "author": publish.author, "license": publish.license_name}
+    again = (
+        "move that export away, and it is made anew from the checkpoint"
+        if checkpoint
+        else "its checkpoint is gone, so that it cannot be made anew"
+    )
+    for path in paths:
+        if read_lineage(path) != lineage:
+            raise UserError(f"{path} was made from another checkpoint than {checkpoint or paths[0]}: {again}")
+        if path.is_dir():
+            check_folder(path, checkpoint, config, again)
+            continue
+        check_single_file(path, again)
+        for name, value in wanted.items():
+            if (found := LazyFile(path).metadata.get(f"modelspec.{name}")) != value:
+                way = again if checkpoint else f"its checkpoint is gone, so that its {name} cannot be changed any more"
+                raise UserError(f"{path} says {name} {found!r}, and {value!r} is to be published: {way}")
+
+
+def check_single_file(path: Path, again: str) -> None:
+    """Open a single file and compare it with its own hash.
+
+    Raises:
+        UserError: when it is truncated or damaged.
+    """
+    LazyFile(path)  # a truncated header, or fewer bytes than it names
+    try:
+        check_stamp(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from error
+
+
+def check_folder(path: Path, checkpoint: Path | None, config: Config, again: str) -> None:
+    """Compare a diffusers folder's weights with the single file beside it, else with what the checkpoint trained.
+
+    Raises:
+        UserError: when a file cannot be opened, or a tensor is another.
+    """
+    single = path.with_name(f"{path.name}.safetensors")
+    if single.is_file() and read_lineage(single) == read_lineage(path):
+        check_single_file(single, again)
+    else:
+        single = Path()
+    folder = find_base(str(path))
+    for part, component in [*COMPONENTS.items(), ("vae", "vae")]:
+        if component == "vae" and not has_vae(folder):
+            raise UserError(f"{path} has no vae/: {again}")
+        here = read_state(folder, component)
+        if single.is_file():
+            true = read_state(find_base(str(single)), component)
+        else:
+            true = dict(trained_tensors(part, checkpoint, config)) if checkpoint else {}
+        if wrong := next(differing(here, true), None):
+            raise UserError(f"{path / component} is damaged: {wrong} is not what was exported; {again}")
+
+
+def trained_tensors(part: str, checkpoint: Path, config: Config) -> Mapping[str, Tensor]:
+    """The tensors of a part that the checkpoint trained, in the dtype of the publication."""
+    verify_checkpoint(checkpoint)
+    trained = LazyFile(checkpoint / MODEL_FILE)
+    own = [name for name in trained if name.startswith(f"{part}.")]
+    return {name.removeprefix(f"{part}."): trained[name].to(DTYPES[config.publish.dtype]) for name in own}
+
+
+def differing(here: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of tensors that have another dtype, shape or value, or are not finite."""
+    for name, tensor in here.items():
+        other = true.get(name, tensor)
+        if tensor.dtype != other.dtype or not torch.equal(tensor, other):  # nan equals nothing, itself neither
+            yield name
+    yield from true.keys() - here.keys()
