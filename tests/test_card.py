@@ -127,6 +127,13 @@ def test_tables_of_tags_by_percentile_rating_and_column() -> None:
     assert tags["good"] == ["9 and above", "all"]
 
 
+def test_prompts_are_shown_as_they_are_and_only_tags_that_there_are() -> None:
+    sample = Sample(Path("a.png"), "saber \\(fate\\), ^_^, *x*, a\\|b", "[x]", {})
+    card = write_card(make_release("captions.years=[]", samples=[sample]))
+    assert r"saber \\(fate\\), ^\_^, \*x\*, a\\\|b" in section(card, "Samples") and r"\[x\]" in section(card, "Samples")
+    assert "\n1girl, character, series, everything else, rating tag, quality tag\n" in section(card, "Prompts")
+
+
 def test_settings_and_sizes_are_the_configs() -> None:
     card = write_card(make_release("sampling.guidance_scale=5.5", "sampling.num_inference_steps=20"))
     settings = rows(section(card, "Recommended settings"))

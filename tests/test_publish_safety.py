@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from test_publish import SOURCE, change, parts, request_of, run, stages, stand_in, write_png
 
 from trainer.artefacts import write_tokenizer
-from trainer.base_terms import read_terms
+from trainer.base_terms import find_terms, read_terms
 from trainer.drawing import default_folder
 from trainer.errors import UserError
 from trainer.export import export
 from trainer.licence import Terms, find_base_refusals
 from trainer.lineage import complete_lineage, shorten_paths
-from trainer.models.base import Base, LazyFile
+from trainer.models.base import Base, LazyFile, find_base, hash_base
 from trainer.publish import Request, publish
 from trainer.published_folder import check_folder
 
@@ -32,6 +32,17 @@ def change_lineage(folder: Path, **fields: object) -> None:
     said = json.loads(state.read_text())
     said["lineage"]["base"]["lineage"].update(fields)
     state.write_text(json.dumps(said))
+
+
+def test_a_base_that_is_given_in_vain_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    first = {"reference": "someone/first", "revision": None, "sha256": "0" * 64, "lineage": None}
+    near = {"reference": str(base), "revision": None, "sha256": hash_base(find_base(str(base)))}
+    lineage = {"base": near | {"lineage": {"run": "x", "base": first}}}
+    assert find_terms(lineage, [], None).name == "openrail++"
+    with pytest.raises(UserError, match="--base has no effect"):
+        find_terms(lineage, [], "someone/else")
 
 
 @pytest.mark.parametrize("name", ["x/../../../../../victim/config", "..", ".x", "a b", "", 7, "x\n"])

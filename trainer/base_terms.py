@@ -29,7 +29,7 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
         given: where the first base lies now, if the user says it.
 
     Raises:
-        UserError: when the first base is not where the lineage says, or is another.
+        UserError: when the first base is not where the lineage says, or is another; or when it is given in vain.
     """
     base: dict[str, Any] = lineage["base"]
     while True:
@@ -43,6 +43,8 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
         elif here is not None:
             terms = read_terms(here, base["reference"])
         if terms is not None and (terms.name is not None or is_first):
+            if given is not None:
+                raise UserError(f"--base has no effect: {base['reference']} itself says under which licence it is")
             return terms
         if is_first:
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from trainer.buckets import list_buckets
-from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, table, training
+from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, plain, table, training
 from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
 from trainer.schema import CaptionsConfig, Config
@@ -156,7 +156,9 @@ def usage(release: Release) -> Iterator[str]:
         f"Tags stand in the order of the training captions: {who}{order}"
         + (", the latter in any order, because it was shuffled." if config.captions.shuffle else ".")
     )
-    yield "```\n1girl, character, series, everything else, year tag, rating tag, quality tag\n```"
+    rules = {"year": config.captions.years, "rating": config.captions.ratings, "quality": config.captions.quality}
+    example = ["1girl", "character", "series", "everything else", *(f"{name} tag" for name in rules if rules[name])]
+    yield f"```\n{', '.join(example)}\n```"
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
     yield "## Recommended settings"
     yield table(
@@ -234,8 +236,8 @@ def gallery(samples: Sequence[Sample]) -> Iterator[str]:
             [
                 [
                     f"![{sample.path.stem}](samples/{sample.path.name})",
-                    sample.prompt,
-                    sample.negative_prompt,
+                    plain(sample.prompt),
+                    plain(sample.negative_prompt),
                     ", ".join(f"{key} {value}" for key, value in sample.settings.items()),
                 ]
                 for sample in samples

@@ -1,5 +1,6 @@
 """What the lineage says of each stage: the card's table of hyperparameters, CHANGES.md; and pieces of Markdown."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell(text) for text in line) + " |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is: prompts are full of its signs, as in ``saber \\(fate\\)`` and ``^_^``."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", text)
 
 
 def cell(text: str) -> str:
