@@ -68,6 +68,8 @@ def check_folder(path: Path, checkpoint: Path | None, config: Config, again: str
         check_single_file(single, again)
     else:
         single = Path()
+        if checkpoint:
+            verify_checkpoint(checkpoint)
     folder = find_base(str(path))
     for part, component in [*COMPONENTS.items(), ("vae", "vae")]:
         if component == "vae" and not has_vae(folder):
@@ -83,7 +85,6 @@ def check_folder(path: Path, checkpoint: Path | None, config: Config, again: str
 
 def trained_tensors(part: str, checkpoint: Path, config: Config) -> Mapping[str, Tensor]:
     """The tensors of a part that the checkpoint trained, in the dtype of the publication."""
-    verify_checkpoint(checkpoint)
     trained = LazyFile(checkpoint / MODEL_FILE)
     own = [name for name in trained if name.startswith(f"{part}.")]
     return {name.removeprefix(f"{part}."): trained[name].to(DTYPES[config.publish.dtype]) for name in own}
