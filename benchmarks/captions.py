@@ -23,7 +23,7 @@ from posts import load_base_tokenizers, make_rows, plain_config
 from transformers import CLIPTokenizer
 
 from trainer.data.draws import draw_sample_caption
-from trainer.models.text import TextTokenizer, tokenize_captions
+from trainer.data.tokens import TextTokenizer, tokenize_captions
 from trainer.schema import CaptionsConfig
 
 Rows = list[dict[str, Any]]

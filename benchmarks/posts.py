@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.config import load_config
 from trainer.data.shards import SCHEMA
-from trainer.models.text import TextTokenizer, load_tokenizers, read_bpe
+from trainer.data.tokens import TextTokenizer, load_tokenizers, read_bpe
 from trainer.schema import Config
 
 DEMO_POSTS = Path(__file__).parent.parent / "demo" / "posts.jsonl"

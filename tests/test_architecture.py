@@ -1,4 +1,4 @@
-"""The house's rules, read from the sources: floors, who may know which library, nothing executable, no long files."""
+"""The house's rules, read from the sources: layers, who may know which library, nothing executable, no long files."""
 
 import ast
 import re
@@ -10,30 +10,22 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 
-# A module imports only from floors below its own, never sideways. Half floors are where one floor has a cellar.
-FLOORS: dict[float, str] = {
-    -2: "errors schema",
-    -1: "config_rules",
-    0: "config files rng buckets post team licence data.payload models.single_file",
-    0.5: "data.tables artefacts card_stages models.hub data.records data.images",
-    0.6: "data.folders data.tar_headers",
-    0.7: "data.posts_files data.sidecars data.tars",
-    0.8: "data.hub_datasets data.kohya",
-    1: "captions diffusion lineage models.text models.vae models.base data.sources data.shards report_page "
-    "gallery published_folder hub_upload",
-    1.5: "data.decoders data.inputs",
-    2: "data.plan data.percentiles data.draws data.unfinished data.survey data.verify models.sdxl "
-    "lineage_tree pictures base_terms card",
-    2.5: "report_facts data.merge encoding",
-    2.7: "report_sections",
-    3: "data.loader optim checkpoint metrics sampling prepare report run_folder",
-    3.5: "run_records export_check",
-    4: "training_step launch drawing",
-    5: "progress",
-    6: "loop export",
-    7: "publish",
+# A folder imports only from lower layers, never from one of its own layer. Inside a folder there is no cycle.
+LAYERS = ("core", "config", "model data", "sample report", "train prepare", "release")
+LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
+# modules that are not in their folder yet
+WAITING = {
+    "core": "errors files rng team",
+    "config": "schema config_rules config",
+    "model": "models diffusion lineage lineage_tree checkpoint",
+    "data": "post captions buckets",
+    "sample": "sampling drawing pictures gallery",
+    "report": "report report_facts report_page report_sections data.survey",
+    "train": "loop training_step launch optim progress metrics run_folder run_records",
+    "prepare": "prepare data.inputs data.decoders encoding data.unfinished data.merge data.verify",
+    "release": "export artefacts export_check publish licence base_terms card card_stages published_folder hub_upload",
 }
-FLOOR_OF = {f"trainer.{name}": floor for floor, names in FLOORS.items() for name in names.split()}
+FOLDER_OF = {f"trainer.{name}": folder for folder, names in WAITING.items() for name in names.split()}
 KNOW_ACCELERATE = {f"trainer.{name}" for name in ("loop", "launch", "progress", "metrics", "prepare")}
 OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
@@ -54,6 +46,12 @@ def parse(path: Path) -> ast.Module:
 
 MODULES = {module_name(path): path for path in sources("trainer")}
 PACKAGES = {"trainer", "trainer.data", "trainer.models"}
+
+
+def folder_of(module: str) -> str | None:
+    """The folder of a module; None for the package itself."""
+    names = [name for name in FOLDER_OF if f"{module}.".startswith(f"{name}.")]
+    return FOLDER_OF[max(names, key=len)] if names else (module.split(".")[1:] or [None])[0]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -79,30 +77,33 @@ def imported_at_module_level(tree: ast.Module) -> Iterator[str]:
             waiting += ast.iter_child_nodes(node)
 
 
-def test_every_module_has_a_floor() -> None:
-    assert MODULES.keys() - PACKAGES - FLOOR_OF.keys() == set()
-    assert FLOOR_OF.keys() - MODULES.keys() == set()
-    assert sum(len(names.split()) for names in FLOORS.values()) == len(FLOOR_OF)  # and only one
+def own_imports(name: str) -> set[str]:
+    """The package's modules that a module imports."""
+    return {module for module in imported(parse(MODULES[name])) if module.split(".")[0] == "trainer"}
 
 
-def test_the_design_draws_the_same_floors() -> None:
-    text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
-    drawn = {
-        f"trainer.{name.strip()}": float(floor)
-        for floor, names in re.findall(r"^ ?(-?\d(?:\.\d)?) {2,4}(\S.* · .*|[a-z_]+)$", text, re.MULTILINE)
-        for name in names.split(" · ")
-    }
-    assert drawn == FLOOR_OF
+def test_every_module_lies_in_a_folder_with_a_layer() -> None:
+    assert {folder_of(module) for module in MODULES} == {None, *LAYER_OF}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_go_down_only(name: str) -> None:
-    own = {module for module in imported(parse(MODULES[name])) if module.split(".")[0] == "trainer"}
+    own = own_imports(name)
     if name in PACKAGES:
         assert own == set()  # else importing any module would import what the package does
         return
-    not_below = {module for module in own - PACKAGES if not FLOOR_OF[module] < FLOOR_OF[name]}
-    assert not_below == set(), f"{name} (floor {FLOOR_OF[name]}) imports from its own floor or above"
+    folder = folder_of(name)
+    assert folder is not None
+    allowed = {None, folder, *(other for other, layer in LAYER_OF.items() if layer < LAYER_OF[folder])}
+    upward = {module for module in own if folder_of(module) not in allowed}
+    assert upward == set(), f"{name} (in {folder}/) imports from its own layer or above"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    waiting = {name: own_imports(name) - {name, *PACKAGES} for name in MODULES}
+    while ready := {name for name, imports in waiting.items() if not imports & waiting.keys()}:
+        waiting = {name: imports for name, imports in waiting.items() if name not in ready}
+    assert waiting == {}, "these import each other in a circle"
 
 
 def test_the_package_knows_neither_scripts_nor_tests() -> None:

@@ -8,16 +8,8 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from trainer.diffusion import (
-    add_noise,
-    alphas_cumprod,
-    draw_noise,
-    draw_timestep,
-    loss_weights,
-    make_target,
-    sample_losses,
-    signal_to_noise,
-)
+from trainer.data.draws import draw_noise, draw_timestep
+from trainer.diffusion import add_noise, alphas_cumprod, loss_weights, make_target, sample_losses, signal_to_noise
 from trainer.rng import rng
 from trainer.schema import DiffusionConfig
 

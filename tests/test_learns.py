@@ -12,11 +12,12 @@ from PIL import Image
 
 from trainer.config import load_config
 from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.export import export
 from trainer.loop import train
 from trainer.models.base import find_base, read_config, read_state
 from trainer.models.sdxl import COMPONENTS, build_empty, rename_for
-from trainer.models.text import encode_prompts, load_tokenizers, tokenize_captions
+from trainer.models.text import encode_prompts
 from trainer.prepare import prepare
 
 REPOSITORY = Path(__file__).parent.parent

@@ -30,9 +30,9 @@ from trainer.data.survey import (
     measure_fits,
     take_captions,
 )
+from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.errors import UserError
 from trainer.models.base import find_base, find_tokenizers
-from trainer.models.text import EOS_TOKEN, load_tokenizer
 from trainer.report import Report, make_report, render, summarise, write_page
 from trainer.report_facts import thumbnail_size, walk_run
 from trainer.report_page import percent

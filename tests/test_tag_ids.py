@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.models import text
-from trainer.models.text import TagIds, TextTokenizer, load_tokenizers, tokenize_captions
+from trainer.data.tokens import TagIds, TextTokenizer, load_tokenizers, tokenize_captions
 
 REPOSITORY = Path(__file__).parent.parent
 ODD_TAGS = [
@@ -108,7 +107,7 @@ def test_a_tag_is_tokenized_once(tokenizers: tuple[TextTokenizer, TextTokenizer]
 def test_what_is_kept_is_bounded(
     tokenizers: tuple[TextTokenizer, TextTokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "MAX_KNOWN_PARTS", 10)
+    monkeypatch.setattr(tokens, "MAX_KNOWN_PARTS", 10)
     counting = Counting(tokenizers[0].tag_ids.bpe)
     tag_ids = TagIds(counting)
     sentence = "a sentence " * 10

@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.errors import UserError
-from trainer.models.text import (
+from trainer.data.tokens import (
     TextTokenizer,
     TokenChunks,
-    encode_prompts,
-    join_chunks,
     load_tokenizer,
     load_tokenizers,
     make_chunks,
     tokenize_captions,
 )
+from trainer.errors import UserError
+from trainer.models.text import encode_prompts, join_chunks
 
 BOS, EOS = 49406, 49407
 CLIP_1 = TextTokenizer(None, BOS, EOS, EOS)

@@ -3,7 +3,6 @@
 DDPM with SDXL's scaled-linear schedule. Recipe, section 6.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,22 +29,6 @@ def alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:
 def signal_to_noise(cumulative: Tensor) -> Tensor:
     """SNR of each timestep, alpha / (1 - alpha), fp32 (1000,)."""
     return cumulative / (1.0 - cumulative)
-
-
-def draw_noise(shape: tuple[int, int, int], noise_offset: float, generator: np.random.Generator) -> np.ndarray:
-    """Noise of one sample, fp32 (4, H/8, W/8), with one extra normal a channel times ``noise_offset``.
-
-    The pixel noise is drawn first, so that it is the same with and without an offset.
-    """
-    noise = generator.standard_normal(shape, dtype=np.float32)
-    if noise_offset:
-        noise += np.float32(noise_offset) * generator.standard_normal((shape[0], 1, 1), dtype=np.float32)
-    return noise
-
-
-def draw_timestep(config: DiffusionConfig, generator: np.random.Generator) -> int:
-    """A timestep, uniform over min_timestep .. max_timestep - 1."""
-    return int(generator.integers(config.min_timestep, config.max_timestep))
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, cumulative: Tensor) -> Tensor:

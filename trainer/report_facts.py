@@ -21,10 +21,10 @@ from trainer.data.plan import Plan, Unit
 from trainer.data.shards import Index, Row, read_raw_latents
 from trainer.data.sources import Reject, iterate_sources
 from trainer.data.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
+from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.errors import UserError
 from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.models.sdxl import DTYPES
-from trainer.models.text import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.models.vae import build_vae, decode_latents, scale_latents
 from trainer.post import Post
 from trainer.schema import Config

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from trainer.captions import compose_caption, draw_caption
-from trainer.diffusion import draw_noise, draw_timestep
 from trainer.rng import rng
 from trainer.schema import CaptionsConfig, DiffusionConfig
 
@@ -24,3 +23,19 @@ def draw_sample_timestep(key: str, pass_: int, seed: int, config: DiffusionConfi
 def draw_sample_noise(shape: tuple[int, int, int], key: str, pass_: int, seed: int, noise_offset: float) -> np.ndarray:
     """The noise of a sample in one pass, fp32 (4, H/8, W/8)."""
     return draw_noise(shape, noise_offset, rng("noise", seed, pass_, key))
+
+
+def draw_noise(shape: tuple[int, int, int], noise_offset: float, generator: np.random.Generator) -> np.ndarray:
+    """Noise of one sample, fp32 (4, H/8, W/8), with one extra normal a channel times ``noise_offset``.
+
+    The pixel noise is drawn first, so that it is the same with and without an offset.
+    """
+    noise = generator.standard_normal(shape, dtype=np.float32)
+    if noise_offset:
+        noise += np.float32(noise_offset) * generator.standard_normal((shape[0], 1, 1), dtype=np.float32)
+    return noise
+
+
+def draw_timestep(config: DiffusionConfig, generator: np.random.Generator) -> int:
+    """A timestep, uniform over min_timestep .. max_timestep - 1."""
+    return int(generator.integers(config.min_timestep, config.max_timestep))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from trainer.captions import column_tags, compose_caption, draw_caption, quality_tag, year_tag
 from trainer.data.shards import Row
-from trainer.models.text import TextTokenizer
+from trainer.data.tokens import TextTokenizer
 from trainer.post import TAG_CATEGORIES
 from trainer.rng import rng
 from trainer.schema import CaptionsConfig
