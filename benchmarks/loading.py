@@ -24,17 +24,10 @@ import webdataset
 from posts import load_base_tokenizers, make_rows, plain_config
 from torch.utils.data import DataLoader
 
+from trainer.data.index import Index, latents_shape, open_index, read_latents_into
 from trainer.data.loader import MicroBatches, load_batches
 from trainer.data.plan import Plan
-from trainer.data.shards import (
-    Index,
-    ShardWriter,
-    latents_shape,
-    open_index,
-    read_latents_into,
-    rows_to_table,
-    write_index,
-)
+from trainer.data.shards import ShardWriter, rows_to_table, write_index
 
 SAMPLES_PER_SHARD = 500
 MICRO_BATCH_SIZE = 16

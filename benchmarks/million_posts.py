@@ -19,10 +19,10 @@ from million import list_shards, measure, name_shards
 from posts import make_rows, plain_config
 
 from trainer.captions import compose_caption, draw_caption
+from trainer.data.index import open_index
 from trainer.data.inputs import Inputs, survey_inputs
 from trainer.data.merge import merge_set
 from trainer.data.plan import Plan
-from trainer.data.shards import open_index
 from trainer.data.survey import take_captions
 from trainer.data.tables import read_table
 from trainer.data.unfinished import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock

@@ -28,7 +28,7 @@ sys.path.append(str(ROOT / "scripts"))
 from make_demo_data import describe_drawing, read_metadata  # noqa: E402
 
 from trainer.config import load_config  # noqa: E402
-from trainer.data.shards import open_index  # noqa: E402
+from trainer.data.index import open_index  # noqa: E402
 from trainer.data.verify import verify_shards  # noqa: E402
 from trainer.files import sha256_file  # noqa: E402
 from trainer.prepare import prepare  # noqa: E402

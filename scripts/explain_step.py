@@ -10,9 +10,9 @@ from typing import Any
 
 from trainer.config import config_parser, finish_command_line, load_config
 from trainer.data.draws import draw_sample_caption, draw_sample_timestep
+from trainer.data.index import Index, open_index
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
-from trainer.data.shards import Index, open_index
 from trainer.errors import UserError, run_command
 from trainer.rng import philox_key
 from trainer.schema import Config

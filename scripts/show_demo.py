@@ -14,7 +14,7 @@ from trainer.buckets import fit_to_bucket
 from trainer.captions import compose_caption, draw_caption
 from trainer.config import load_config
 from trainer.data.images import read_bytes, read_pixels
-from trainer.data.shards import open_index
+from trainer.data.index import open_index
 from trainer.drawing import find_source, load_model
 from trainer.errors import run_command
 from trainer.files import write_file

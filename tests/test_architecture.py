@@ -21,7 +21,7 @@ WAITING = {
     "data": "post captions buckets",
     "sample": "sampling drawing pictures gallery",
     "report": "report report_facts report_page report_sections data.survey",
-    "train": "loop training_step launch optim progress metrics run_folder run_records",
+    "train": "loop training_step launch optim save resume progress metrics run_folder",
     "prepare": "prepare data.inputs data.decoders encoding data.unfinished data.merge data.verify",
     "release": "export artefacts export_check publish licence base_terms card card_stages published_folder hub_upload",
 }

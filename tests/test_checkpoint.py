@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from trainer import checkpoint
-from trainer.checkpoint import restore_checkpoint, save_checkpoint, verify_checkpoint
+from trainer import checkpoint, resume, save
+from trainer.checkpoint import restore_checkpoint, verify_checkpoint
 from trainer.errors import UserError
 from trainer.files import sha256_file
 from trainer.optim import build_optimizer
+from trainer.save import save_checkpoint
 from trainer.schema import OptimConfig
 
 OPTIMIZERS = {
@@ -133,7 +134,7 @@ def test_a_save_that_fails_leaves_the_newest_as_it_was(tmp_path: Path, monkeypat
     def full_disk(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full_disk)
+    monkeypatch.setattr(save, "write_json", full_disk)
     with pytest.raises(OSError, match="No space"):
         small_checkpoint(checkpoints, 2)
     assert checkpoint.list_checkpoints(checkpoints) == [saved]
@@ -143,11 +144,11 @@ def test_a_save_that_fails_leaves_the_newest_as_it_was(tmp_path: Path, monkeypat
 def test_retention_keeps_the_last_few_and_the_milestones(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         small_checkpoint(tmp_path, step)
-    checkpoint.retain_checkpoints(tmp_path, keep_last=2, keep_every_steps=20)
+    save.retain_checkpoints(tmp_path, keep_last=2, keep_every_steps=20)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
         "step-00000020", "step-00000040", "step-00000050",
     ]  # fmt: skip
-    checkpoint.retain_checkpoints(tmp_path, keep_last=1, keep_every_steps=None)
+    save.retain_checkpoints(tmp_path, keep_last=1, keep_every_steps=None)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000050"]
 
 
@@ -157,7 +158,7 @@ def test_a_checkpoint_set_aside_is_not_picked_up_again(tmp_path: Path) -> None:
     small_checkpoint(checkpoints, 2).rename(checkpoints / "step-00000002.bad")
     assert checkpoint.find_newest(tmp_path) == older
     small_checkpoint(checkpoints, 3)
-    checkpoint.retain_checkpoints(checkpoints, keep_last=1, keep_every_steps=None)
+    save.retain_checkpoints(checkpoints, keep_last=1, keep_every_steps=None)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002.bad", "step-00000003"]
 
 
@@ -201,28 +202,28 @@ FIXED = {"run.seed": 2, "data.global_batch_size": 8, "model.pretrained": "y", "s
 
 @pytest.mark.parametrize("key", CHANGEABLE)
 def test_what_may_change_on_resume(key: str) -> None:
-    checkpoint.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, CHANGEABLE[key]), "")
+    resume.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, CHANGEABLE[key]), "")
 
 
 @pytest.mark.parametrize("key", FIXED)
 def test_what_may_not_change_on_resume_is_named_with_both_values(key: str) -> None:
     section, name = key.split(".")
     with pytest.raises(UserError) as error:
-        checkpoint.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, FIXED[key]), "")
+        resume.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, FIXED[key]), "")
     assert f"{key}: {WRITTEN[section][name]!r} in the checkpoint, {FIXED[key]!r} now" in str(error.value)
 
 
 def test_the_length_is_fixed_where_the_rate_depends_on_it() -> None:
     cosine = changed("schedule.lr", "cosine")
     with pytest.raises(UserError, match=r"schedule.epochs: 2 in the checkpoint, 3 now"):
-        checkpoint.check_resumable(
+        resume.check_resumable(
             Path("c"), {"config": cosine, "config_digest": ""}, changed("schedule.epochs", 3, cosine), ""
         )
 
 
 def test_another_environment_is_noticed_without_storing_it() -> None:
     with pytest.raises(UserError, match="environment variable"):
-        checkpoint.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": "a"}, WRITTEN, "b")
+        resume.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": "a"}, WRITTEN, "b")
 
 
 def test_the_loss_scaler_comes_back() -> None:
@@ -234,9 +235,9 @@ def test_the_loss_scaler_comes_back() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    state = checkpoint.scaler_state(scaler)
+    state = save.scaler_state(scaler)
     assert state == {"scale": 512.0, "growth_tracker": 1}
     other = torch.amp.GradScaler("cpu")
-    checkpoint.restore_scaler(other, json.loads(json.dumps(state)))
+    resume.restore_scaler(other, json.loads(json.dumps(state)))
     assert other.state_dict() == scaler.state_dict()
-    assert checkpoint.scaler_state(None) is None
+    assert save.scaler_state(None) is None

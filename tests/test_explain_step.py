@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer.data.draws import draw_noise, draw_sample_noise
+from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_time_ids
 from trainer.data.plan import Plan, build_plan
-from trainer.data.shards import open_index
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.launch import vocab_sizes
 from trainer.models.base import find_base, find_tokenizers

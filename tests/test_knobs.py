@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer.checkpoint import find_newest, read_train_state
-from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.index import open_index, read_raw_latents
 from trainer.loop import train
 from trainer.prepare import prepare
 from trainer.schema import Config

@@ -11,7 +11,7 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from trainer.config import load_config
-from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.index import open_index, read_raw_latents
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.export import export
 from trainer.loop import train

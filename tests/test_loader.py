@@ -12,9 +12,9 @@ import pytest
 
 from trainer.captions import compose_caption, draw_caption
 from trainer.data.draws import draw_noise, draw_timestep
+from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_ahead, make_time_ids
 from trainer.data.plan import build_plan
-from trainer.data.shards import open_index
 from trainer.data.tokens import load_tokenizers
 from trainer.errors import UserError
 from trainer.launch import vocab_sizes

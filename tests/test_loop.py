@@ -17,8 +17,8 @@ from PIL import Image
 from trainer import loop
 from trainer.checkpoint import find_newest, read_train_state
 from trainer.data import loader
+from trainer.data.index import open_index
 from trainer.data.plan import build_plan
-from trainer.data.shards import open_index
 from trainer.errors import UserError
 from trainer.loop import train
 from trainer.metrics import read_metrics

@@ -36,7 +36,7 @@ from trainer import encoding
 from trainer import prepare as prepare_module
 from trainer.buckets import fit_image
 from trainer.data.images import pixels_to_tensor, read_bytes, read_pixels
-from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.index import open_index, read_raw_latents
 from trainer.data.unfinished import Work, hold_work, work_folder
 from trainer.errors import UserError
 from trainer.files import sha256_file

@@ -28,7 +28,7 @@ from posts_on_disk import (
 )
 
 from trainer import encoding, prepare
-from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.index import open_index, read_raw_latents
 from trainer.data.verify import verify_shards
 from trainer.errors import UserError
 from trainer.files import write_json

@@ -18,7 +18,7 @@ from test_prepare_again import add_posts, fork, kill, start_ranks
 
 from trainer import prepare
 from trainer.data import unfinished
-from trainer.data.shards import open_index
+from trainer.data.index import open_index
 from trainer.data.tables import read_table, take_rows, write_table
 from trainer.data.verify import verify_shards
 from trainer.errors import UserError

@@ -18,8 +18,9 @@ import trainer.report as report_module
 from trainer.buckets import fit_image
 from trainer.captions import compose_caption
 from trainer.data import shards
+from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
-from trainer.data.shards import ShardWriter, open_index, rows_to_table, write_index
+from trainer.data.shards import ShardWriter, rows_to_table, write_index
 from trainer.data.survey import (
     choose_rows,
     count_finished,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.checkpoint import find_newest, read_train_state
 from trainer.loop import train
-from trainer.run_records import Work, read_work
+from trainer.run_folder import Work, read_work
 from trainer.schema import Config
 
 GPU = "NVIDIA A100-SXM4-80GB"

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pytest
 import webdataset
 
+from trainer.data import index as index_module
 from trainer.data import shards
-from trainer.data.payload import npy_header
-from trainer.data.shards import Index, ShardWriter, open_index, read_raw_latents, rows_to_table, write_index
+from trainer.data.index import Index, npy_header, open_index, read_raw_latents
+from trainer.data.shards import ShardWriter, rows_to_table, write_index
 from trainer.errors import UserError
 
 # as the design's section "Index columns" has them; crc32 is unsigned, the content's hash a SHA-256 in hex
@@ -149,7 +150,7 @@ def test_an_index_travels_to_workers(index: Index) -> None:
 
 def test_few_descriptors_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path / "set", 1)
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(index_module, "MAX_OPEN_SHARDS", 2)
     index = open_index(tmp_path / "set")
 
     def open_tars() -> int:

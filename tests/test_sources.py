@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data.shards import open_index, read_raw_latents
+from trainer.data.index import open_index, read_raw_latents
 from trainer.data.sources import Reject, iterate_sources
 from trainer.errors import UserError
 from trainer.post import Post

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data import tokens
 from trainer.data.tokens import TagIds, TextTokenizer, load_tokenizers, tokenize_captions
 
 REPOSITORY = Path(__file__).parent.parent

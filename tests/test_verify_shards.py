@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trainer.data.shards import SCHEMA, Index, ShardWriter, open_index, rows_to_table, write_index
+from trainer.data.index import Index, open_index
+from trainer.data.shards import SCHEMA, ShardWriter, rows_to_table, write_index
 from trainer.data.verify import verify_shards
 from trainer.errors import UserError
 from trainer.files import sha256_file, write_json

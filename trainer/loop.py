@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
-from trainer import checkpoint
+from trainer.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
 from trainer.data.loader import Batch, load_batches
 from trainer.diffusion import alphas_cumprod
 from trainer.errors import UserError
@@ -28,9 +28,10 @@ from trainer.models.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.models.vae import build_vae
 from trainer.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.progress import Progress
-from trainer.run_folder import begin_attempt, lock_run, run_path
-from trainer.run_records import read_work
+from trainer.resume import check_resumable, restore_scaler
+from trainer.run_folder import begin_attempt, lock_run, read_work, run_path
 from trainer.sampling import make_grid, sample_images
+from trainer.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.schema import Config
 from trainer.training_step import Objective, StepResult, settle_gradient_buckets, training_step
 
@@ -108,16 +109,16 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
         UserError: when going on would not continue that run, or would overwrite another.
     """
     choice, path = inputs.config.checkpoint.resume, run_path(inputs.config)
-    newest = checkpoint.find_newest(path)
+    newest = find_newest(path)
     if choice == "never" and newest is not None:
         raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
     chosen = newest if choice in ("auto", "never") else Path(choice)
     if chosen is None:
         return None
-    state = checkpoint.read_train_state(chosen)
-    if newest is not None and checkpoint.read_train_state(newest)["step"] > state["step"]:
+    state = read_train_state(chosen)
+    if newest is not None and read_train_state(newest)["step"] > state["step"]:
         raise UserError(f"{path} has newer checkpoints than {chosen}; move them away, or choose another run.name")
-    checkpoint.check_resumable(chosen, state, inputs.config.written, inputs.config_digest)
+    check_resumable(chosen, state, inputs.config.written, inputs.config_digest)
     for what, before, now in (
         ("data set (index fingerprint)", state["index_fingerprint"], inputs.facts["index_fingerprint"]),
         ("base model (SHA-256)", state["base"]["sha256"], inputs.facts["base"]["sha256"]),
@@ -129,7 +130,7 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
                 "Put the old one back, or choose another run.name"
             )
     if inputs.accelerator.is_main_process:
-        checkpoint.verify_checkpoint(chosen)
+        verify_checkpoint(chosen)
     inputs.accelerator.wait_for_everyone()
     return Resumed(chosen, state["step"], state)
 
@@ -142,8 +143,8 @@ def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) ->
     optimizer = build_optimizer(sdxl, config.optim)
     skipped = {"all": 0, "in_a_row": 0}
     if resumed is not None:
-        checkpoint.restore_checkpoint(resumed.folder, sdxl, optimizer)
-        checkpoint.restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
+        restore_checkpoint(resumed.folder, sdxl, optimizer)
+        restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
         skipped = resumed.state["skipped_steps"]
     attempt, tracker_run_id = begin_attempt(
         run_path(config), config, inputs.facts, first, write=accelerator.is_main_process,
@@ -209,15 +210,15 @@ def save(run: Run, made: int) -> None:
             **run.inputs.facts,
             "config": config.written,
             "config_digest": run.inputs.config_digest,
-            "loss_scaler": checkpoint.scaler_state(accelerator.scaler),
+            "loss_scaler": scaler_state(accelerator.scaler),
             "skipped_steps": run.progress.skipped,
             "tracker_run_id": run.tracker_run_id,
             "lineage": build_lineage(
                 config, run.inputs.facts, made, started_at=work.started_at, hours=work.hours, hardware=work.hardware
             ),
         }
-        checkpoint.save_checkpoint(folder, run.sdxl, run.optimizer, state)
-        checkpoint.retain_checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
+        save_checkpoint(folder, run.sdxl, run.optimizer, state)
+        retain_checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
     accelerator.wait_for_everyone()
 
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from trainer import __version__
 from trainer.data.decoders import decoders
 from trainer.data.images import PIXEL_SETTINGS
+from trainer.data.index import open_index
 from trainer.data.inputs import Inputs, survey_inputs
 from trainer.data.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
-from trainer.data.shards import MANIFEST_NAME, NOTES_NAME, QUARANTINE_NAME, open_index
+from trainer.data.shards import MANIFEST_NAME, NOTES_NAME, QUARANTINE_NAME
 from trainer.data.sources import iterate_sources, name_sources
 from trainer.data.tables import read_table
 from trainer.data.unfinished import (

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.data.index import open_index
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import build_plan
-from trainer.data.shards import open_index
 from trainer.data.survey import (
     choose_rows,
     count_finished,

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from trainer.buckets import Fit, Size
 from trainer.data.draws import draw_sample_caption
 from trainer.data.images import BadImage, read_bytes, read_pixels
+from trainer.data.index import Index, read_raw_latents
 from trainer.data.plan import Plan, Unit
-from trainer.data.shards import Index, Row, read_raw_latents
+from trainer.data.shards import Row
 from trainer.data.sources import Reject, iterate_sources
 from trainer.data.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.index import Index
 from trainer.data.inputs import Inputs
 from trainer.data.shards import (
     CHUNK_ROWS,
@@ -24,7 +25,6 @@ from trainer.data.shards import (
     NOTES_NAME,
     QUARANTINE_NAME,
     SCHEMA,
-    Index,
     ShardFile,
     write_index,
 )

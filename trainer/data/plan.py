@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.shards import Index
+from trainer.data.index import Index
 from trainer.errors import UserError
 from trainer.rng import rng
 from trainer.schema import DataConfig

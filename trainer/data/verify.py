@@ -20,17 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from trainer.data.shards import (
-    INDEX_NAME,
-    LATENT_FIELDS,
-    LATENTS_NAME,
-    MANIFEST_NAME,
-    SCHEMA,
-    Index,
-    Row,
-    fingerprint_rows,
-    read_manifest,
-)
+from trainer.data.index import Index, read_manifest
+from trainer.data.shards import INDEX_NAME, LATENT_FIELDS, LATENTS_NAME, MANIFEST_NAME, SCHEMA, Row, fingerprint_rows
 from trainer.errors import UserError
 from trainer.files import sha256_file
 

@@ -1,0 +1,192 @@
+"""A set of shards opened: the Arrow index, and the reading of exactly one sample's bytes to where they are wanted."""
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, SCHEMA, Row
+from trainer.errors import UserError
+from trainer.files import sha256_file
+
+MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened set of shards. Threads share it; it pickles to its folder and manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index, (self.folder, self.manifest)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows, memory-mapped, sorted by key."""
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX_NAME))).read_all()
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
+        return dict(zip(self.table.column_names, self.table.columns, strict=True))
+
+    @cached_property
+    def _open_shard(self) -> Callable[[str], io.FileIO]:
+        """A shard by name, the latest ones kept open. One that drops out closes when the last reader is done."""
+        folder = self.folder  # not self: a cycle would keep all open
+        return lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: io.FileIO(folder / name))
+
+    @cached_property
+    def bucket_sizes(self) -> np.ndarray:
+        """(n, 2) int32, (width, height) of each row's bucket."""
+        return np.stack([self.table[f"bucket_{side}"].to_numpy() for side in ("width", "height")], axis=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the samples and what made them, whatever the sharding."""
+        return self.manifest["fingerprint"]
+
+    def row(self, number: int) -> Row:
+        """One row as a dict of plain Python values, the only one that is materialised."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        # value by value: slicing a table and listing its one row takes four times as long
+        return {name: column[int(number)].as_py() for name, column in self._columns.items()}
+
+
+def open_index(folder: str | Path) -> Index:
+    """Open a set of shards after checking that manifest, index and shards belong together.
+
+    Shards are checked by size here and sample by sample when read: hashing them all would read 166 GB.
+
+    Raises:
+        UserError: when a part is missing, of another format, or not the one the manifest lists.
+    """
+    folder = Path(folder)
+    index = Index(folder, read_manifest(folder))
+    problem = find_index_problem(index) or next(find_shard_problems(index), None)
+    if problem:
+        raise UserError(
+            f"{folder}: {problem}; start scripts/build_shards.py again if it was interrupted, else restore the folder, "
+            "or move it away"
+        )
+    return index
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete set of shards."""
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: make the shards first, with scripts/build_shards.py") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}, this program reads {FORMAT_VERSION}")
+    return manifest
+
+
+def find_index_problem(index: Index) -> str | None:
+    """Why index.arrow is not the manifest's, if so."""
+    path = index.folder / INDEX_NAME
+    if not path.is_file():
+        return f"{INDEX_NAME} is missing"
+    if sha256_file(path) != index.manifest["index_sha256"]:
+        return f"{INDEX_NAME} is not the one that {MANIFEST_NAME} names (its SHA-256 differs)"
+    if not index.table.schema.equals(SCHEMA):
+        return f"{INDEX_NAME} has other columns than this program's"
+    return None
+
+
+def find_shard_problems(index: Index) -> Iterator[str]:
+    """What is wrong with the shard files, as far as their names and sizes tell."""
+    listed = {shard["name"]: shard["size"] for shard in index.manifest["shards"]}
+    for name, size in listed.items():
+        path = index.folder / name
+        if not path.is_file():
+            yield f"shard {name} is missing"
+        elif path.stat().st_size != size:
+            yield f"shard {name} has {path.stat().st_size} bytes, {MANIFEST_NAME} says {size}"
+    for name in sorted(set(pc.unique(index.table["shard"]).to_pylist()) - set(listed)):
+        yield f"{INDEX_NAME} names shard {name}, {MANIFEST_NAME} does not list it"
+
+
+def read_raw_latents(index: Index, row: int) -> np.ndarray:
+    """One sample's raw latents, fp16 (4, H/8, W/8); see ``read_latents_into``."""
+    record = index.row(row)
+    raw_latents = np.empty(latents_shape(record), dtype=np.float16)
+    read_latents_into(raw_latents, index, record)
+    return raw_latents
+
+
+def latents_shape(record: Row) -> tuple[int, int, int]:
+    """(4, H/8, W/8) of a sample's latents."""
+    return 4, record["bucket_height"] // 8, record["bucket_width"] // 8
+
+
+def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> None:
+    """Read one sample's raw latents into an array of their shape: its bytes and nothing else are read.
+
+    Raises:
+        UserError: naming shard and key, when the bytes are not those that were written.
+    """
+    where = f"shard {index.folder}/{record['shard']}, key {record['key']}"
+    place = {name: record[name] for name in ("offset", "length", "crc32")}
+    try:
+        file = index._open_shard(record["shard"])
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    read_payload_into(raw_latents, file, **place, where=where)
+
+
+def read_payload_into(
+    raw_latents: np.ndarray, file: io.FileIO, *, offset: int, length: int, crc32: int, where: str
+) -> None:
+    """Fill a contiguous fp16 (4, H/8, W/8) array from the ``.npy`` of that shape at ``offset``.
+
+    Nothing but its bytes is read, and they are not copied again. ``where`` names the sample in errors.
+
+    Raises:
+        UserError: when the bytes are not those that were written.
+    """
+    written = npy_header(raw_latents.shape)
+    header = bytearray(len(written))
+    try:
+        read = os.preadv(file.fileno(), [header, raw_latents.data], offset)
+        found = zlib.crc32(raw_latents.data, zlib.crc32(header))
+        if (read, header, found) == (length, written, crc32):
+            return
+        # damaged, or of another shape or layout: read again as whatever it says it is
+        payload = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    if len(payload) != length or zlib.crc32(payload) != crc32:
+        raise UserError(f"{where}: the bytes are damaged (CRC-32 differs); restore this shard from a copy")
+    latents = np.load(io.BytesIO(payload), allow_pickle=False)
+    if latents.shape != raw_latents.shape or latents.dtype != np.float16:
+        expected = f"float16 {raw_latents.shape}"
+        raise UserError(f"{where}: holds {latents.dtype} {latents.shape}, the index says {expected}")
+    raw_latents[...] = latents
+
+
+@lru_cache(maxsize=256)  # one a bucket
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What NumPy writes before the numbers of fp16 latents."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
