@@ -19,6 +19,7 @@ from million import list_shards, measure, name_shards
 from posts import make_rows, plain_config
 
 from trainer.captions import compose_caption, draw_caption
+from trainer.core.rng import rng
 from trainer.data.index import open_index
 from trainer.data.inputs import Inputs, survey_inputs
 from trainer.data.merge import merge_set
@@ -27,7 +28,6 @@ from trainer.data.survey import take_captions
 from trainer.data.tables import read_table
 from trainer.data.unfinished import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
 from trainer.post import Post, TarMember, read_post
-from trainer.rng import rng
 from trainer.schema import FiltersConfig
 
 DISTINCT = 20_000  # posts that differ in more than their ids

@@ -28,9 +28,9 @@ sys.path.append(str(ROOT / "scripts"))
 from make_demo_data import describe_drawing, read_metadata  # noqa: E402
 
 from trainer.config import load_config  # noqa: E402
+from trainer.core.files import sha256_file  # noqa: E402
 from trainer.data.index import open_index  # noqa: E402
 from trainer.data.verify import verify_shards  # noqa: E402
-from trainer.files import sha256_file  # noqa: E402
 from trainer.prepare import prepare  # noqa: E402
 
 ADDED_EVERY = 20  # every so many posts one is held back, and added later

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from trainer.buckets import Fit, fit_image
+from trainer.core.files import sha256_bytes
 from trainer.data.decoders import Decoded, Task, decoders, look, start_pool
 from trainer.data.images import open_image, read_bytes, read_header, read_orientation, to_rgb
-from trainer.files import sha256_bytes
 from trainer.schema import BucketsConfig
 
 DRAWINGS = Path(__file__).parent.parent / "demo" / "images"

@@ -9,7 +9,7 @@ What the config's publish.formats lists is written into RUN/export. Nothing that
 import argparse
 from pathlib import Path
 
-from trainer.errors import run_command
+from trainer.core.errors import run_command
 from trainer.export import export
 
 

@@ -9,7 +9,7 @@ whole config.
 import argparse
 from pathlib import Path
 
-from trainer.errors import run_command
+from trainer.core.errors import run_command
 from trainer.lineage_tree import find_lineage, tell_lineage
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from trainer.card import Release
-from trainer.errors import UserError, run_command
+from trainer.core.errors import UserError, run_command
 from trainer.hub_upload import upload
 from trainer.publish import Request, check_published, publish
 

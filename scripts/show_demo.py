@@ -13,12 +13,12 @@ from PIL import Image
 from trainer.buckets import fit_to_bucket
 from trainer.captions import compose_caption, draw_caption
 from trainer.config import load_config
+from trainer.core.errors import run_command
+from trainer.core.files import write_file
+from trainer.core.rng import rng
 from trainer.data.images import read_bytes, read_pixels
 from trainer.data.index import open_index
 from trainer.drawing import find_source, load_model
-from trainer.errors import run_command
-from trainer.files import write_file
-from trainer.rng import rng
 from trainer.sampling import draw_image, make_grid
 from trainer.schema import SamplingConfig
 

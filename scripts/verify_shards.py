@@ -8,8 +8,8 @@ Reads everything once and writes nothing. Exit code 0: all as written. Exit code
 import argparse
 from pathlib import Path
 
+from trainer.core.errors import run_command
 from trainer.data.verify import verify_shards
-from trainer.errors import run_command
 
 
 def main() -> None:

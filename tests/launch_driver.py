@@ -3,7 +3,7 @@
 import sys
 
 from trainer.config import load_config
-from trainer.errors import run_command
+from trainer.core.errors import run_command
 from trainer.loop import train
 
 run_command(lambda: train(load_config([], sys.argv[1:])))

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
-from trainer.files import sha256_file
+from trainer.core.files import sha256_file
 from trainer.prepare import Summary, prepare
 from trainer.schema import BucketsConfig, Config, DataConfig, ModelConfig, PrecisionConfig, RunConfig
 

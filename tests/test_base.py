@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import STEMS, TINY, build_module, random_parts, write_folder
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.models import hub
 from trainer.models.base import (
     CONFIGS_KEY,

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.buckets import fit_image, list_buckets, nearest_bucket
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 RECIPE = {"base_resolution": 1024, "min_side": 512, "max_side": 2048, "step": 64}
 PORTRAIT = {

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.captions import compose_caption, draw_caption, quality_tag, split_tags, year_tag
+from trainer.core.rng import rng
 from trainer.post import read_post
-from trainer.rng import rng
 from trainer.schema import CaptionsConfig, QualityRule, YearRule
 
 RECIPE = CaptionsConfig()

@@ -11,8 +11,8 @@ from torch import nn
 
 from trainer import checkpoint, resume, save
 from trainer.checkpoint import restore_checkpoint, verify_checkpoint
-from trainer.errors import UserError
-from trainer.files import sha256_file
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.optim import build_optimizer
 from trainer.save import save_checkpoint
 from trainer.schema import OptimConfig

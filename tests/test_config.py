@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer.config import load_config, parse_command_line, resolved_values
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.schema import Config, QualityRule, YearRule
 
 MINIMAL = """

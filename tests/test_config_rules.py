@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from trainer import config_rules
 from trainer.config import find_problems, load_config
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.schema import Config
 
 MINIMAL = [

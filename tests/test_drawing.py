@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from trainer import drawing
 from trainer.buckets import list_buckets
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.drawing import default_folder, draw, find_source, load_model
-from trainer.errors import UserError
-from trainer.files import sha256_file
 from trainer.gallery import read_samples
 from trainer.models.base import find_base, hash_base, read_config, read_state
 from trainer.models.hub import STEMS

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trainer.config import load_config
-from trainer.errors import UserError
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.export import export
-from trainer.files import sha256_file
 from trainer.lineage import build_lineage, read_lineage
 from trainer.models.base import find_base, find_tokenizers, hash_base, read_config, read_state, read_vae
 from trainer.models.sdxl import COMPONENTS

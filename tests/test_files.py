@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import files
-from trainer.files import sha256_file, sha256_json, temporary_path, write_bytes, write_file, write_json, write_text
+from trainer.core import files
+from trainer.core.files import sha256_file, sha256_json, temporary_path, write_bytes, write_file, write_json, write_text
 
 
 def test_a_writer_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from posts_on_disk import draw, make_base, make_config, read_jsonl, run
 
 from trainer import encoding
+from trainer.core.errors import UserError
 from trainer.data.index import open_index
 from trainer.data.verify import verify_shards
-from trainer.errors import UserError
 from trainer.prepare import Summary
 from trainer.schema import Config, FiltersConfig
 

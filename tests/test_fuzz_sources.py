@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer.buckets import Fit
+from trainer.core.errors import UserError
 from trainer.data.folders import list_images
 from trainer.data.hub_datasets import find_image_column, iterate_rows
 from trainer.data.images import BadImage, open_arrow, read_bytes, read_header, read_pixels
@@ -26,7 +27,6 @@ from trainer.data.posts_files import iterate_posts_file
 from trainer.data.records import Reject
 from trainer.data.sidecars import iterate_folder
 from trainer.data.tars import iterate_tars
-from trainer.errors import UserError
 from trainer.post import Post, TableCell, TarMember
 from trainer.schema import SourceConfig
 

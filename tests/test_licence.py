@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from trainer import base_terms, licence
 from trainer.base_terms import fetch_terms, find_terms, read_terms
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, known_name, read_licence_files, recognise
 from trainer.lineage import LINEAGE_KEY
 from trainer.models.base import find_base, hash_base

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.lineage import LINEAGE_KEY, build_lineage
 from trainer.lineage_tree import find_lineage, tell_lineage
 from trainer.schema import Config, DataConfig, DiffusionConfig, ModelConfig, RunConfig

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from trainer.captions import compose_caption, draw_caption
+from trainer.core.errors import UserError
+from trainer.core.rng import philox_key
 from trainer.data.draws import draw_noise, draw_timestep
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_ahead, make_time_ids
 from trainer.data.plan import build_plan
 from trainer.data.tokens import load_tokenizers
-from trainer.errors import UserError
 from trainer.launch import vocab_sizes
 from trainer.models.base import find_base, find_tokenizers
-from trainer.rng import philox_key
 from trainer.schema import Config
 
 MakeConfig = Callable[..., Config]

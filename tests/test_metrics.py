@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.launch import build_accelerator
 from trainer.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
 from trainer.models.base import Base, find_base

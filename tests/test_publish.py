@@ -22,7 +22,7 @@ from test_export import make_run
 
 from trainer import licence
 from trainer.checkpoint import find_newest, read_train_state
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.export import export
 from trainer.lineage import read_lineage
 from trainer.models.base import find_base, read_state

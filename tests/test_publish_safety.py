@@ -12,8 +12,8 @@ from test_publish import SOURCE, change, parts, request_of, run, stages, stand_i
 
 from trainer.artefacts import write_tokenizer
 from trainer.base_terms import find_terms, read_terms
+from trainer.core.errors import UserError
 from trainer.drawing import default_folder
-from trainer.errors import UserError
 from trainer.export import export
 from trainer.licence import Terms, find_base_refusals
 from trainer.lineage import complete_lineage, shorten_paths

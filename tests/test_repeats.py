@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from posts_on_disk import draw, make_base, make_config, run
 
+from trainer.core.errors import UserError
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
-from trainer.errors import UserError
 from trainer.report_facts import count_repeating
 from trainer.schema import Config, SourceConfig
 

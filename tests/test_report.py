@@ -17,6 +17,7 @@ import pytest
 import trainer.report as report_module
 from trainer.buckets import fit_image
 from trainer.captions import compose_caption
+from trainer.core.errors import UserError
 from trainer.data import shards
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
@@ -32,7 +33,6 @@ from trainer.data.survey import (
     take_captions,
 )
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
-from trainer.errors import UserError
 from trainer.models.base import find_base, find_tokenizers
 from trainer.report import Report, make_report, render, summarise, write_page
 from trainer.report_facts import thumbnail_size, walk_run

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.rng import philox_key, rng
+from trainer.core.rng import philox_key, rng
 
 names = st.lists(st.integers(-(2**70), 2**70) | st.text(max_size=8), max_size=4)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.models.base import find_base, read_config, read_sdxl_config, read_state
 from trainer.models.sdxl import (
     COMPONENTS,

@@ -9,7 +9,7 @@ from diffusers.loaders import single_file_utils as diffusers_converters
 from tiny_model import TINY, Parts, build_parts, random_parts
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.models.single_file import PREFIXES, from_single_file, read_component, tensor_names, to_single_file
 
 

@@ -17,9 +17,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from trainer.core.errors import UserError
 from trainer.data.images import BadImage, read_bytes, read_header, stat_image
 from trainer.data.sources import Reject, iterate_sources
-from trainer.errors import UserError
 from trainer.post import Post, TableCell, TarMember
 from trainer.schema import DataConfig, SourceConfig
 

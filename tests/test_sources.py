@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.core.errors import UserError
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.sources import Reject, iterate_sources
-from trainer.errors import UserError
 from trainer.post import Post
 from trainer.prepare import prepare
 from trainer.report_facts import draw_original, find_images

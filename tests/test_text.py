@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from trainer.core.errors import UserError
 from trainer.data.tokens import (
     TextTokenizer,
     TokenChunks,
@@ -21,7 +22,6 @@ from trainer.data.tokens import (
     make_chunks,
     tokenize_captions,
 )
-from trainer.errors import UserError
 from trainer.models.text import encode_prompts, join_chunks
 
 BOS, EOS = 49406, 49407

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.models.vae import build_vae, decode_latents, encode_raw_latents, scale_latents
 
 LEVELS = {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file, write_json
 from trainer.data.index import Index, open_index
 from trainer.data.shards import SCHEMA, ShardWriter, rows_to_table, write_index
 from trainer.data.verify import verify_shards
-from trainer.errors import UserError
-from trainer.files import sha256_file, write_json
 
 REPOSITORY = Path(__file__).parent.parent
 # not in their order in the tars; one is longer than a tar header's name

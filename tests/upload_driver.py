@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.errors import run_command
+from trainer.core.errors import run_command
 from trainer.hub_upload import upload
 
 

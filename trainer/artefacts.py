@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.errors import UserError
-from trainer.files import sha256_file, write_bytes, write_text
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file, write_bytes, write_text
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")

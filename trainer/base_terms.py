@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, snapshot_download
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
 from trainer.lineage import LINEAGE_KEY, Lineage
 from trainer.models.base import LazyFile, find_base, hash_base

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 Size = tuple[int, int]  # (width, height) in pixels
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.errors import UserError
-from trainer.files import sha256_file
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.models.sdxl import load_trained, trained_parameters
 
 FORMAT_VERSION = 1

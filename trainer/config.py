@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config_rules import find_broken_rules
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.schema import Config
 
 KeyPath = tuple[str, ...]

@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import trainer
+from trainer.core.errors import UserError
+from trainer.core.files import write_file
 from trainer.data.tokens import TextTokenizer, load_tokenizers
-from trainer.errors import UserError
-from trainer.files import write_file
 from trainer.gallery import GRID_NAME
 from trainer.lineage import Lineage, read_lineage, read_versions
 from trainer.models.base import Base, find_base, find_tokenizers, has_vae, hash_base, read_config, read_vae

@@ -22,8 +22,8 @@ from torch import Tensor
 from trainer.artefacts import hash_files, save_stamped, write_tokenizer
 from trainer.checkpoint import MODEL_FILE, STATE_FILE, find_newest, read_train_state, verify_checkpoint
 from trainer.config import load_config
-from trainer.errors import UserError
-from trainer.files import sha256_file, sync_folder, temporary_path, write_file, write_json
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file, sync_folder, temporary_path, write_file, write_json
 from trainer.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
 from trainer.models.base import (
     CONFIGS_KEY,

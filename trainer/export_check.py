@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.artefacts import check_stamp
 from trainer.checkpoint import MODEL_FILE, verify_checkpoint
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.lineage import Lineage, read_lineage
 from trainer.models.base import LazyFile, find_base, has_vae, read_state
 from trainer.models.sdxl import COMPONENTS, DTYPES

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 GRID_NAME = "grid.png"  # all of a folder's images in one, which is none of them
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.png")

@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from trainer.errors import UserError
-from trainer.files import sha256_file
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.models.hub import HUB_ERRORS
 
 OWN_OF_THE_HUB = {".gitattributes"}  # the Hub writes it into every repository

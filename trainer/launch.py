@@ -17,13 +17,13 @@ from accelerate.utils import (
 
 from trainer.config import resolved_values
 from trainer.config_rules import explain_processes
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_json
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import load_tokenizers
-from trainer.errors import UserError
-from trainer.files import sha256_json
 from trainer.lineage import read_lineage
 from trainer.models.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.resume import fixed_values

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 FAIPL, OPENRAIL = "faipl-1.0-sd", "openrail++"  # as the Hub's model cards name them
 KNOWN_WORDS = {

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import trainer
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.schema import Config
 
 LINEAGE_KEY = "trainer.lineage"  # metadata of a single file

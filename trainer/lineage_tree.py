@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.lineage import Lineage, read_lineage
 
 HIGHLIGHTS = (  # label, and the config's fields behind it

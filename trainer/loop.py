@@ -17,10 +17,10 @@ from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from trainer.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
+from trainer.core.errors import UserError
+from trainer.core.files import write_file
 from trainer.data.loader import Batch, load_batches
 from trainer.diffusion import alphas_cumprod
-from trainer.errors import UserError
-from trainer.files import write_file
 from trainer.launch import Inputs, build_accelerator, open_inputs, total_steps
 from trainer.lineage import build_lineage
 from trainer.metrics import find_peak_flops, training_flops

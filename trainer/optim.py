@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.models.sdxl import COMPONENTS, trained_parameters
 from trainer.schema import OptimConfig, ScheduleConfig
 

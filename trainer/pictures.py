@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from trainer.core.errors import UserError
+from trainer.core.files import write_file
 from trainer.diffusion import NUM_TIMESTEPS
-from trainer.errors import UserError
-from trainer.files import write_file
 from trainer.schema import SamplingConfig
 
 CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0

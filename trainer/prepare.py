@@ -16,6 +16,8 @@ import torch
 from tqdm import tqdm
 
 from trainer import __version__
+from trainer.core.distributed import Team, choose_device, join_team
+from trainer.core.errors import UserError
 from trainer.data.decoders import decoders
 from trainer.data.images import PIXEL_SETTINGS
 from trainer.data.index import open_index
@@ -40,12 +42,10 @@ from trainer.data.unfinished import (
     work_folder,
 )
 from trainer.encoding import Chunk, Encoder, encode_chunk
-from trainer.errors import UserError
 from trainer.models.base import VaeWeights, find_base, read_vae
 from trainer.models.sdxl import DTYPES
 from trainer.models.vae import build_vae
 from trainer.schema import Config
-from trainer.team import Team, choose_device, join_team
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.metrics import MetricsFile, tracker_settings
 from trainer.optim import lr_factor
 from trainer.schema import Config

@@ -18,10 +18,10 @@ from trainer.card import Release, write_card
 from trainer.card_stages import Stage, write_changes
 from trainer.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.config import load_config
-from trainer.errors import UserError
+from trainer.core.errors import UserError
+from trainer.core.files import sync_file, sync_folder, temporary_path, write_json, write_text
 from trainer.export import build_export, write_diffusers, write_single_file
 from trainer.export_check import check_export
-from trainer.files import sync_file, sync_folder, temporary_path, write_json, write_text
 from trainer.gallery import Sample, read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from trainer.artefacts import hash_files
-from trainer.errors import UserError
-from trainer.files import write_text
+from trainer.core.errors import UserError
+from trainer.core.files import write_text
 
 SUMS_FILE = "SHA256SUMS"
 ALLOWED = (

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.core.errors import UserError
+from trainer.core.files import write_text
 from trainer.data.index import open_index
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import build_plan
@@ -18,8 +20,6 @@ from trainer.data.survey import (
     measure_captions,
     measure_fits,
 )
-from trainer.errors import UserError
-from trainer.files import write_text
 from trainer.post import TAG_CATEGORIES
 from trainer.report_facts import Report, find_models, show_samples, walk_run
 from trainer.report_page import GENERATOR, page

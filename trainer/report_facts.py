@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.buckets import Fit, Size
+from trainer.core.errors import UserError
 from trainer.data.draws import draw_sample_caption
 from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.index import Index, read_raw_latents
@@ -23,7 +24,6 @@ from trainer.data.shards import Row
 from trainer.data.sources import Reject, iterate_sources
 from trainer.data.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
-from trainer.errors import UserError
 from trainer.models.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.models.sdxl import DTYPES
 from trainer.models.vae import build_vae, decode_latents, scale_latents

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 # What may change between the run that wrote a checkpoint and the one that resumes it: nothing of the samples,
 # the model or the optimizer depends on these (attention and compile: the same batches, not the same bits).

@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.errors import UserError
-from trainer.files import write_json, write_text
+from trainer.core.errors import UserError
+from trainer.core.files import write_json, write_text
 from trainer.lineage import describe_code, read_versions
 from trainer.metrics import read_metrics
 from trainer.schema import Config

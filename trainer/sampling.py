@@ -14,11 +14,11 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+from trainer.core.rng import philox_key, rng
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 from trainer.models.sdxl import SDXL
 from trainer.models.text import encode_prompts
 from trainer.models.vae import decode_latents
-from trainer.rng import philox_key, rng
 from trainer.schema import DiffusionConfig, SamplingConfig
 
 

@@ -19,8 +19,8 @@ from trainer.checkpoint import (
     list_checkpoints,
     step_of,
 )
-from trainer.errors import UserError
-from trainer.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
+from trainer.core.errors import UserError
+from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
 from trainer.models.sdxl import trained_parameters
 
 

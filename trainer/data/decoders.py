@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from trainer.buckets import Fit, Size, fit_image
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_bytes
 from trainer.data.images import BadImage, read_bytes, read_header, read_pixels
 from trainer.data.records import Reject
-from trainer.errors import UserError
-from trainer.files import sha256_bytes
 from trainer.post import ImagePlace
 from trainer.schema import BucketsConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from trainer.captions import compose_caption, draw_caption
-from trainer.rng import rng
+from trainer.core.rng import rng
 from trainer.schema import CaptionsConfig, DiffusionConfig
 
 

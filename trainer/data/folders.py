@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from trainer.core.errors import UserError
 from trainer.data.records import BadRecord, show_name
-from trainer.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 GALLERY_DL_PREFIX = "danbooru_"  # gallery-dl's file names: danbooru_<id>_<md5>.<ext>

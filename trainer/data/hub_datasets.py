@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
 from trainer.data.posts_files import plain_values
 from trainer.data.records import BadRecord, Reject
-from trainer.errors import UserError
 from trainer.post import ImagePlace, Post, TableCell, encode_key, read_post
 from trainer.schema import SourceConfig
 

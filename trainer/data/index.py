@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, SCHEMA, Row
-from trainer.errors import UserError
-from trainer.files import sha256_file
 
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
 

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_json, write_file
 from trainer.data.images import BadImage, stat_image
 from trainer.data.records import Reject
 from trainer.data.shards import POST_FIELDS
 from trainer.data.tables import read_table
-from trainer.errors import UserError
-from trainer.files import sha256_json, write_file
 from trainer.post import ImagePlace, Post, TableCell, TarMember
 from trainer.schema import FiltersConfig
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.core.errors import UserError
 from trainer.data.folders import ImageFolder, stem_or_id
 from trainer.data.records import BadRecord, Reject, parse_record, show_name
-from trainer.errors import UserError
 from trainer.post import Post, encode_key, read_post
 
 CAPTION_SEPARATOR = ","  # sd-scripts' default

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.core.errors import UserError
+from trainer.core.rng import rng
 from trainer.data.index import Index
-from trainer.errors import UserError
-from trainer.rng import rng
 from trainer.schema import DataConfig
 
 

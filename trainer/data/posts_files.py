@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.core.errors import UserError
 from trainer.data.folders import ImageFolder, find_image
 from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, parse_record
-from trainer.errors import UserError
 from trainer.post import Post, encode_key, read_key, read_post
 
 BATCH_ROWS = 1024  # rows of a Parquet file that are decoded at a time

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.core.files import sha256_file, sha256_json, sync_file, write_file, write_json
 from trainer.data.tables import take_rows
-from trainer.files import sha256_file, sha256_json, sync_file, write_file, write_json
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.arrow"

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.core.errors import UserError
 from trainer.data.folders import EXTENSIONS, Found, check_inside, is_image_name, walk_files
 from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
-from trainer.errors import UserError
 from trainer.post import Post, encode_key
 
 CAPTION_EXTENSIONS = (".txt", ".caption")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.files import write_file
+from trainer.core.files import write_file
 
 
 def read_table(path: Path) -> pa.Table:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from trainer.core.errors import UserError
 from trainer.data.folders import walk_files
 from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
 from trainer.data.tar_headers import Damage, Member, walk_tar
-from trainer.errors import UserError
 from trainer.post import Post, TarMember, encode_key
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # what webdataset's own tools call images, as far as we read them

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import CLIPTokenizer
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 CHUNK_LENGTH = 77  # ids of a chunk: BOS, 75 content tokens, EOS
 CONTENT_LENGTH = 75

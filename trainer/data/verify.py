@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.data.index import Index, read_manifest
 from trainer.data.shards import INDEX_NAME, LATENT_FIELDS, LATENTS_NAME, MANIFEST_NAME, SCHEMA, Row, fingerprint_rows
-from trainer.errors import UserError
-from trainer.files import sha256_file
 
 BLOCK_BYTES = 1 << 20  # what is read at once where nothing but the hash is wanted
 

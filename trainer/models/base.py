@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.errors import UserError
-from trainer.files import sha256_file
+from trainer.core.errors import UserError
+from trainer.core.files import sha256_file
 from trainer.models.hub import STEMS, fetch, find_weights, read_json, refuse_pickled
 from trainer.models.single_file import PREFIXES, check_names, from_single_file, is_extra, read_component, tensor_names
 

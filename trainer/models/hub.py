@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 STEMS = {
     "unet": "diffusion_pytorch_model",

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 from trainer.models.base import Base, read_config, read_state
 from trainer.models.text import encode_prompts
 from trainer.schema import Dtype, MemoryConfig, ModelConfig, PrecisionConfig

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 State = dict[str, Tensor]
 Config = Mapping[str, Any]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> AutoencoderKL:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed
 
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 T = TypeVar("T")
 

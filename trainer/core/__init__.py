@@ -1,0 +1,1 @@
+"""What every folder uses: errors, files, randomness, the processes of a run."""
