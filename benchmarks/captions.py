@@ -22,9 +22,9 @@ from typing import Any
 from posts import load_base_tokenizers, make_rows, plain_config
 from transformers import CLIPTokenizer
 
+from trainer.config.schema import CaptionsConfig
 from trainer.data.draws import draw_sample_caption
 from trainer.data.tokens import TextTokenizer, tokenize_captions
-from trainer.schema import CaptionsConfig
 
 Rows = list[dict[str, Any]]
 Work = Callable[[list[str], int], object]  # of some captions, already drawn, and a pass's number

@@ -27,7 +27,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from make_demo_data import describe_drawing, read_metadata  # noqa: E402
 
-from trainer.config import load_config  # noqa: E402
+from trainer.config.load import load_config  # noqa: E402
 from trainer.core.files import sha256_file  # noqa: E402
 from trainer.data.index import open_index  # noqa: E402
 from trainer.data.verify import verify_shards  # noqa: E402

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.data.shards import SCHEMA
 from trainer.data.tokens import TextTokenizer, load_tokenizers, read_bpe
-from trainer.schema import Config
 
 DEMO_POSTS = Path(__file__).parent.parent / "demo" / "posts.jsonl"
 GENERAL, CHARACTERS, COPYRIGHTS, ARTISTS = 20_000, 50_000, 5_000, 100_000  # distinct names of each kind

@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 
 from trainer.buckets import Fit, fit_image
+from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_bytes
 from trainer.data.decoders import Decoded, Task, decoders, look, start_pool
 from trainer.data.images import open_image, read_bytes, read_header, read_orientation, to_rgb
-from trainer.schema import BucketsConfig
 
 DRAWINGS = Path(__file__).parent.parent / "demo" / "images"
 # extension, what Pillow's save is told, and the grain's standard deviation of 255

@@ -9,7 +9,7 @@ Start it again with more posts: what is new is encoded and joins the set.
 
 import os
 
-from trainer.config import load_config, parse_command_line
+from trainer.config.load import load_config, parse_command_line
 from trainer.core.errors import run_command
 from trainer.prepare import prepare
 

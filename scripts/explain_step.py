@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.config import config_parser, finish_command_line, load_config
+from trainer.config.load import config_parser, finish_command_line, load_config
+from trainer.config.schema import Config
 from trainer.core.errors import UserError, run_command
 from trainer.core.rng import philox_key
 from trainer.data.draws import draw_sample_caption, draw_sample_timestep
 from trainer.data.index import Index, open_index
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
-from trainer.schema import Config
 
 
 def explain_step(config: Config, index: Index, plan: Plan, step: int) -> Iterator[dict[str, Any]]:

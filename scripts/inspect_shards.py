@@ -7,7 +7,7 @@ The page needs no network. Without --out it lies beside the shards, as report.ht
 
 from pathlib import Path
 
-from trainer.config import config_parser, finish_command_line, load_config
+from trainer.config.load import config_parser, finish_command_line, load_config
 from trainer.core.errors import run_command
 from trainer.report import PAGE_NAME, check_page_path, make_report, summarise, write_page
 

@@ -10,10 +10,10 @@ given. Nothing that lies in the folder of images is overwritten.
 import argparse
 from pathlib import Path
 
+from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
 from trainer.drawing import default_folder, draw, find_source
 from trainer.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
-from trainer.schema import SamplingConfig
 
 
 def parse() -> argparse.Namespace:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from trainer.buckets import fit_to_bucket
 from trainer.captions import compose_caption, draw_caption
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import SamplingConfig
 from trainer.core.errors import run_command
 from trainer.core.files import write_file
 from trainer.core.rng import rng
@@ -20,7 +21,6 @@ from trainer.data.images import read_bytes, read_pixels
 from trainer.data.index import open_index
 from trainer.drawing import find_source, load_model
 from trainer.sampling import draw_image, make_grid
-from trainer.schema import SamplingConfig
 
 STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
 

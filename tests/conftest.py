@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.prepare import prepare
-from trainer.schema import Config
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from trainer.config import load_config
+from trainer.config.load import load_config
 from trainer.core.errors import run_command
 from trainer.loop import train
 

@@ -15,7 +15,6 @@ LAYERS = ("core", "config", "model data", "sample report", "train prepare", "rel
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
 WAITING = {
-    "config": "schema config_rules config",
     "model": "models diffusion lineage lineage_tree checkpoint",
     "data": "post captions buckets",
     "sample": "sampling drawing pictures gallery",
@@ -44,7 +43,7 @@ def parse(path: Path) -> ast.Module:
 
 
 MODULES = {module_name(path): path for path in sources("trainer")}
-PACKAGES = {"trainer", "trainer.core", "trainer.data", "trainer.models"}
+PACKAGES = {"trainer", "trainer.config", "trainer.core", "trainer.data", "trainer.models"}
 
 
 def folder_of(module: str) -> str | None:

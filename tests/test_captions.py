@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.captions import compose_caption, draw_caption, quality_tag, split_tags, year_tag
+from trainer.config.schema import CaptionsConfig, QualityRule, YearRule
 from trainer.core.rng import rng
 from trainer.post import read_post
-from trainer.schema import CaptionsConfig, QualityRule, YearRule
 
 RECIPE = CaptionsConfig()
 EMPTY: dict[str, Any] = dict.fromkeys(

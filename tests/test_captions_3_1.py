@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from trainer.captions import column_tags, compose_caption, quality_tag
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import CaptionsConfig, ColumnRule, QualityRule
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.shards import SCHEMA
 from trainer.data.survey import count_rules
-from trainer.schema import CaptionsConfig, ColumnRule, QualityRule
 
 REPOSITORY = Path(__file__).parent.parent
 BLANK: dict[str, Any] = dict.fromkeys(SCHEMA.names)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from trainer.card import Release, write_card
 from trainer.card_stages import Stage, cell, write_changes
-from trainer.config import load_config
+from trainer.config.load import load_config
 from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
 

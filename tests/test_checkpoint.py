@@ -11,11 +11,11 @@ from torch import nn
 
 from trainer import checkpoint, resume, save
 from trainer.checkpoint import restore_checkpoint, verify_checkpoint
+from trainer.config.schema import OptimConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.optim import build_optimizer
 from trainer.save import save_checkpoint
-from trainer.schema import OptimConfig
 
 OPTIMIZERS = {
     "adamw": OptimConfig(unet_lr=1e-2, text_encoder_1_lr=1e-3),

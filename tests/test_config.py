@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config import load_config, parse_command_line, resolved_values
+from trainer.config.load import load_config, parse_command_line, resolved_values
+from trainer.config.schema import Config, QualityRule, YearRule
 from trainer.core.errors import UserError
-from trainer.schema import Config, QualityRule, YearRule
 
 MINIMAL = """
 run: {name: tiny, stage: test}

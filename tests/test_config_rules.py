@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer import config_rules
-from trainer.config import find_problems, load_config
+from trainer.config.load import find_problems, load_config
+from trainer.config.load import rules as config_rules
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.schema import Config
 
 MINIMAL = [
     "run.name=tiny", "run.stage=test", "model.pretrained=base", "data.shards=shards", "optim.unet_lr=1e-6",

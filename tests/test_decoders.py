@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from posts_on_disk import BUCKETS, ROOT, draw
 
+from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_file
 from trainer.data import decoders as decoders_module
 from trainer.data.decoders import Decoded, Filtered, Outcome, Task, Unchanged, decoders
 from trainer.data.records import Reject
-from trainer.schema import BucketsConfig
 
 
 @pytest.fixture

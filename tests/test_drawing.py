@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from trainer import drawing
 from trainer.buckets import list_buckets
+from trainer.config.schema import NEGATIVE_PROMPT, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.drawing import default_folder, draw, find_source, load_model
@@ -24,7 +25,6 @@ from trainer.models.base import find_base, hash_base, read_config, read_state
 from trainer.models.hub import STEMS
 from trainer.models.single_file import to_single_file
 from trainer.pictures import CARD_SIZES, Picture, check_settings, grid_scale, plan_pictures, read_prompts, read_size
-from trainer.schema import NEGATIVE_PROMPT, SamplingConfig
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = SamplingConfig(num_inference_steps=2)

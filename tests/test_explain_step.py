@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from trainer.config.schema import Config
 from trainer.data.draws import draw_noise, draw_sample_noise
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_time_ids
@@ -17,7 +18,6 @@ from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.launch import vocab_sizes
 from trainer.models.base import find_base, find_tokenizers
-from trainer.schema import Config
 
 REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Config]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.config import load_config
+from trainer.config.load import load_config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.export import export

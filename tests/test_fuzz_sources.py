@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer.buckets import Fit
+from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.folders import list_images
 from trainer.data.hub_datasets import find_image_column, iterate_rows
@@ -28,7 +29,6 @@ from trainer.data.records import Reject
 from trainer.data.sidecars import iterate_folder
 from trainer.data.tars import iterate_tars
 from trainer.post import Post, TableCell, TarMember
-from trainer.schema import SourceConfig
 
 DEMO = Path(__file__).parent.parent / "demo"
 PNG = (DEMO / "images" / "bee.png").read_bytes()

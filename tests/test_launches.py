@@ -127,7 +127,7 @@ def test_an_error_in_the_loop_ends_the_process_and_its_workers(tiny_settings: li
     script = """
 import sys
 from trainer import loop
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 def fail(run, made):
     raise RuntimeError("out of memory")

@@ -16,11 +16,11 @@ from test_single_file import read_assets
 from tiny_model import build_module, build_parts
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from trainer.config.schema import DiffusionConfig
 from trainer.export import Export, build_configs, export, single_file_tensors
 from trainer.models.base import Base, find_base, read_state
 from trainer.models.sdxl import COMPONENTS
 from trainer.models.single_file import PREFIXES
-from trainer.schema import DiffusionConfig
 
 State = dict[str, torch.Tensor]
 V_PREDICTION = DiffusionConfig(prediction_type="v_prediction")

@@ -10,7 +10,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
-from trainer.config import load_config
+from trainer.config.load import load_config
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.export import export

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 import trainer
 from trainer import lineage as lineage_module
+from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.lineage import LINEAGE_KEY, build_lineage, read_lineage, shorten_path
-from trainer.schema import Config, DataConfig, ModelConfig, RunConfig
 
 WRITTEN = {
     "model": {"pretrained": "/home/someone/models/sdxl"},

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from trainer.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.lineage import LINEAGE_KEY, build_lineage
 from trainer.lineage_tree import find_lineage, tell_lineage
-from trainer.schema import Config, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from trainer.captions import compose_caption, draw_caption
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.rng import philox_key
 from trainer.data.draws import draw_noise, draw_timestep
@@ -20,7 +21,6 @@ from trainer.data.plan import build_plan
 from trainer.data.tokens import load_tokenizers
 from trainer.launch import vocab_sizes
 from trainer.models.base import find_base, find_tokenizers
-from trainer.schema import Config
 
 MakeConfig = Callable[..., Config]
 STAGES = {

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.launch import build_accelerator
 from trainer.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
 from trainer.models.base import Base, find_base
 from trainer.progress import Progress, flatten
 from trainer.sampling import make_grid
-from trainer.schema import Config
 from trainer.training_step import StepResult
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.config.schema import OptimConfig, ScheduleConfig
 from trainer.optim import build_groups, build_optimizer, gated_step, lr_factor, set_learning_rates
-from trainer.schema import OptimConfig, ScheduleConfig
 
 NAMES = ("adamw", "adamw8bit", "adafactor")
 

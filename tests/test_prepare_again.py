@@ -28,11 +28,11 @@ from posts_on_disk import (
 )
 
 from trainer import encoding, prepare
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.verify import verify_shards
-from trainer.schema import Config
 
 POSTS = 60
 

@@ -17,12 +17,12 @@ from posts_on_disk import copy_of, draw, hashes, make_base, make_config, make_po
 from test_prepare_again import add_posts, fork, kill, start_ranks
 
 from trainer import prepare
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data import unfinished
 from trainer.data.index import open_index
 from trainer.data.tables import read_table, take_rows, write_table
 from trainer.data.verify import verify_shards
-from trainer.schema import Config
 
 
 @pytest.fixture(scope="module")

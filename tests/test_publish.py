@@ -22,6 +22,7 @@ from test_export import make_run
 
 from trainer import licence
 from trainer.checkpoint import find_newest, read_train_state
+from trainer.config.schema import PublishConfig
 from trainer.core.errors import UserError
 from trainer.export import export
 from trainer.lineage import read_lineage
@@ -29,7 +30,6 @@ from trainer.models.base import find_base, read_state
 from trainer.models.sdxl import COMPONENTS
 from trainer.publish import Request, check_published, publish, read_publish_config
 from trainer.published_folder import check_folder, read_sums
-from trainer.schema import PublishConfig
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY.parent / "shared/licenses/faipl-1.0-sd.md"

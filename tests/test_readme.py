@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from trainer.captions import compose_caption
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import CaptionsConfig
 from trainer.post import read_post
-from trainer.schema import CaptionsConfig
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

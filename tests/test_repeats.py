@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from posts_on_disk import draw, make_base, make_config, run
 
+from trainer.config.schema import Config, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.report_facts import count_repeating
-from trainer.schema import Config, SourceConfig
 
 
 @pytest.fixture(scope="module")

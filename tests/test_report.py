@@ -17,6 +17,7 @@ import pytest
 import trainer.report as report_module
 from trainer.buckets import fit_image
 from trainer.captions import compose_caption
+from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data import shards
 from trainer.data.index import open_index
@@ -37,7 +38,6 @@ from trainer.models.base import find_base, find_tokenizers
 from trainer.report import Report, make_report, render, summarise, write_page
 from trainer.report_facts import thumbnail_size, walk_run
 from trainer.report_page import percent
-from trainer.schema import CaptionsConfig, Config
 
 REPOSITORY = Path(__file__).parent.parent
 HOSTILE = "<script>alert('1')</script>&\"x\""
@@ -103,7 +103,7 @@ def write_set(folder: Path, rows: list[dict[str, Any]], latents: dict[str, Any] 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_settings: list[str]) -> Report:
-    from trainer.config import load_config
+    from trainer.config.load import load_config
 
     return make_report(load_config([], [*tiny_settings, "run.name=run", "schedule.epochs=3"]), progress=False)
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.checkpoint import find_newest, read_train_state
+from trainer.config.schema import Config
 from trainer.loop import train
 from trainer.run_folder import Work, read_work
-from trainer.schema import Config
 
 GPU = "NVIDIA A100-SXM4-80GB"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.config.schema import Config, MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.core.errors import UserError
 from trainer.models.base import find_base, read_config, read_sdxl_config, read_state
 from trainer.models.sdxl import (
@@ -19,7 +20,6 @@ from trainer.models.sdxl import (
     trained_parameters,
     unused_layers,
 )
-from trainer.schema import Config, MemoryConfig, ModelConfig, PrecisionConfig
 
 FP32 = PrecisionConfig(compute="fp32", frozen="fp32", vae="fp32")
 ALL = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)

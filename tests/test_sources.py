@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.config.schema import Config, DataConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.sources import Reject, iterate_sources
 from trainer.post import Post
 from trainer.prepare import prepare
 from trainer.report_facts import draw_original, find_images
-from trainer.schema import Config, DataConfig
 
 
 def iterate_posts(posts: list[str] | None, images: str | None) -> list[Post | Reject]:

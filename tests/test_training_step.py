@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.data.loader import Batch
 from trainer.diffusion import alphas_cumprod
 from trainer.models.base import find_base
 from trainer.models.sdxl import SDXL, build_sdxl, trained_parameters
 from trainer.optim import build_optimizer
-from trainer.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.training_step import Objective, StepResult, training_step
 
 OBJECTIVE = Objective(DiffusionConfig(), alphas_cumprod(), 0.5)

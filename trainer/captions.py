@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.schema import CaptionsConfig
+from trainer.config.schema import CaptionsConfig
 
 
 def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:

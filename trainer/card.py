@@ -12,9 +12,9 @@ import yaml
 
 from trainer.buckets import list_buckets
 from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, plain, table, training
+from trainer.config.schema import CaptionsConfig, Config
 from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
-from trainer.schema import CaptionsConfig, Config
 
 RATINGS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 

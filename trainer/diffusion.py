@@ -6,7 +6,7 @@ DDPM with SDXL's scaled-linear schedule. Recipe, section 6.
 import torch
 from torch import Tensor
 
-from trainer.schema import DiffusionConfig
+from trainer.config.schema import DiffusionConfig
 
 NUM_TIMESTEPS = 1000
 

@@ -15,6 +15,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import trainer
+from trainer.config.schema import (
+    CaptionsConfig,
+    DiffusionConfig,
+    Dtype,
+    MemoryConfig,
+    ModelConfig,
+    PrecisionConfig,
+    SamplingConfig,
+)
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.tokens import TextTokenizer, load_tokenizers
@@ -34,15 +43,6 @@ from trainer.pictures import (
     write_png,
 )
 from trainer.sampling import build_pipeline, draw_image, make_grid
-from trainer.schema import (
-    CaptionsConfig,
-    DiffusionConfig,
-    Dtype,
-    MemoryConfig,
-    ModelConfig,
-    PrecisionConfig,
-    SamplingConfig,
-)
 
 PREDICTIONS = ("epsilon", "v_prediction")
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from trainer.buckets import Size
+from trainer.config.schema import BucketsConfig
 from trainer.data.decoders import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
 from trainer.data.images import pixels_to_tensor
 from trainer.data.inputs import describe_reject, read_place
@@ -23,7 +24,6 @@ from trainer.data.shards import Row, ShardWriter
 from trainer.data.tables import read_table, take_rows
 from trainer.data.unfinished import LATENTS_SCHEMA, STAT, UNKNOWN, Done, Stock, Todo, Work, write_done
 from trainer.models.vae import encode_raw_latents
-from trainer.schema import BucketsConfig
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from trainer.artefacts import hash_files, save_stamped, write_tokenizer
 from trainer.checkpoint import MODEL_FILE, STATE_FILE, find_newest, read_train_state, verify_checkpoint
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import Config, DiffusionConfig, Dtype
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, temporary_path, write_file, write_json
 from trainer.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
@@ -41,7 +42,6 @@ from trainer.models.base import (
 from trainer.models.hub import STEMS
 from trainer.models.sdxl import COMPONENTS, DTYPES
 from trainer.models.single_file import some, to_single_file
-from trainer.schema import Config, DiffusionConfig, Dtype
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
 Parts = dict[str, dict[str, Tensor]]

@@ -15,8 +15,9 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from trainer.config import resolved_values
-from trainer.config_rules import explain_processes
+from trainer.config.load import resolved_values
+from trainer.config.rules import explain_processes
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json
 from trainer.data.index import open_index
@@ -28,7 +29,6 @@ from trainer.lineage import read_lineage
 from trainer.models.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.resume import fixed_values
 from trainer.run_folder import run_path
-from trainer.schema import Config
 
 
 @dataclass(frozen=True)

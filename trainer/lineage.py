@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import trainer
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.schema import Config
 
 LINEAGE_KEY = "trainer.lineage"  # metadata of a single file
 LINEAGE_FILE = "lineage.json"  # in a diffusers folder

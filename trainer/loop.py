@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from trainer.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.loader import Batch, load_batches
@@ -32,7 +33,6 @@ from trainer.resume import check_resumable, restore_scaler
 from trainer.run_folder import begin_attempt, lock_run, read_work, run_path
 from trainer.sampling import make_grid, sample_images
 from trainer.save import retain_checkpoints, save_checkpoint, scaler_state
-from trainer.schema import Config
 from trainer.training_step import Objective, StepResult, settle_gradient_buckets, training_step
 
 

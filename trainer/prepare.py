@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from trainer import __version__
+from trainer.config.schema import Config
 from trainer.core.distributed import Team, choose_device, join_team
 from trainer.core.errors import UserError
 from trainer.data.decoders import decoders
@@ -45,7 +46,6 @@ from trainer.encoding import Chunk, Encoder, encode_chunk
 from trainer.models.base import VaeWeights, find_base, read_vae
 from trainer.models.sdxl import DTYPES
 from trainer.models.vae import build_vae
-from trainer.schema import Config
 
 
 @dataclass(frozen=True)

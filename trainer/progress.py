@@ -14,10 +14,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.metrics import MetricsFile, tracker_settings
 from trainer.optim import lr_factor
-from trainer.schema import Config
 from trainer.training_step import StepResult
 
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers

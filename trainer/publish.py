@@ -17,7 +17,8 @@ from trainer.base_terms import find_terms
 from trainer.card import Release, write_card
 from trainer.card_stages import Stage, write_changes
 from trainer.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, temporary_path, write_json, write_text
 from trainer.export import build_export, write_diffusers, write_single_file
@@ -27,7 +28,6 @@ from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_
 from trainer.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
 from trainer.run_folder import Work, read_work
-from trainer.schema import Config
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
 

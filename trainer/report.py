@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_text
 from trainer.data.index import open_index
@@ -31,7 +32,6 @@ from trainer.report_sections import (
     tell_share_truncated,
     view_range,
 )
-from trainer.schema import Config
 
 PAGE_NAME = "report.html"
 TOP_TAGS = 40  # of each category

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.buckets import Fit, Size
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data.draws import draw_sample_caption
 from trainer.data.images import BadImage, read_bytes, read_pixels
@@ -28,7 +29,6 @@ from trainer.models.base import find_base, find_tokenizers, read_config, read_va
 from trainer.models.sdxl import DTYPES
 from trainer.models.vae import build_vae, decode_latents, scale_latents
 from trainer.post import Post
-from trainer.schema import Config
 
 THUMBNAIL_SIDE = 320  # pixels, the longer one
 PASSES = 3  # captions shown of each sample

@@ -15,11 +15,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json, write_text
 from trainer.lineage import describe_code, read_versions
 from trainer.metrics import read_metrics
-from trainer.schema import Config
 
 
 def run_path(config: Config) -> Path:

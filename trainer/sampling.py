@@ -14,12 +14,12 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+from trainer.config.schema import DiffusionConfig, SamplingConfig
 from trainer.core.rng import philox_key, rng
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 from trainer.models.sdxl import SDXL
 from trainer.models.text import encode_prompts
 from trainer.models.vae import decode_latents
-from trainer.schema import DiffusionConfig, SamplingConfig
 
 
 def sample_images(

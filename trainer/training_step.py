@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.config.schema import DiffusionConfig
 from trainer.data.loader import Batch
 from trainer.diffusion import add_noise, loss_weights, make_target, sample_losses
 from trainer.models.vae import scale_latents
 from trainer.optim import gated_step
-from trainer.schema import DiffusionConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from trainer.captions import compose_caption, draw_caption
+from trainer.config.schema import CaptionsConfig, DiffusionConfig
 from trainer.core.rng import rng
-from trainer.schema import CaptionsConfig, DiffusionConfig
 
 
 def draw_sample_caption(record: Mapping[str, Any], pass_: int, seed: int, rules: CaptionsConfig) -> str:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json, write_file
 from trainer.data.images import BadImage, stat_image
@@ -24,7 +25,6 @@ from trainer.data.records import Reject
 from trainer.data.shards import POST_FIELDS
 from trainer.data.tables import read_table
 from trainer.post import ImagePlace, Post, TableCell, TarMember
-from trainer.schema import FiltersConfig
 
 BATCH_ROWS = 16384
 INPUTS_NAME = "inputs.arrow"

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config.schema import CaptionsConfig, DiffusionConfig
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.index import Index, latents_shape, read_latents_into
 from trainer.data.plan import Plan, Planned
 from trainer.data.tokens import TextTokenizer, tokenize_captions
-from trainer.schema import CaptionsConfig, DiffusionConfig
 
 Tokenizers = tuple[TextTokenizer, TextTokenizer]
 

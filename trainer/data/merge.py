@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_text
 from trainer.data.index import Index
@@ -44,7 +45,6 @@ from trainer.data.unfinished import (
     join_stock,
     read_stock,
 )
-from trainer.schema import FiltersConfig
 
 LAST = (INDEX_NAME, MANIFEST_NAME)  # of a set's files, those that are put in place last, in this order
 

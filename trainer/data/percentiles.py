@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.schema import CaptionsConfig, QualityRule
+from trainer.config.schema import CaptionsConfig, QualityRule
 
 Rating = Literal["g", "s", "q", "e", "none"]
 RATINGS: tuple[Rating, ...] = ("g", "s", "q", "e", "none")  # posts without a rating are a group of their own

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.config.schema import DataConfig
 from trainer.core.errors import UserError
 from trainer.core.rng import rng
 from trainer.data.index import Index
-from trainer.schema import DataConfig
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ What cannot be a Post comes out as a Reject, in place; nothing is raised over on
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.folders import ImageFolder, list_images
 from trainer.data.hub_datasets import iterate_dataset
@@ -15,7 +16,6 @@ from trainer.data.records import Reject
 from trainer.data.sidecars import iterate_folder
 from trainer.data.tars import iterate_tars
 from trainer.post import Post
-from trainer.schema import DataConfig, SourceConfig
 
 
 def iterate_sources(data: DataConfig) -> Iterator[Post | Reject]:

@@ -19,9 +19,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config_rules import find_broken_rules
+from trainer.config.rules import find_broken_rules
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.schema import Config
 
 KeyPath = tuple[str, ...]
 UNIONS = (types.UnionType, typing.Union)  # of int | None, and of Literal[...] | None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from trainer.schema import CaptionsConfig, Config
+from trainer.config.schema import CaptionsConfig, Config
 
 RATINGS = ("g", "s", "q", "e")
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
