@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.lineage_tree import find_lineage, tell_lineage
+from trainer.model.lineage_tree import find_lineage, tell_lineage
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ LAYERS = ("core", "config", "model data", "sample report", "train prepare", "rel
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
 WAITING = {
-    "model": "models diffusion lineage lineage_tree checkpoint",
     "data": "post captions buckets",
     "sample": "sampling drawing pictures gallery",
     "report": "report report_facts report_page report_sections data.survey",
@@ -43,7 +42,7 @@ def parse(path: Path) -> ast.Module:
 
 
 MODULES = {module_name(path): path for path in sources("trainer")}
-PACKAGES = {"trainer", "trainer.config", "trainer.core", "trainer.data", "trainer.models"}
+PACKAGES = {"trainer", "trainer.config", "trainer.core", "trainer.data", "trainer.model"}
 
 
 def folder_of(module: str) -> str | None:

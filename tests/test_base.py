@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tiny_model import STEMS, TINY, build_module, random_parts, write_folder
 
 from trainer.core.errors import UserError
-from trainer.models import hub
-from trainer.models.base import (
+from trainer.model import hub
+from trainer.model.base import (
     CONFIGS_KEY,
     Base,
     find_base,
@@ -22,7 +22,7 @@ from trainer.models.base import (
     read_state,
     read_vae,
 )
-from trainer.models.single_file import PREFIXES, to_single_file
+from trainer.model.single_file import PREFIXES, to_single_file
 
 PARTS = random_parts(seed=1)
 

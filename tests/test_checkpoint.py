@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from trainer import checkpoint, resume, save
-from trainer.checkpoint import restore_checkpoint, verify_checkpoint
+from trainer import resume, save
 from trainer.config.schema import OptimConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
+from trainer.model import checkpoint
+from trainer.model.checkpoint import restore_checkpoint, verify_checkpoint
 from trainer.optim import build_optimizer
 from trainer.save import save_checkpoint
 

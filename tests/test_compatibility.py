@@ -11,8 +11,8 @@ import torch
 from test_export import make_run
 
 from trainer.export import export
-from trainer.models.base import find_base, read_state
-from trainer.models.sdxl import COMPONENTS
+from trainer.model.base import find_base, read_state
+from trainer.model.sdxl import COMPONENTS
 
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENTS = REPOSITORY / "build" / "compatibility"  # kept between runs: an environment is more than a gigabyte

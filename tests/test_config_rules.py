@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer.config.load import find_problems, load_config
-from trainer.config.load import rules as config_rules
+from trainer.config import rules
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 
@@ -208,8 +208,8 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         for section, hint in typing.get_type_hints(Config).items() if section != "written"
         for name, field in typing.get_type_hints(hint).items() if {int, float} & {field, *typing.get_args(field)}
     }  # fmt: skip
-    ranged = {key for keys in config_rules.AT_LEAST.values() for key in keys.split()}
-    ranged |= {*config_rules.SHARES.split(), *config_rules.ABOVE_ZERO.split()}
+    ranged = {key for keys in rules.AT_LEAST.values() for key in keys.split()}
+    ranged |= {*rules.SHARES.split(), *rules.ABOVE_ZERO.split()}
     told = {key for _, key, part in RULES if part.startswith(("must", "between"))}
     free = {"captions.max_token_length", "filters.min_score"}  # a Literal; any whole number
     assert ranged <= numbers and len(numbers) > 40

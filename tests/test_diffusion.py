@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 from trainer.config.schema import DiffusionConfig
 from trainer.core.rng import rng
 from trainer.data.draws import draw_noise, draw_timestep
-from trainer.diffusion import add_noise, alphas_cumprod, loss_weights, make_target, sample_losses, signal_to_noise
+from trainer.model.diffusion import add_noise, alphas_cumprod, loss_weights, make_target, sample_losses, signal_to_noise
 
 EPSILON = DiffusionConfig()
 V_PREDICTION = DiffusionConfig(prediction_type="v_prediction")

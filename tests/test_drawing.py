@@ -21,9 +21,9 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.drawing import default_folder, draw, find_source, load_model
 from trainer.gallery import read_samples
-from trainer.models.base import find_base, hash_base, read_config, read_state
-from trainer.models.hub import STEMS
-from trainer.models.single_file import to_single_file
+from trainer.model.base import find_base, hash_base, read_config, read_state
+from trainer.model.hub import STEMS
+from trainer.model.single_file import to_single_file
 from trainer.pictures import CARD_SIZES, Picture, check_settings, grid_scale, plan_pictures, read_prompts, read_size
 
 REPOSITORY = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from trainer.data.loader import MicroBatches, load_batches, make_time_ids
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.launch import vocab_sizes
-from trainer.models.base import find_base, find_tokenizers
+from trainer.model.base import find_base, find_tokenizers
 
 REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Config]

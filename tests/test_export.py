@@ -22,9 +22,9 @@ from trainer.config.load import load_config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.export import export
-from trainer.lineage import build_lineage, read_lineage
-from trainer.models.base import find_base, find_tokenizers, hash_base, read_config, read_state, read_vae
-from trainer.models.sdxl import COMPONENTS
+from trainer.model.base import find_base, find_tokenizers, hash_base, read_config, read_state, read_vae
+from trainer.model.lineage import build_lineage, read_lineage
+from trainer.model.sdxl import COMPONENTS
 
 Parts = dict[str, dict[str, torch.Tensor]]
 REPOSITORY = Path(__file__).parent.parent

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.checkpoint import find_newest, read_train_state
 from trainer.config.schema import Config
 from trainer.data.index import open_index, read_raw_latents
 from trainer.loop import train
+from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.prepare import prepare
 
 ENCODER_1 = ["model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1e-3"]

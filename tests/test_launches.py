@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import find_newest, read_train_state
 from trainer.metrics import read_metrics
+from trainer.model.checkpoint import find_newest, read_train_state
 
 REPOSITORY = Path(__file__).parent.parent
 STAGES = {

@@ -18,9 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from trainer.config.schema import DiffusionConfig
 from trainer.export import Export, build_configs, export, single_file_tensors
-from trainer.models.base import Base, find_base, read_state
-from trainer.models.sdxl import COMPONENTS
-from trainer.models.single_file import PREFIXES
+from trainer.model.base import Base, find_base, read_state
+from trainer.model.sdxl import COMPONENTS
+from trainer.model.single_file import PREFIXES
 
 State = dict[str, torch.Tensor]
 V_PREDICTION = DiffusionConfig(prediction_type="v_prediction")

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import trainer
-from trainer import lineage as lineage_module
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
-from trainer.lineage import LINEAGE_KEY, build_lineage, read_lineage, shorten_path
+from trainer.model import lineage as lineage_module
+from trainer.model.lineage import LINEAGE_KEY, build_lineage, read_lineage, shorten_path
 
 WRITTEN = {
     "model": {"pretrained": "/home/someone/models/sdxl"},

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from trainer.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
-from trainer.lineage import LINEAGE_KEY, build_lineage
-from trainer.lineage_tree import find_lineage, tell_lineage
+from trainer.model.lineage import LINEAGE_KEY, build_lineage
+from trainer.model.lineage_tree import find_lineage, tell_lineage
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG = {

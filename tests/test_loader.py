@@ -20,7 +20,7 @@ from trainer.data.loader import MicroBatches, load_batches, make_ahead, make_tim
 from trainer.data.plan import build_plan
 from trainer.data.tokens import load_tokenizers
 from trainer.launch import vocab_sizes
-from trainer.models.base import find_base, find_tokenizers
+from trainer.model.base import find_base, find_tokenizers
 
 MakeConfig = Callable[..., Config]
 STAGES = {

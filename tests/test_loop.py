@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from trainer import loop
-from trainer.checkpoint import find_newest, read_train_state
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data import loader
@@ -23,6 +22,7 @@ from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.model.checkpoint import find_newest, read_train_state
 
 REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Config]

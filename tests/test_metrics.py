@@ -14,7 +14,7 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.launch import build_accelerator
 from trainer.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
-from trainer.models.base import Base, find_base
+from trainer.model.base import Base, find_base
 from trainer.progress import Progress, flatten
 from trainer.sampling import make_grid
 from trainer.training_step import StepResult

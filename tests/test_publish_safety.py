@@ -16,8 +16,8 @@ from trainer.core.errors import UserError
 from trainer.drawing import default_folder
 from trainer.export import export
 from trainer.licence import Terms, find_base_refusals
-from trainer.lineage import complete_lineage, shorten_paths
-from trainer.models.base import Base, LazyFile, find_base, hash_base
+from trainer.model.base import Base, LazyFile, find_base, hash_base
+from trainer.model.lineage import complete_lineage, shorten_paths
 from trainer.publish import Request, publish
 from trainer.published_folder import check_folder
 

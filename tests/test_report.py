@@ -34,7 +34,7 @@ from trainer.data.survey import (
     take_captions,
 )
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
-from trainer.models.base import find_base, find_tokenizers
+from trainer.model.base import find_base, find_tokenizers
 from trainer.report import Report, make_report, render, summarise, write_page
 from trainer.report_facts import thumbnail_size, walk_run
 from trainer.report_page import percent

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint import find_newest, read_train_state
 from trainer.config.schema import Config
 from trainer.loop import train
+from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.run_folder import Work, read_work
 
 GPU = "NVIDIA A100-SXM4-80GB"

@@ -9,8 +9,8 @@ import torch
 
 from trainer.config.schema import Config, MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.core.errors import UserError
-from trainer.models.base import find_base, read_config, read_sdxl_config, read_state
-from trainer.models.sdxl import (
+from trainer.model.base import find_base, read_config, read_sdxl_config, read_state
+from trainer.model.sdxl import (
     COMPONENTS,
     SDXL,
     build_empty,

@@ -10,11 +10,11 @@ from tiny_model import TINY, Parts, build_parts, random_parts
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from trainer.core.errors import UserError
-from trainer.models.single_file import PREFIXES, from_single_file, read_component, tensor_names, to_single_file
+from trainer.model.single_file import PREFIXES, from_single_file, read_component, tensor_names, to_single_file
 
 
 def read_assets() -> dict[str, dict]:
-    folder = resources.files("trainer") / "assets" / "sdxl"
+    folder = resources.files("trainer.model") / "assets" / "sdxl"
     return {component: json.loads((folder / component / "config.json").read_text()) for component in PREFIXES}
 
 

@@ -11,9 +11,9 @@ import torch
 
 from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.data.loader import Batch
-from trainer.diffusion import alphas_cumprod
-from trainer.models.base import find_base
-from trainer.models.sdxl import SDXL, build_sdxl, trained_parameters
+from trainer.model.base import find_base
+from trainer.model.diffusion import alphas_cumprod
+from trainer.model.sdxl import SDXL, build_sdxl, trained_parameters
 from trainer.optim import build_optimizer
 from trainer.training_step import Objective, StepResult, training_step
 

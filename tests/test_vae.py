@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from trainer.core.errors import UserError
-from trainer.models.vae import build_vae, decode_latents, encode_raw_latents, scale_latents
+from trainer.model.vae import build_vae, decode_latents, encode_raw_latents, scale_latents
 
 LEVELS = {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
           "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}  # fmt: skip

@@ -68,7 +68,7 @@ def write_tokenizer(target: Path, source: Path, name: str) -> None:
         write_text(target / "vocab.json", json.dumps(in_order, ensure_ascii=False))
         write_text(target / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     # settings that transformers 5 wrote, without the map, are not ones that transformers 4 understands
-    own = source if present.issuperset(TOKENIZER_SETTINGS) else resources.files("trainer") / "assets/sdxl" / name
+    own = source if present.issuperset(TOKENIZER_SETTINGS) else resources.files("trainer.model") / "assets/sdxl" / name
     for file in TOKENIZER_SETTINGS:
         text = (own / file).read_text(encoding="utf-8")
         said = json.loads(text)

@@ -28,10 +28,10 @@ from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.tokens import TextTokenizer, load_tokenizers
 from trainer.gallery import GRID_NAME
-from trainer.lineage import Lineage, read_lineage, read_versions
-from trainer.models.base import Base, find_base, find_tokenizers, has_vae, hash_base, read_config, read_vae
-from trainer.models.sdxl import DTYPES, SDXL, build_sdxl
-from trainer.models.vae import build_vae
+from trainer.model.base import Base, find_base, find_tokenizers, has_vae, hash_base, read_config, read_vae
+from trainer.model.lineage import Lineage, read_lineage, read_versions
+from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
+from trainer.model.vae import build_vae
 from trainer.pictures import (
     Picture,
     describe,

@@ -23,7 +23,7 @@ from trainer.data.records import Reject
 from trainer.data.shards import Row, ShardWriter
 from trainer.data.tables import read_table, take_rows
 from trainer.data.unfinished import LATENTS_SCHEMA, STAT, UNKNOWN, Done, Stock, Todo, Work, write_done
-from trainer.models.vae import encode_raw_latents
+from trainer.model.vae import encode_raw_latents
 
 
 @dataclass(frozen=True)

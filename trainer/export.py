@@ -20,13 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.artefacts import hash_files, save_stamped, write_tokenizer
-from trainer.checkpoint import MODEL_FILE, STATE_FILE, find_newest, read_train_state, verify_checkpoint
 from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, temporary_path, write_file, write_json
-from trainer.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
-from trainer.models.base import (
+from trainer.model.base import (
     CONFIGS_KEY,
     Base,
     LazyFile,
@@ -39,9 +37,11 @@ from trainer.models.base import (
     read_state,
     read_vae,
 )
-from trainer.models.hub import STEMS
-from trainer.models.sdxl import COMPONENTS, DTYPES
-from trainer.models.single_file import some, to_single_file
+from trainer.model.checkpoint import MODEL_FILE, STATE_FILE, find_newest, read_train_state, verify_checkpoint
+from trainer.model.hub import STEMS
+from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
+from trainer.model.sdxl import COMPONENTS, DTYPES
+from trainer.model.single_file import some, to_single_file
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
 Parts = dict[str, dict[str, Tensor]]

@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
-from trainer.models.hub import HUB_ERRORS
+from trainer.model.hub import HUB_ERRORS
 
 OWN_OF_THE_HUB = {".gitattributes"}  # the Hub writes it into every repository
 # refusals by the Hub's large file store and of a card's header come as ValueError, failed file uploads as RuntimeError

@@ -16,17 +16,17 @@ import torch
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
-from trainer.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.loader import Batch, load_batches
-from trainer.diffusion import alphas_cumprod
 from trainer.launch import Inputs, build_accelerator, open_inputs, total_steps
-from trainer.lineage import build_lineage
 from trainer.metrics import find_peak_flops, training_flops
-from trainer.models.sdxl import DTYPES, SDXL, build_sdxl
-from trainer.models.vae import build_vae
+from trainer.model.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
+from trainer.model.diffusion import alphas_cumprod
+from trainer.model.lineage import build_lineage
+from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
+from trainer.model.vae import build_vae
 from trainer.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.progress import Progress
 from trainer.resume import check_resumable, restore_scaler

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.models.base import Base, read_config
-from trainer.models.sdxl import COMPONENTS, SDXL, build_empty
+from trainer.model.base import Base, read_config
+from trainer.model.sdxl import COMPONENTS, SDXL, build_empty
 
 # dense fp16 / bf16 peak, FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {

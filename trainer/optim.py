@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from trainer.config.schema import OptimConfig, ScheduleConfig
 from trainer.core.errors import UserError
-from trainer.models.sdxl import COMPONENTS, trained_parameters
+from trainer.model.sdxl import COMPONENTS, trained_parameters
 
 
 def build_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -43,9 +43,9 @@ from trainer.data.unfinished import (
     work_folder,
 )
 from trainer.encoding import Chunk, Encoder, encode_chunk
-from trainer.models.base import VaeWeights, find_base, read_vae
-from trainer.models.sdxl import DTYPES
-from trainer.models.vae import build_vae
+from trainer.model.base import VaeWeights, find_base, read_vae
+from trainer.model.sdxl import DTYPES
+from trainer.model.vae import build_vae
 
 
 @dataclass(frozen=True)

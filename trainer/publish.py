@@ -16,7 +16,6 @@ from trainer.artefacts import hash_files
 from trainer.base_terms import find_terms
 from trainer.card import Release, write_card
 from trainer.card_stages import Stage, write_changes
-from trainer.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -25,7 +24,8 @@ from trainer.export import build_export, write_diffusers, write_single_file
 from trainer.export_check import check_export
 from trainer.gallery import Sample, read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
-from trainer.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
+from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
+from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
 from trainer.run_folder import Work, read_work
 

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from trainer.config.schema import DiffusionConfig, SamplingConfig
 from trainer.core.rng import philox_key, rng
 from trainer.data.tokens import TextTokenizer, tokenize_captions
-from trainer.models.sdxl import SDXL
-from trainer.models.text import encode_prompts
-from trainer.models.vae import decode_latents
+from trainer.model.sdxl import SDXL
+from trainer.model.text import encode_prompts
+from trainer.model.vae import decode_latents
 
 
 def sample_images(

@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.checkpoint import (
+from trainer.core.errors import UserError
+from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
+from trainer.model.checkpoint import (
     FORMAT_VERSION,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -19,9 +21,7 @@ from trainer.checkpoint import (
     list_checkpoints,
     step_of,
 )
-from trainer.core.errors import UserError
-from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
-from trainer.models.sdxl import trained_parameters
+from trainer.model.sdxl import trained_parameters
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from trainer.config.schema import DiffusionConfig
 from trainer.data.loader import Batch
-from trainer.diffusion import add_noise, loss_weights, make_target, sample_losses
-from trainer.models.vae import scale_latents
+from trainer.model.diffusion import add_noise, loss_weights, make_target, sample_losses
+from trainer.model.vae import scale_latents
 from trainer.optim import gated_step
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from trainer.core.errors import UserError
-from trainer.lineage import Lineage, read_lineage
+from trainer.model.lineage import Lineage, read_lineage
 
 HIGHLIGHTS = (  # label, and the config's fields behind it
     ("rates", ("optim.unet_lr", "optim.text_encoder_1_lr", "optim.text_encoder_2_lr", "schedule.lr")),

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
-from trainer.models.hub import STEMS, fetch, find_weights, read_json, refuse_pickled
-from trainer.models.single_file import PREFIXES, check_names, from_single_file, is_extra, read_component, tensor_names
+from trainer.model.hub import STEMS, fetch, find_weights, read_json, refuse_pickled
+from trainer.model.single_file import PREFIXES, check_names, from_single_file, is_extra, read_component, tensor_names
 
 CONFIGS_KEY = "trainer.configs"  # our single files carry their component configs under this metadata key, as JSON
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -148,7 +148,9 @@ def read_config(base: Base, component: str) -> dict[str, Any]:
 
 def read_sdxl_config(component: str) -> dict[str, Any]:
     """SDXL base 1.0's own config, from the package."""
-    return json.loads((resources.files("trainer") / "assets/sdxl" / config_file(component)).read_text(encoding="utf-8"))
+    return json.loads(
+        (resources.files("trainer.model") / "assets/sdxl" / config_file(component)).read_text(encoding="utf-8")
+    )
 
 
 def read_state(base: Base, component: str) -> dict[str, Tensor]:

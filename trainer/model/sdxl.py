@@ -14,8 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.config.schema import Dtype, MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.core.errors import UserError
-from trainer.models.base import Base, read_config, read_state
-from trainer.models.text import encode_prompts
+from trainer.model.base import Base, read_config, read_state
+from trainer.model.text import encode_prompts
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENTS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}  # part -> folder

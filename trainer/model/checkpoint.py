@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
-from trainer.models.sdxl import load_trained, trained_parameters
+from trainer.model.sdxl import load_trained, trained_parameters
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "train_state.json"

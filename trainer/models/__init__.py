@@ -1,1 +1,0 @@
-"""The SDXL parts: names, text, VAE, UNet."""
