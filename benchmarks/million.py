@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from posts import plain_config
 
-from trainer.buckets import list_buckets
+from trainer.data.buckets import list_buckets
 from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.index import open_index
 from trainer.data.plan import Plan

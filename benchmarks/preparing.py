@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainer.buckets import Fit, fit_image
 from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_bytes
+from trainer.data.buckets import Fit, fit_image
 from trainer.data.decoders import Decoded, Task, decoders, look, start_pool
 from trainer.data.images import open_image, read_bytes, read_header, read_orientation, to_rgb
 

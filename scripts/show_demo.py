@@ -10,13 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.buckets import fit_to_bucket
-from trainer.captions import compose_caption, draw_caption
 from trainer.config.load import load_config
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import run_command
 from trainer.core.files import write_file
 from trainer.core.rng import rng
+from trainer.data.buckets import fit_to_bucket
+from trainer.data.captions import compose_caption, draw_caption
 from trainer.data.images import read_bytes, read_pixels
 from trainer.data.index import open_index
 from trainer.drawing import find_source, load_model

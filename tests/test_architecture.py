@@ -15,7 +15,6 @@ LAYERS = ("core", "config", "model data", "sample report", "train prepare", "rel
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
 WAITING = {
-    "data": "post captions buckets",
     "sample": "sampling drawing pictures gallery",
     "report": "report report_facts report_page report_sections data.survey",
     "train": "loop training_step launch optim save resume progress metrics run_folder",

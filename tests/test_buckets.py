@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.buckets import fit_image, list_buckets, nearest_bucket
 from trainer.core.errors import UserError
+from trainer.data.buckets import fit_image, list_buckets, nearest_bucket
 
 RECIPE = {"base_resolution": 1024, "min_side": 512, "max_side": 2048, "step": 64}
 PORTRAIT = {

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.captions import compose_caption, draw_caption, quality_tag, split_tags, year_tag
 from trainer.config.schema import CaptionsConfig, QualityRule, YearRule
 from trainer.core.rng import rng
-from trainer.post import read_post
+from trainer.data.captions import compose_caption, draw_caption, quality_tag, split_tags, year_tag
+from trainer.data.post import read_post
 
 RECIPE = CaptionsConfig()
 EMPTY: dict[str, Any] = dict.fromkeys(

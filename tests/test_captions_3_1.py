@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trainer.captions import column_tags, compose_caption, quality_tag
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig, ColumnRule, QualityRule
+from trainer.data.captions import column_tags, compose_caption, quality_tag
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.shards import SCHEMA
 from trainer.data.survey import count_rules

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config.load import find_problems, load_config
 from trainer.config import rules
+from trainer.config.load import find_problems, load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 
@@ -177,8 +177,8 @@ def test_the_borders_of_the_rules_are_allowed(words: list[str]) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    """Each ``yield`` of config_rules is reached by one of RULES: a rule without a case fails here."""
-    path = inspect.getfile(config_rules)
+    """Each ``yield`` of config.rules is reached by one of RULES: a rule without a case fails here."""
+    path = inspect.getfile(rules)
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     yields = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
     reached: set[int] = set()

@@ -18,7 +18,7 @@ from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_file
 from trainer.data import decoders as decoders_module
 from trainer.data.decoders import Decoded, Filtered, Outcome, Task, Unchanged, decoders
-from trainer.data.records import Reject
+from trainer.data.sources.records import Reject
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from trainer import drawing
-from trainer.buckets import list_buckets
 from trainer.config.schema import NEGATIVE_PROMPT, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
+from trainer.data.buckets import list_buckets
 from trainer.drawing import default_folder, draw, find_source, load_model
 from trainer.gallery import read_samples
 from trainer.model.base import find_base, hash_base, read_config, read_state

@@ -17,18 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.buckets import Fit
 from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
-from trainer.data.folders import list_images
-from trainer.data.hub_datasets import find_image_column, iterate_rows
+from trainer.data.buckets import Fit
 from trainer.data.images import BadImage, open_arrow, read_bytes, read_header, read_pixels
-from trainer.data.kohya import iterate_kohya
-from trainer.data.posts_files import iterate_posts_file
-from trainer.data.records import Reject
-from trainer.data.sidecars import iterate_folder
-from trainer.data.tars import iterate_tars
-from trainer.post import Post, TableCell, TarMember
+from trainer.data.post import Post, TableCell, TarMember
+from trainer.data.sources.folders import list_images
+from trainer.data.sources.hub_datasets import find_image_column, iterate_rows
+from trainer.data.sources.kohya import iterate_kohya
+from trainer.data.sources.posts_files import iterate_posts_file
+from trainer.data.sources.records import Reject
+from trainer.data.sources.sidecars import iterate_folder
+from trainer.data.sources.tars import iterate_tars
 
 DEMO = Path(__file__).parent.parent / "demo"
 PNG = (DEMO / "images" / "bee.png").read_bytes()

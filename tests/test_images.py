@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from trainer.buckets import Fit, Size
+from trainer.data.buckets import Fit, Size
 from trainer.data.images import BadImage, pixels_to_tensor, read_bytes, read_header, read_pixels
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.captions import compose_caption, draw_caption
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.rng import philox_key
+from trainer.data.captions import compose_caption, draw_caption
 from trainer.data.draws import draw_noise, draw_timestep
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_ahead, make_time_ids

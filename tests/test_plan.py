@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.buckets import list_buckets
+from trainer.data.buckets import list_buckets
 from trainer.data.loader import micro_batch_numbers
 from trainer.data.plan import Plan, Planned, Unit
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.post import Post, encode_key, read_post
+from trainer.data.post import Post, encode_key, read_post
 
 DANBOORU = {
     "id": 123456,

@@ -34,10 +34,10 @@ from posts_on_disk import (
 
 from trainer import encoding
 from trainer import prepare as prepare_module
-from trainer.buckets import fit_image
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
+from trainer.data.buckets import fit_image
 from trainer.data.images import pixels_to_tensor, read_bytes, read_pixels
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.unfinished import Work, hold_work, work_folder

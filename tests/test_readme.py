@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.captions import compose_caption
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig
-from trainer.post import read_post
+from trainer.data.captions import compose_caption
+from trainer.data.post import read_post
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import trainer.report as report_module
-from trainer.buckets import fit_image
-from trainer.captions import compose_caption
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data import shards
+from trainer.data.buckets import fit_image
+from trainer.data.captions import compose_caption
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import ShardWriter, rows_to_table, write_index

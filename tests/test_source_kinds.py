@@ -20,8 +20,8 @@ from PIL import Image
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import BadImage, read_bytes, read_header, stat_image
+from trainer.data.post import Post, TableCell, TarMember
 from trainer.data.sources import Reject, iterate_sources
-from trainer.post import Post, TableCell, TarMember
 
 DEMO = Path(__file__).parent.parent / "demo"
 RECORDS = [json.loads(line) for line in (DEMO / "posts.jsonl").read_text().splitlines()][:12]

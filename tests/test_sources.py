@@ -14,8 +14,8 @@ from PIL import Image
 from trainer.config.schema import Config, DataConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index, read_raw_latents
+from trainer.data.post import Post
 from trainer.data.sources import Reject, iterate_sources
-from trainer.post import Post
 from trainer.prepare import prepare
 from trainer.report_facts import draw_original, find_images
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from trainer.buckets import list_buckets
 from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, plain, table, training
 from trainer.config.schema import CaptionsConfig, Config
+from trainer.data.buckets import list_buckets
 from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
 

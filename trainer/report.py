@@ -11,6 +11,7 @@ from trainer.core.files import write_text
 from trainer.data.index import open_index
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import build_plan
+from trainer.data.post import TAG_CATEGORIES
 from trainer.data.survey import (
     choose_rows,
     count_finished,
@@ -21,7 +22,6 @@ from trainer.data.survey import (
     measure_captions,
     measure_fits,
 )
-from trainer.post import TAG_CATEGORIES
 from trainer.report_facts import Report, find_models, show_samples, walk_run
 from trainer.report_page import GENERATOR, page
 from trainer.report_sections import (

@@ -14,13 +14,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.buckets import Fit, Size
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.data.buckets import Fit, Size
 from trainer.data.draws import draw_sample_caption
 from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.index import Index, read_raw_latents
 from trainer.data.plan import Plan, Unit
+from trainer.data.post import Post
 from trainer.data.shards import Row
 from trainer.data.sources import Reject, iterate_sources
 from trainer.data.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
@@ -28,7 +29,6 @@ from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.model.sdxl import DTYPES
 from trainer.model.vae import build_vae, decode_latents, scale_latents
-from trainer.post import Post
 
 THUMBNAIL_SIDE = 320  # pixels, the longer one
 PASSES = 3  # captions shown of each sample

@@ -20,13 +20,13 @@ from multiprocessing import get_context
 import numpy as np
 from PIL import Image
 
-from trainer.buckets import Fit, Size, fit_image
 from trainer.config.schema import BucketsConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes
+from trainer.data.buckets import Fit, Size, fit_image
 from trainer.data.images import BadImage, read_bytes, read_header, read_pixels
-from trainer.data.records import Reject
-from trainer.post import ImagePlace
+from trainer.data.post import ImagePlace
+from trainer.data.sources.records import Reject
 
 AHEAD = 4  # images that each process has ready or in work
 

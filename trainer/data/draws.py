@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.captions import compose_caption, draw_caption
 from trainer.config.schema import CaptionsConfig, DiffusionConfig
 from trainer.core.rng import rng
+from trainer.data.captions import compose_caption, draw_caption
 
 
 def draw_sample_caption(record: Mapping[str, Any], pass_: int, seed: int, rules: CaptionsConfig) -> str:

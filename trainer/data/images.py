@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from trainer.buckets import Fit, Size
-from trainer.post import ImagePlace, TableCell, TarMember
+from trainer.data.buckets import Fit, Size
+from trainer.data.post import ImagePlace, TableCell, TarMember
 
 # everything that decides pixels, besides the bucket: part of what names a set of latents
 PIXEL_SETTINGS: dict[str, Any] = {

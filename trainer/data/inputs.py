@@ -21,10 +21,10 @@ from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json, write_file
 from trainer.data.images import BadImage, stat_image
-from trainer.data.records import Reject
+from trainer.data.post import ImagePlace, Post, TableCell, TarMember
 from trainer.data.shards import POST_FIELDS
+from trainer.data.sources.records import Reject
 from trainer.data.tables import read_table
-from trainer.post import ImagePlace, Post, TableCell, TarMember
 
 BATCH_ROWS = 16384
 INPUTS_NAME = "inputs.arrow"

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from trainer.captions import column_tags, compose_caption, draw_caption, quality_tag, year_tag
 from trainer.config.schema import CaptionsConfig
 from trainer.core.rng import rng
+from trainer.data.captions import column_tags, compose_caption, draw_caption, quality_tag, year_tag
+from trainer.data.post import TAG_CATEGORIES
 from trainer.data.shards import Row
 from trainer.data.tokens import TextTokenizer
-from trainer.post import TAG_CATEGORIES
 
 CAPTION_COLUMNS = ("caption", "rating", "score", "year", "extra", *(f"tags_{name}" for name in TAG_CATEGORIES))
 EXAMPLE_GROUPS, EXAMPLE_KEYS = 10, 6  # of duplicates

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
-from trainer.data.folders import ImageFolder, list_images
-from trainer.data.hub_datasets import iterate_dataset
-from trainer.data.kohya import iterate_kohya
-from trainer.data.posts_files import iterate_posts_file
-from trainer.data.records import Reject
-from trainer.data.sidecars import iterate_folder
-from trainer.data.tars import iterate_tars
-from trainer.post import Post
+from trainer.data.post import Post
+from trainer.data.sources.folders import ImageFolder, list_images
+from trainer.data.sources.hub_datasets import iterate_dataset
+from trainer.data.sources.kohya import iterate_kohya
+from trainer.data.sources.posts_files import iterate_posts_file
+from trainer.data.sources.records import Reject
+from trainer.data.sources.sidecars import iterate_folder
+from trainer.data.sources.tars import iterate_tars
 
 
 def iterate_sources(data: DataConfig) -> Iterator[Post | Reject]:

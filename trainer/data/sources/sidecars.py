@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.core.errors import UserError
-from trainer.data.folders import EXTENSIONS, Found, check_inside, is_image_name, walk_files
-from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
-from trainer.post import Post, encode_key
+from trainer.data.post import Post, encode_key
+from trainer.data.sources.folders import EXTENSIONS, Found, check_inside, is_image_name, walk_files
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.post import ImagePlace, Post, read_post
+from trainer.data.post import ImagePlace, Post, read_post
 
 MAX_SIDECAR = 2**22  # bytes of a post or caption: more is none
 

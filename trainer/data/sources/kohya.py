@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.data.folders import ImageFolder, stem_or_id
-from trainer.data.records import BadRecord, Reject, parse_record, show_name
-from trainer.post import Post, encode_key, read_post
+from trainer.data.post import Post, encode_key, read_post
+from trainer.data.sources.folders import ImageFolder, stem_or_id
+from trainer.data.sources.records import BadRecord, Reject, parse_record, show_name
 
 CAPTION_SEPARATOR = ","  # sd-scripts' default
 

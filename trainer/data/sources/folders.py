@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.data.records import BadRecord, show_name
+from trainer.data.sources.records import BadRecord, show_name
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 GALLERY_DL_PREFIX = "danbooru_"  # gallery-dl's file names: danbooru_<id>_<md5>.<ext>

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.core.errors import UserError
-from trainer.data.folders import ImageFolder, find_image
-from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, parse_record
-from trainer.post import Post, encode_key, read_key, read_post
+from trainer.data.post import Post, encode_key, read_key, read_post
+from trainer.data.sources.folders import ImageFolder, find_image
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Reject, parse_record
 
 BATCH_ROWS = 1024  # rows of a Parquet file that are decoded at a time
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainer.core.errors import UserError
-from trainer.data.folders import walk_files
-from trainer.data.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
-from trainer.data.tar_headers import Damage, Member, walk_tar
-from trainer.post import Post, TarMember, encode_key
+from trainer.data.post import Post, TarMember, encode_key
+from trainer.data.sources.folders import walk_files
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
+from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # what webdataset's own tools call images, as far as we read them
 SIDECARS = ("json", "txt")

@@ -16,9 +16,9 @@ import pyarrow as pa
 from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
-from trainer.data.posts_files import plain_values
-from trainer.data.records import BadRecord, Reject
-from trainer.post import ImagePlace, Post, TableCell, encode_key, read_post
+from trainer.data.post import ImagePlace, Post, TableCell, encode_key, read_post
+from trainer.data.sources.posts_files import plain_values
+from trainer.data.sources.records import BadRecord, Reject
 
 BATCH_ROWS = 1024  # rows that are made Python values at a time
 NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
