@@ -12,8 +12,8 @@ from pathlib import Path
 
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
-from trainer.drawing import default_folder, draw, find_source
-from trainer.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
+from trainer.sample.drawing import default_folder, draw, find_source
+from trainer.sample.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
 
 
 def parse() -> argparse.Namespace:

@@ -19,8 +19,8 @@ from trainer.data.buckets import fit_to_bucket
 from trainer.data.captions import compose_caption, draw_caption
 from trainer.data.images import read_bytes, read_pixels
 from trainer.data.index import open_index
-from trainer.drawing import find_source, load_model
-from trainer.sampling import draw_image, make_grid
+from trainer.sample.drawing import find_source, load_model
+from trainer.sample.sampling import draw_image, make_grid
 
 STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
 

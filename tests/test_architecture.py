@@ -15,14 +15,14 @@ LAYERS = ("core", "config", "model data", "sample report", "train prepare", "rel
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
 WAITING = {
-    "sample": "sampling drawing pictures gallery",
     "report": "report report_facts report_page report_sections data.survey",
     "train": "loop training_step launch optim save resume progress metrics run_folder",
     "prepare": "prepare data.inputs data.decoders encoding data.unfinished data.merge data.verify",
     "release": "export artefacts export_check publish licence base_terms card card_stages published_folder hub_upload",
 }
 FOLDER_OF = {f"trainer.{name}": folder for folder, names in WAITING.items() for name in names.split()}
-KNOW_ACCELERATE = {f"trainer.{name}" for name in ("loop", "launch", "progress", "metrics", "prepare")}
+ACCELERATE = "loop launch progress metrics prepare"
+KNOW_ACCELERATE = {f"trainer.{name}" for name in ACCELERATE.split()}
 OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
 MAX_FUNCTION_LINES = 60
@@ -41,7 +41,7 @@ def parse(path: Path) -> ast.Module:
 
 
 MODULES = {module_name(path): path for path in sources("trainer")}
-PACKAGES = {"trainer", "trainer.config", "trainer.core", "trainer.data", "trainer.model"}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py" and name != "trainer.data.sources"}
 
 
 def folder_of(module: str) -> str | None:

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from trainer.card import Release, write_card
 from trainer.card_stages import Stage, cell, write_changes
 from trainer.config.load import load_config
-from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
+from trainer.sample.gallery import Sample
 
 REPOSITORY = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -14,17 +14,25 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from trainer import drawing
 from trainer.config.schema import NEGATIVE_PROMPT, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.data.buckets import list_buckets
-from trainer.drawing import default_folder, draw, find_source, load_model
-from trainer.gallery import read_samples
 from trainer.model.base import find_base, hash_base, read_config, read_state
 from trainer.model.hub import STEMS
 from trainer.model.single_file import to_single_file
-from trainer.pictures import CARD_SIZES, Picture, check_settings, grid_scale, plan_pictures, read_prompts, read_size
+from trainer.sample import drawing
+from trainer.sample.drawing import default_folder, draw, find_source, load_model
+from trainer.sample.gallery import read_samples
+from trainer.sample.pictures import (
+    CARD_SIZES,
+    Picture,
+    check_settings,
+    grid_scale,
+    plan_pictures,
+    read_prompts,
+    read_size,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = SamplingConfig(num_inference_steps=2)

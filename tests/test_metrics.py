@@ -16,7 +16,7 @@ from trainer.launch import build_accelerator
 from trainer.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
 from trainer.model.base import Base, find_base
 from trainer.progress import Progress, flatten
-from trainer.sampling import make_grid
+from trainer.sample.sampling import make_grid
 from trainer.training_step import StepResult
 
 

@@ -13,13 +13,13 @@ from test_publish import SOURCE, change, parts, request_of, run, stages, stand_i
 from trainer.artefacts import write_tokenizer
 from trainer.base_terms import find_terms, read_terms
 from trainer.core.errors import UserError
-from trainer.drawing import default_folder
 from trainer.export import export
 from trainer.licence import Terms, find_base_refusals
 from trainer.model.base import Base, LazyFile, find_base, hash_base
 from trainer.model.lineage import complete_lineage, shorten_paths
 from trainer.publish import Request, publish
 from trainer.published_folder import check_folder
+from trainer.sample.drawing import default_folder
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
 

@@ -13,8 +13,8 @@ import yaml
 from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, plain, table, training
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.data.buckets import list_buckets
-from trainer.gallery import Sample
 from trainer.licence import FAIPL, OPENRAIL, Terms
+from trainer.sample.gallery import Sample
 
 RATINGS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 

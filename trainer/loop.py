@@ -31,7 +31,7 @@ from trainer.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.progress import Progress
 from trainer.resume import check_resumable, restore_scaler
 from trainer.run_folder import begin_attempt, lock_run, read_work, run_path
-from trainer.sampling import make_grid, sample_images
+from trainer.sample.sampling import make_grid, sample_images
 from trainer.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.training_step import Objective, StepResult, settle_gradient_buckets, training_step
 

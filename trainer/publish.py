@@ -22,12 +22,12 @@ from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, temporary_path, write_json, write_text
 from trainer.export import build_export, write_diffusers, write_single_file
 from trainer.export_check import check_export
-from trainer.gallery import Sample, read_samples
 from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
 from trainer.run_folder import Work, read_work
+from trainer.sample.gallery import Sample, read_samples
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
 

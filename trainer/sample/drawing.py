@@ -27,12 +27,12 @@ from trainer.config.schema import (
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.tokens import TextTokenizer, load_tokenizers
-from trainer.gallery import GRID_NAME
 from trainer.model.base import Base, find_base, find_tokenizers, has_vae, hash_base, read_config, read_vae
 from trainer.model.lineage import Lineage, read_lineage, read_versions
 from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
-from trainer.pictures import (
+from trainer.sample.gallery import GRID_NAME
+from trainer.sample.pictures import (
     Picture,
     describe,
     file_name,
@@ -42,7 +42,7 @@ from trainer.pictures import (
     shrink,
     write_png,
 )
-from trainer.sampling import build_pipeline, draw_image, make_grid
+from trainer.sample.sampling import build_pipeline, draw_image, make_grid
 
 PREDICTIONS = ("epsilon", "v_prediction")
 

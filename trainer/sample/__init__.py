@@ -1,0 +1,1 @@
+"""Prompts -> pictures, with any checkpoint."""
