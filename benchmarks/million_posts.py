@@ -26,9 +26,9 @@ from trainer.data.inputs import Inputs, survey_inputs
 from trainer.data.merge import merge_set
 from trainer.data.plan import Plan
 from trainer.data.post import Post, TarMember, read_post
-from trainer.data.survey import take_captions
 from trainer.data.tables import read_table
 from trainer.data.unfinished import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
+from trainer.report.survey import take_captions
 
 DISTINCT = 20_000  # posts that differ in more than their ids
 FILTERS = FiltersConfig(min_score=0, ratings=["g", "s", "q"], first_year=2007, forbidden_tags=["comic", "4koma"])

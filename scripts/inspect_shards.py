@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.config.load import config_parser, finish_command_line, load_config
 from trainer.core.errors import run_command
-from trainer.report import PAGE_NAME, check_page_path, make_report, summarise, write_page
+from trainer.report.report import PAGE_NAME, check_page_path, make_report, summarise, write_page
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ LAYERS = ("core", "config", "model data", "sample report", "train prepare", "rel
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
 WAITING = {
-    "report": "report report_facts report_page report_sections data.survey",
     "train": "loop training_step launch optim save resume progress metrics run_folder",
     "prepare": "prepare data.inputs data.decoders encoding data.unfinished data.merge data.verify",
     "release": "export artefacts export_check publish licence base_terms card card_stages published_folder hub_upload",

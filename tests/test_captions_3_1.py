@@ -13,7 +13,7 @@ from trainer.config.schema import CaptionsConfig, ColumnRule, QualityRule
 from trainer.data.captions import column_tags, compose_caption, quality_tag
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.shards import SCHEMA
-from trainer.data.survey import count_rules
+from trainer.report.survey import count_rules
 
 REPOSITORY = Path(__file__).parent.parent
 BLANK: dict[str, Any] = dict.fromkeys(SCHEMA.names)

@@ -10,7 +10,7 @@ from trainer.config.schema import Config, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
-from trainer.report_facts import count_repeating
+from trainer.report.facts import count_repeating
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import trainer.report as report_module
+import trainer.report.report as report_module
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data import shards
@@ -23,7 +23,12 @@ from trainer.data.captions import compose_caption
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import ShardWriter, rows_to_table, write_index
-from trainer.data.survey import (
+from trainer.data.tokens import EOS_TOKEN, load_tokenizer
+from trainer.model.base import find_base, find_tokenizers
+from trainer.report.facts import thumbnail_size, walk_run
+from trainer.report.page import percent
+from trainer.report.report import Report, make_report, render, summarise, write_page
+from trainer.report.survey import (
     choose_rows,
     count_finished,
     count_in_ranges,
@@ -33,11 +38,6 @@ from trainer.data.survey import (
     measure_fits,
     take_captions,
 )
-from trainer.data.tokens import EOS_TOKEN, load_tokenizer
-from trainer.model.base import find_base, find_tokenizers
-from trainer.report import Report, make_report, render, summarise, write_page
-from trainer.report_facts import thumbnail_size, walk_run
-from trainer.report_page import percent
 
 REPOSITORY = Path(__file__).parent.parent
 HOSTILE = "<script>alert('1')</script>&\"x\""

@@ -17,7 +17,7 @@ from trainer.data.index import open_index, read_raw_latents
 from trainer.data.post import Post
 from trainer.data.sources import Reject, iterate_sources
 from trainer.prepare import prepare
-from trainer.report_facts import draw_original, find_images
+from trainer.report.facts import draw_original, find_images
 
 
 def iterate_posts(posts: list[str] | None, images: str | None) -> list[Post | Reject]:

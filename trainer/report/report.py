@@ -12,7 +12,17 @@ from trainer.data.index import open_index
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import build_plan
 from trainer.data.post import TAG_CATEGORIES
-from trainer.data.survey import (
+from trainer.report.facts import Report, find_models, show_samples, walk_run
+from trainer.report.page import GENERATOR, page
+from trainer.report.sections import (
+    FINISHED,
+    bucket_rows,
+    count_enlarged,
+    list_sections,
+    tell_share_truncated,
+    view_range,
+)
+from trainer.report.survey import (
     choose_rows,
     count_finished,
     count_rules,
@@ -21,16 +31,6 @@ from trainer.data.survey import (
     find_duplicates,
     measure_captions,
     measure_fits,
-)
-from trainer.report_facts import Report, find_models, show_samples, walk_run
-from trainer.report_page import GENERATOR, page
-from trainer.report_sections import (
-    FINISHED,
-    bucket_rows,
-    count_enlarged,
-    list_sections,
-    tell_share_truncated,
-    view_range,
 )
 
 PAGE_NAME = "report.html"

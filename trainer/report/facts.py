@@ -24,11 +24,11 @@ from trainer.data.plan import Plan, Unit
 from trainer.data.post import Post
 from trainer.data.shards import Row
 from trainer.data.sources import Reject, iterate_sources
-from trainer.data.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.model.sdxl import DTYPES
 from trainer.model.vae import build_vae, decode_latents, scale_latents
+from trainer.report.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 
 THUMBNAIL_SIDE = 320  # pixels, the longer one
 PASSES = 3  # captions shown of each sample

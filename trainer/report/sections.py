@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from trainer.data.shards import NOTES_NAME, QUARANTINE_NAME
-from trainer.data.survey import count_in_ranges
-from trainer.report_facts import Report, Sample
-from trainer.report_page import (
+from trainer.report.facts import Report, Sample
+from trainer.report.page import (
     Html,
     Section,
     bar,
@@ -27,6 +26,7 @@ from trainer.report_page import (
     picture,
     table,
 )
+from trainer.report.survey import count_in_ranges
 
 FINISHED = "finished captions"  # a category of tags beside the index's
 MAX_COLUMNS = 60  # of the histogram
