@@ -5,7 +5,7 @@ Starting the same command again continues from the newest checkpoint.
 
 from trainer.config.load import load_config, parse_command_line
 from trainer.core.errors import run_command
-from trainer.loop import train
+from trainer.train.loop import train
 
 
 def main() -> None:

@@ -4,6 +4,6 @@ import sys
 
 from trainer.config.load import load_config
 from trainer.core.errors import run_command
-from trainer.loop import train
+from trainer.train.loop import train
 
 run_command(lambda: train(load_config([], sys.argv[1:])))

@@ -9,14 +9,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from trainer import resume, save
 from trainer.config.schema import OptimConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.model import checkpoint
 from trainer.model.checkpoint import restore_checkpoint, verify_checkpoint
-from trainer.optim import build_optimizer
-from trainer.save import save_checkpoint
+from trainer.train import resume, save
+from trainer.train.optim import build_optimizer
+from trainer.train.save import save_checkpoint
 
 OPTIMIZERS = {
     "adamw": OptimConfig(unet_lr=1e-2, text_encoder_1_lr=1e-3),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.metrics import read_metrics
 from trainer.model.checkpoint import find_newest, read_train_state
+from trainer.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 STAGES = {
@@ -126,7 +126,7 @@ def test_an_error_in_the_loop_ends_the_process_and_its_workers(tiny_settings: li
     """A process that waited for workers which ignore its signals would hold its GPU and its folder for ever."""
     script = """
 import sys
-from trainer import loop
+from trainer.train import loop
 from trainer.config.load import load_config
 
 def fail(run, made):

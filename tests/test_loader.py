@@ -19,8 +19,8 @@ from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_ahead, make_time_ids
 from trainer.data.plan import build_plan
 from trainer.data.tokens import load_tokenizers
-from trainer.launch import vocab_sizes
 from trainer.model.base import find_base, find_tokenizers
+from trainer.train.launch import vocab_sizes
 
 MakeConfig = Callable[..., Config]
 STAGES = {

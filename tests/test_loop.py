@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import loop
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data import loader
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
-from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.model.checkpoint import find_newest, read_train_state
+from trainer.train import loop
+from trainer.train.loop import train
+from trainer.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Config]

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.launch import build_accelerator
-from trainer.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
 from trainer.model.base import Base, find_base
-from trainer.progress import Progress, flatten
 from trainer.sample.sampling import make_grid
-from trainer.training_step import StepResult
+from trainer.train.launch import build_accelerator
+from trainer.train.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
+from trainer.train.progress import Progress, flatten
+from trainer.train.step import StepResult
 
 
 def test_the_last_attempt_wins_and_torn_lines_are_passed_over(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer.config.schema import OptimConfig, ScheduleConfig
-from trainer.optim import build_groups, build_optimizer, gated_step, lr_factor, set_learning_rates
+from trainer.train.optim import build_groups, build_optimizer, gated_step, lr_factor, set_learning_rates
 
 NAMES = ("adamw", "adamw8bit", "adafactor")
 

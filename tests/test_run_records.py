@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config.schema import Config
-from trainer.loop import train
 from trainer.model.checkpoint import find_newest, read_train_state
-from trainer.run_folder import Work, read_work
+from trainer.train.loop import train
+from trainer.train.run import Work, read_work
 
 GPU = "NVIDIA A100-SXM4-80GB"
 

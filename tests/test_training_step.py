@@ -14,8 +14,8 @@ from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.sdxl import SDXL, build_sdxl, trained_parameters
-from trainer.optim import build_optimizer
-from trainer.training_step import Objective, StepResult, training_step
+from trainer.train.optim import build_optimizer
+from trainer.train.step import Objective, StepResult, training_step
 
 OBJECTIVE = Objective(DiffusionConfig(), alphas_cumprod(), 0.5)
 RATES = OptimConfig(unet_lr=1e-3, text_encoder_1_lr=1e-3, text_encoder_2_lr=1e-3)

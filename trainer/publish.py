@@ -26,8 +26,8 @@ from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.published_folder import check_folder, read_sums, write_sums
-from trainer.run_folder import Work, read_work
 from trainer.sample.gallery import Sample, read_samples
+from trainer.train.run import Work, read_work
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
 

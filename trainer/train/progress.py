@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.metrics import MetricsFile, tracker_settings
-from trainer.optim import lr_factor
-from trainer.training_step import StepResult
+from trainer.train.metrics import MetricsFile, tracker_settings
+from trainer.train.optim import lr_factor
+from trainer.train.step import StepResult
 
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
     "To go on at a lower rate or in bf16, export the last checkpoint (scripts/export.py) and begin another run with it"

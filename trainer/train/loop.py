@@ -20,20 +20,20 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.loader import Batch, load_batches
-from trainer.launch import Inputs, build_accelerator, open_inputs, total_steps
-from trainer.metrics import find_peak_flops, training_flops
 from trainer.model.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
-from trainer.optim import build_optimizer, lr_factor, set_learning_rates
-from trainer.progress import Progress
-from trainer.resume import check_resumable, restore_scaler
-from trainer.run_folder import begin_attempt, lock_run, read_work, run_path
 from trainer.sample.sampling import make_grid, sample_images
-from trainer.save import retain_checkpoints, save_checkpoint, scaler_state
-from trainer.training_step import Objective, StepResult, settle_gradient_buckets, training_step
+from trainer.train.launch import Inputs, build_accelerator, open_inputs, total_steps
+from trainer.train.metrics import find_peak_flops, training_flops
+from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
+from trainer.train.progress import Progress
+from trainer.train.resume import check_resumable, restore_scaler
+from trainer.train.run import begin_attempt, lock_run, read_work, run_path
+from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
+from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
 
 
 def train(config: Config) -> None:

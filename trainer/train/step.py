@@ -19,7 +19,7 @@ from trainer.config.schema import DiffusionConfig
 from trainer.data.loader import Batch
 from trainer.model.diffusion import add_noise, loss_weights, make_target, sample_losses
 from trainer.model.vae import scale_latents
-from trainer.optim import gated_step
+from trainer.train.optim import gated_step
 
 
 @dataclass(frozen=True)

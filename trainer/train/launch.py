@@ -27,8 +27,8 @@ from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.model.lineage import read_lineage
-from trainer.resume import fixed_values
-from trainer.run_folder import run_path
+from trainer.train.resume import fixed_values
+from trainer.train.run import run_path
 
 
 @dataclass(frozen=True)

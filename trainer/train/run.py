@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json, write_text
-from trainer.metrics import read_metrics
 from trainer.model.lineage import describe_code, read_versions
+from trainer.train.metrics import read_metrics
 
 
 def run_path(config: Config) -> Path:

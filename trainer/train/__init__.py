@@ -1,0 +1,1 @@
+"""A run: launch, loop, step, saving and resuming."""
