@@ -22,12 +22,12 @@ from trainer.config.schema import FiltersConfig
 from trainer.core.rng import rng
 from trainer.data.captions import compose_caption, draw_caption
 from trainer.data.index import open_index
-from trainer.data.inputs import Inputs, survey_inputs
-from trainer.data.merge import merge_set
 from trainer.data.plan import Plan
 from trainer.data.post import Post, TarMember, read_post
 from trainer.data.tables import read_table
-from trainer.data.unfinished import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
+from trainer.prepare.inputs import Inputs, survey_inputs
+from trainer.prepare.merge import merge_set
+from trainer.prepare.work import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
 from trainer.report.survey import take_captions
 
 DISTINCT = 20_000  # posts that differ in more than their ids

@@ -30,8 +30,8 @@ from make_demo_data import describe_drawing, read_metadata  # noqa: E402
 from trainer.config.load import load_config  # noqa: E402
 from trainer.core.files import sha256_file  # noqa: E402
 from trainer.data.index import open_index  # noqa: E402
-from trainer.data.verify import verify_shards  # noqa: E402
-from trainer.prepare import prepare  # noqa: E402
+from trainer.prepare.prepare import prepare  # noqa: E402
+from trainer.prepare.verify import verify_shards  # noqa: E402
 
 ADDED_EVERY = 20  # every so many posts one is held back, and added later
 KILL_AT = 4  # shards that are complete when the run is killed

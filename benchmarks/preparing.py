@@ -26,8 +26,8 @@ from PIL import Image
 from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_bytes
 from trainer.data.buckets import Fit, fit_image
-from trainer.data.decoders import Decoded, Task, decoders, look, start_pool
 from trainer.data.images import open_image, read_bytes, read_header, read_orientation, to_rgb
+from trainer.prepare.decode import Decoded, Task, decoders, look, start_pool
 
 DRAWINGS = Path(__file__).parent.parent / "demo" / "images"
 # extension, what Pillow's save is told, and the grain's standard deviation of 255

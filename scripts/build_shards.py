@@ -11,7 +11,7 @@ import os
 
 from trainer.config.load import load_config, parse_command_line
 from trainer.core.errors import run_command
-from trainer.prepare import prepare
+from trainer.prepare.prepare import prepare
 
 
 def main() -> None:

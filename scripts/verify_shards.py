@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.data.verify import verify_shards
+from trainer.prepare.verify import verify_shards
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.prepare import prepare
+from trainer.prepare.prepare import prepare
 
 REPOSITORY = Path(__file__).parent.parent
 

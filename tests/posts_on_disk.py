@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from trainer.config.schema import BucketsConfig, Config, DataConfig, ModelConfig, PrecisionConfig, RunConfig
 from trainer.core.files import sha256_file
-from trainer.prepare import Summary, prepare
+from trainer.prepare.prepare import Summary, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = {"base_resolution": 64, "min_side": 32, "max_side": 128, "step": 32, "upscale": True}

@@ -15,11 +15,10 @@ LAYERS = ("core", "config", "model data", "sample report", "train prepare", "rel
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
 WAITING = {
-    "prepare": "prepare data.inputs data.decoders encoding data.unfinished data.merge data.verify",
     "release": "export artefacts export_check publish licence base_terms card card_stages published_folder hub_upload",
 }
 FOLDER_OF = {f"trainer.{name}": folder for folder, names in WAITING.items() for name in names.split()}
-ACCELERATE = "train.loop train.launch train.progress train.metrics prepare"
+ACCELERATE = "train.loop train.launch train.progress train.metrics prepare.prepare"
 KNOW_ACCELERATE = {f"trainer.{name}" for name in ACCELERATE.split()}
 OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}

@@ -16,9 +16,9 @@ from posts_on_disk import BUCKETS, ROOT, draw
 
 from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_file
-from trainer.data import decoders as decoders_module
-from trainer.data.decoders import Decoded, Filtered, Outcome, Task, Unchanged, decoders
 from trainer.data.sources.records import Reject
+from trainer.prepare import decode as decoders_module
+from trainer.prepare.decode import Decoded, Filtered, Outcome, Task, Unchanged, decoders
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_an_image_that_kills_its_process_is_set_aside(
 def test_the_processes_end_with_their_parent(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from trainer.data.decoders import decoders\n"
+        "from trainer.prepare.decode import decoders\n"
         "with decoders(2) as pool:\n"
         "    list(pool.look_at([]))\n"
         "    children = [pool.pool.submit(__import__('os').getpid).result() for _ in range(2)]\n"

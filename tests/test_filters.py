@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from posts_on_disk import draw, make_base, make_config, read_jsonl, run
 
-from trainer import encoding
 from trainer.config.schema import Config, FiltersConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
-from trainer.data.verify import verify_shards
-from trainer.prepare import Summary
+from trainer.prepare import encode as encoding
+from trainer.prepare.prepare import Summary
+from trainer.prepare.verify import verify_shards
 
 POSTS: list[dict[str, Any]] = [
     {"id": 1, "rating": "g", "score": 10, "created_at": "2010-05-01", "tag_string_general": "1girl long_hair"},

@@ -11,7 +11,7 @@ import pytest
 from trainer.config.schema import Config
 from trainer.data.index import open_index, read_raw_latents
 from trainer.model.checkpoint import find_newest, read_train_state
-from trainer.prepare import prepare
+from trainer.prepare.prepare import prepare
 from trainer.train.loop import train
 
 ENCODER_1 = ["model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1e-3"]

@@ -17,7 +17,7 @@ from trainer.export import export
 from trainer.model.base import find_base, read_config, read_state
 from trainer.model.sdxl import COMPONENTS, build_empty, rename_for
 from trainer.model.text import encode_prompts
-from trainer.prepare import prepare
+from trainer.prepare.prepare import prepare
 from trainer.train.loop import train
 
 REPOSITORY = Path(__file__).parent.parent

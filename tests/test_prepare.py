@@ -32,16 +32,16 @@ from posts_on_disk import (
     write_yaml,
 )  # fmt: skip
 
-from trainer import encoding
-from trainer import prepare as prepare_module
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.data.buckets import fit_image
 from trainer.data.images import pixels_to_tensor, read_bytes, read_pixels
 from trainer.data.index import open_index, read_raw_latents
-from trainer.data.unfinished import Work, hold_work, work_folder
-from trainer.prepare import Summary
+from trainer.prepare import encode as encoding
+from trainer.prepare import prepare as prepare_module
+from trainer.prepare.prepare import Summary
+from trainer.prepare.work import Work, hold_work, work_folder
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,13 @@ from posts_on_disk import (
     write_yaml,
 )
 
-from trainer import encoding, prepare
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json
 from trainer.data.index import open_index, read_raw_latents
-from trainer.data.verify import verify_shards
+from trainer.prepare import encode as encoding
+from trainer.prepare import prepare
+from trainer.prepare.verify import verify_shards
 
 POSTS = 60
 

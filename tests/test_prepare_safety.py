@@ -16,13 +16,13 @@ import pytest
 from posts_on_disk import copy_of, draw, hashes, make_base, make_config, make_posts, read_jsonl, run
 from test_prepare_again import add_posts, fork, kill, start_ranks
 
-from trainer import prepare
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.data import unfinished
 from trainer.data.index import open_index
 from trainer.data.tables import read_table, take_rows, write_table
-from trainer.data.verify import verify_shards
+from trainer.prepare import prepare
+from trainer.prepare import work as unfinished
+from trainer.prepare.verify import verify_shards
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from trainer.core.errors import UserError
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.post import Post
 from trainer.data.sources import Reject, iterate_sources
-from trainer.prepare import prepare
+from trainer.prepare.prepare import prepare
 from trainer.report.facts import draw_original, find_images
 
 

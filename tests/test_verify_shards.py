@@ -16,7 +16,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
 from trainer.data.index import Index, open_index
 from trainer.data.shards import SCHEMA, ShardWriter, rows_to_table, write_index
-from trainer.data.verify import verify_shards
+from trainer.prepare.verify import verify_shards
 
 REPOSITORY = Path(__file__).parent.parent
 # not in their order in the tars; one is longer than a tar header's name

@@ -18,7 +18,6 @@ from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_text
 from trainer.data.index import Index
-from trainer.data.inputs import Inputs
 from trainer.data.shards import (
     CHUNK_ROWS,
     INDEX_NAME,
@@ -32,7 +31,8 @@ from trainer.data.shards import (
     write_index,
 )
 from trainer.data.tables import read_table, take_rows, write_table
-from trainer.data.unfinished import (
+from trainer.prepare.inputs import Inputs
+from trainer.prepare.work import (
     LATENTS_SCHEMA,
     SETTINGS_NAME,
     STAT,

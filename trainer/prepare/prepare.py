@@ -19,15 +19,19 @@ from trainer import __version__
 from trainer.config.schema import Config
 from trainer.core.distributed import Team, choose_device, join_team
 from trainer.core.errors import UserError
-from trainer.data.decoders import decoders
 from trainer.data.images import PIXEL_SETTINGS
 from trainer.data.index import open_index
-from trainer.data.inputs import Inputs, survey_inputs
-from trainer.data.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
 from trainer.data.shards import MANIFEST_NAME, NOTES_NAME, QUARANTINE_NAME
 from trainer.data.sources import iterate_sources, name_sources
 from trainer.data.tables import read_table
-from trainer.data.unfinished import (
+from trainer.model.base import VaeWeights, find_base, read_vae
+from trainer.model.sdxl import DTYPES
+from trainer.model.vae import build_vae
+from trainer.prepare.decode import decoders
+from trainer.prepare.encode import Chunk, Encoder, encode_chunk
+from trainer.prepare.inputs import Inputs, survey_inputs
+from trainer.prepare.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
+from trainer.prepare.work import (
     Todo,
     Work,
     check_settings,
@@ -42,10 +46,6 @@ from trainer.data.unfinished import (
     share_work,
     work_folder,
 )
-from trainer.encoding import Chunk, Encoder, encode_chunk
-from trainer.model.base import VaeWeights, find_base, read_vae
-from trainer.model.sdxl import DTYPES
-from trainer.model.vae import build_vae
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
-from trainer.data.inputs import INPUTS_NAME, STAT_FIELDS
 from trainer.data.shards import LATENT_FIELDS, QUARANTINE_NAME, ShardFile, shard_name, shard_number
 from trainer.data.tables import read_table, read_told, write_table
+from trainer.prepare.inputs import INPUTS_NAME, STAT_FIELDS
 
 # every sample that a tar holds, and the size and time of the image file that it was made from
 LATENTS_SCHEMA = pa.schema([*LATENT_FIELDS, *STAT_FIELDS])

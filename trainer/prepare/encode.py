@@ -16,14 +16,14 @@ from diffusers import AutoencoderKL
 
 from trainer.config.schema import BucketsConfig
 from trainer.data.buckets import Size
-from trainer.data.decoders import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
 from trainer.data.images import pixels_to_tensor
-from trainer.data.inputs import describe_reject, read_place
 from trainer.data.shards import Row, ShardWriter
 from trainer.data.sources.records import Reject
 from trainer.data.tables import read_table, take_rows
-from trainer.data.unfinished import LATENTS_SCHEMA, STAT, UNKNOWN, Done, Stock, Todo, Work, write_done
 from trainer.model.vae import encode_raw_latents
+from trainer.prepare.decode import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
+from trainer.prepare.inputs import describe_reject, read_place
+from trainer.prepare.work import LATENTS_SCHEMA, STAT, UNKNOWN, Done, Stock, Todo, Work, write_done
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Posts -> a set of shards, by any number of processes, restartable."""
