@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.export import export
+from trainer.release.export import export
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ this is not legal advice. Nothing that lies there is overwritten, and nothing is
 import argparse
 from pathlib import Path
 
-from trainer.card import Release
 from trainer.core.errors import UserError, run_command
-from trainer.hub_upload import upload
-from trainer.publish import Request, check_published, publish
+from trainer.release.card import Release
+from trainer.release.publish import Request, check_published, publish
+from trainer.release.upload import upload
 
 
 def main() -> None:

@@ -14,9 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = ("core", "config", "model data", "sample report", "train prepare", "release")
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 # modules that are not in their folder yet
-WAITING = {
-    "release": "export artefacts export_check publish licence base_terms card card_stages published_folder hub_upload",
-}
+WAITING = {}
 FOLDER_OF = {f"trainer.{name}": folder for folder, names in WAITING.items() for name in names.split()}
 ACCELERATE = "train.loop train.launch train.progress train.metrics prepare.prepare"
 KNOW_ACCELERATE = {f"trainer.{name}" for name in ACCELERATE.split()}

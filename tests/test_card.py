@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from trainer.card import Release, write_card
-from trainer.card_stages import Stage, cell, write_changes
 from trainer.config.load import load_config
-from trainer.licence import FAIPL, OPENRAIL, Terms
+from trainer.release.card import Release, write_card
+from trainer.release.card_stages import Stage, cell, write_changes
+from trainer.release.licence import FAIPL, OPENRAIL, Terms
 from trainer.sample.gallery import Sample
 
 REPOSITORY = Path(__file__).parent.parent

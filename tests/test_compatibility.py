@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_export import make_run
 
-from trainer.export import export
 from trainer.model.base import find_base, read_state
 from trainer.model.sdxl import COMPONENTS
+from trainer.release.export import export
 
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENTS = REPOSITORY / "build" / "compatibility"  # kept between runs: an environment is more than a gigabyte

@@ -21,10 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from trainer.config.load import load_config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
-from trainer.export import export
 from trainer.model.base import find_base, find_tokenizers, hash_base, read_config, read_state, read_vae
 from trainer.model.lineage import build_lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS
+from trainer.release.export import export
 
 Parts = dict[str, dict[str, torch.Tensor]]
 REPOSITORY = Path(__file__).parent.parent

@@ -17,10 +17,10 @@ from tiny_model import build_module, build_parts
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from trainer.config.schema import DiffusionConfig
-from trainer.export import Export, build_configs, export, single_file_tensors
 from trainer.model.base import Base, find_base, read_state
 from trainer.model.sdxl import COMPONENTS
 from trainer.model.single_file import PREFIXES
+from trainer.release.export import Export, build_configs, export, single_file_tensors
 
 State = dict[str, torch.Tensor]
 V_PREDICTION = DiffusionConfig(prediction_type="v_prediction")

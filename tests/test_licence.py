@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer import base_terms, licence
-from trainer.base_terms import fetch_terms, find_terms, read_terms
 from trainer.core.errors import UserError
-from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, known_name, read_licence_files, recognise
 from trainer.model.base import find_base, hash_base
 from trainer.model.lineage import LINEAGE_KEY
+from trainer.release import base_terms, licence
+from trainer.release.base_terms import fetch_terms, find_terms, read_terms
+from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, known_name, read_licence_files, recognise
 
 TEXT = Path(__file__).parent.parent.parent / "shared/licenses/faipl-1.0-sd.md"
 SOURCE = "https://example.org/source"

@@ -20,16 +20,16 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from test_export import make_run
 
-from trainer import licence
 from trainer.config.schema import PublishConfig
 from trainer.core.errors import UserError
-from trainer.export import export
 from trainer.model.base import find_base, read_state
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import read_lineage
 from trainer.model.sdxl import COMPONENTS
-from trainer.publish import Request, check_published, publish, read_publish_config
-from trainer.published_folder import check_folder, read_sums
+from trainer.release import licence
+from trainer.release.export import export
+from trainer.release.folder import check_folder, read_sums
+from trainer.release.publish import Request, check_published, publish, read_publish_config
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY.parent / "shared/licenses/faipl-1.0-sd.md"

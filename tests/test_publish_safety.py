@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_publish import SOURCE, change, parts, request_of, run, stages, stand_in, write_png
 
-from trainer.artefacts import write_tokenizer
-from trainer.base_terms import find_terms, read_terms
 from trainer.core.errors import UserError
-from trainer.export import export
-from trainer.licence import Terms, find_base_refusals
 from trainer.model.base import Base, LazyFile, find_base, hash_base
 from trainer.model.lineage import complete_lineage, shorten_paths
-from trainer.publish import Request, publish
-from trainer.published_folder import check_folder
+from trainer.release.artefacts import write_tokenizer
+from trainer.release.base_terms import find_terms, read_terms
+from trainer.release.export import export
+from trainer.release.folder import check_folder
+from trainer.release.licence import Terms, find_base_refusals
+from trainer.release.publish import Request, publish
 from trainer.sample.drawing import default_folder
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.hub_upload import upload
+from trainer.release.upload import upload
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import yaml
 from huggingface_hub import HfApi, snapshot_download
 
 from trainer.core.errors import UserError
-from trainer.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
 from trainer.model.base import LazyFile, find_base, hash_base
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
+from trainer.release.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
 
 LICENCE_FILE = re.compile(r"(?i)(un)?licen[cs]e([-_.][\w+.-]*)?|copying(\.\w+)?")
 LICENCE_PATTERNS = ["LICENSE*", "LICENCE*", "License*", "Licence*", "license*", "licence*", "COPYING*", "README.md"]

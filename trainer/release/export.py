@@ -19,7 +19,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.artefacts import hash_files, save_stamped, write_tokenizer
 from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype
 from trainer.core.errors import UserError
@@ -42,6 +41,7 @@ from trainer.model.hub import STEMS
 from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
+from trainer.release.artefacts import hash_files, save_stamped, write_tokenizer
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
 Parts = dict[str, dict[str, Tensor]]

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import yaml
 
-from trainer.artefacts import hash_files
-from trainer.base_terms import find_terms
-from trainer.card import Release, write_card
-from trainer.card_stages import Stage, write_changes
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, temporary_path, write_json, write_text
-from trainer.export import build_export, write_diffusers, write_single_file
-from trainer.export_check import check_export
-from trainer.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
-from trainer.published_folder import check_folder, read_sums, write_sums
+from trainer.release.artefacts import hash_files
+from trainer.release.base_terms import find_terms
+from trainer.release.card import Release, write_card
+from trainer.release.card_stages import Stage, write_changes
+from trainer.release.export import build_export, write_diffusers, write_single_file
+from trainer.release.export_check import check_export
+from trainer.release.folder import check_folder, read_sums, write_sums
+from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.sample.gallery import Sample, read_samples
 from trainer.train.run import Work, read_work
 

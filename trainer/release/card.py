@@ -10,10 +10,20 @@ from typing import Any
 
 import yaml
 
-from trainer.card_stages import NOT_RECORDED, Stage, base_words, cell, commit_words, count, plain, table, training
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.data.buckets import list_buckets
-from trainer.licence import FAIPL, OPENRAIL, Terms
+from trainer.release.card_stages import (
+    NOT_RECORDED,
+    Stage,
+    base_words,
+    cell,
+    commit_words,
+    count,
+    plain,
+    table,
+    training,
+)
+from trainer.release.licence import FAIPL, OPENRAIL, Terms
 from trainer.sample.gallery import Sample
 
 RATINGS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}

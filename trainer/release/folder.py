@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.artefacts import hash_files
 from trainer.core.errors import UserError
 from trainer.core.files import write_text
+from trainer.release.artefacts import hash_files
 
 SUMS_FILE = "SHA256SUMS"
 ALLOWED = (

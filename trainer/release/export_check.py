@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.artefacts import check_stamp
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.base import LazyFile, find_base, has_vae, read_state
 from trainer.model.checkpoint import MODEL_FILE, verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES
+from trainer.release.artefacts import check_stamp
 
 
 def check_export(paths: Sequence[Path], lineage: Lineage, checkpoint: Path | None, config: Config) -> None:

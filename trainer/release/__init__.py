@@ -1,0 +1,1 @@
+"""A run -> files for others: exports, the model card, the published folder."""
