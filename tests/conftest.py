@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.prepare.prepare import prepare
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)

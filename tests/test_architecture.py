@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from support.paths import REPOSITORY
 
 # A folder imports only from lower layers, never from one of its own layer. Inside a folder there is no cycle.
 LAYERS = ("core", "config", "model data", "sample report", "train prepare", "release")
@@ -90,6 +90,21 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     while ready := {name for name, imports in waiting.items() if not imports & waiting.keys()}:
         waiting = {name: imports for name, imports in waiting.items() if name not in ready}
     assert waiting == {}, "these import each other in a circle"
+
+
+def test_the_design_maps_the_same_layers() -> None:
+    text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
+    mapped = {folder: int(layer) - 1 for layer, folder in re.findall(r"^\| (\d) \| `(\w+)/` \|", text, re.MULTILINE)}
+    assert mapped == LAYER_OF
+
+
+def test_the_ten_stops_of_a_post_exist() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^\| \d+\. .* \| `(.*)` \| `(\w+)` \|$", text, re.MULTILINE)
+    assert len(stops) == 10
+    for file, function in stops:
+        defined = {node.name for node in parse(REPOSITORY / file).body if isinstance(node, ast.FunctionDef)}
+        assert function in defined, file
 
 
 def test_the_package_knows_neither_scripts_nor_tests() -> None:

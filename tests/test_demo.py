@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "demo"
+from support.paths import REPOSITORY
+
+DEMO = REPOSITORY / "demo"
 POSTS: list[dict[str, Any]] = [json.loads(line) for line in (DEMO / "posts.jsonl").read_text("utf-8").splitlines()]
 POST_FIELDS = {
     "id", "file", "file_ext", "image_width", "image_height", "created_at", "tag_string_general", "source",
@@ -31,7 +32,7 @@ MEAN_PSNR, WORST_PSNR = 20.5, 14.5
 def scripts() -> Iterator[None]:
     """The scripts importable by their names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
+        patch.syspath_prepend(str(REPOSITORY / "scripts"))
         yield
 
 

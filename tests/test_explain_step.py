@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.data.draws import draw_noise, draw_sample_noise
 from trainer.data.index import open_index
@@ -19,7 +20,6 @@ from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.model.base import find_base, find_tokenizers
 from trainer.train.launch import vocab_sizes
 
-REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Config]
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import compose_caption
 from trainer.data.post import read_post
 
-REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 
 

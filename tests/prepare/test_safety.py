@@ -1,0 +1,218 @@
+"""What a fresh reading of the preparation found: each way in which posts, sets or latents were lost or mixed up."""
+
+import io
+import os
+import shutil
+import signal
+import struct
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from support.posts_on_disk import copy_of, draw, hashes, make_base, make_config, make_posts, read_jsonl, run
+from support.ranks import add_posts, fork, kill, start_ranks
+from trainer.config.schema import Config
+from trainer.core.errors import UserError
+from trainer.data.index import open_index
+from trainer.data.tables import read_table, take_rows, write_table
+from trainer.prepare import prepare
+from trainer.prepare import work as unfinished
+from trainer.prepare.verify import verify_shards
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> Config:
+    make_posts(tmp_path / "posts", 10)
+    return make_config(base, tmp_path / "posts", max_bad_fraction=0.9)
+
+
+def keys(config: Config) -> list[str]:
+    return open_index(config.data.shards).table["key"].to_pylist()
+
+
+def test_chunks_without_a_shard_are_not_taken_for_others(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files touched, killed before the end; then posts are added, and killed again right behind the new todo."""
+    run(config)
+    folder = Path(str(config.data.images))
+    for image in folder.iterdir():
+        os.utime(image, (1, 1))
+    monkeypatch.setattr(prepare, "finish", lambda *_: os._exit(1))
+    for _ in range(2):
+        os.waitpid(fork(lambda: run(config)), 0)
+        for number in range(1000, 1005):
+            if not (folder / f"{number}.png").exists():
+                draw(folder / f"{number}.png", number)
+                add_posts(folder.parent, {"id": number})
+        monkeypatch.setattr(prepare, "is_done", lambda *_: os._exit(1))
+    monkeypatch.undo()
+    assert run(config).samples == 15 and {"1000", "1004"} <= set(keys(config))
+    verify_shards(Path(config.data.shards), progress=False)
+
+
+def test_ranks_that_outlive_their_main_process_keep_others_out(config: Config, tmp_path: Path) -> None:
+    unfinished_folder = Path(f"{config.data.shards}.unfinished")
+    real = prepare.encode_chunk
+
+    def slow(*words: object) -> object:
+        time.sleep(0 if os.environ["RANK"] == "0" else 5)
+        return real(*words)  # type: ignore[arg-type]
+
+    prepare.encode_chunk = slow  # type: ignore[assignment]
+    try:
+        main, other = start_ranks(config, 2)
+    finally:
+        prepare.encode_chunk = real
+    while not list((unfinished_folder / "rows").glob("*.arrow")):
+        time.sleep(0.005)
+    kill([main])
+    with pytest.raises(UserError, match="another process is preparing"):
+        run(config)
+    kill([other])
+    assert run(config).samples == 10
+
+
+def test_where_a_set_cannot_be_put_is_said_first(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="is a file"):
+        run(replace(config, data=replace(config.data, shards=str(tmp_path / "file"))))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    linked = replace(config, data=replace(config.data, shards=str(tmp_path / "link")))
+    assert run(linked).samples == 10 and (tmp_path / "link").is_symlink()
+    add_posts(tmp_path / "posts", {"id": 11, "file": "1.png"})
+    assert run(linked).samples == 11 and len(list((tmp_path / "elsewhere").glob("*.tar"))) == 3
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(UserError, match="mount point"):
+        run(replace(config, data=replace(config.data, shards=str(tmp_path / "volume"))))
+
+
+def test_another_image_of_the_same_size_and_time_is_seen(config: Config, tmp_path: Path) -> None:
+    images = Path(str(config.data.images))
+    for number in (1, 2):
+        pixels = np.full((64, 64, 3), 100 * number, dtype=np.uint8)
+        (images / f"x{number}.bmp").write_bytes(bitmap(pixels))
+        os.utime(images / f"x{number}.bmp", (5, 5))
+    add_posts(tmp_path / "posts", {"id": 50, "file": "x1.bmp"})
+    run(config)
+    posts = tmp_path / "posts" / "posts.jsonl"
+    posts.write_text(posts.read_text().replace("x1.bmp", "x2.bmp"))
+    assert run(config).encoded == 1
+
+
+def bitmap(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="BMP")
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of zeros with chunks of one's own choice in front of the pixels."""
+    depth = {2: 3, 3: 1}[colour]
+    rows = zlib.compress(bytes((1 + depth * width) * height), 9)
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    parts = [head, *chunks, (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_small_files_that_promise_much(config: Config, tmp_path: Path, workers: int) -> None:
+    """Palettes that are not there or too long, and slivers that would become giants."""
+    hostile = {
+        "no_palette": png(64, 64, 3),
+        "long_transparency": png(64, 64, 3, (b"PLTE", bytes(9)), (b"tRNS", bytes(300))),
+        "sliver": png(1, 400_000, 2),
+        "needle": png(1, 80_000, 2),
+    }
+    images = Path(str(config.data.images))
+    for number, (name, content) in enumerate(hostile.items()):
+        (images / f"{name}.png").write_bytes(content)
+        add_posts(tmp_path / "posts", {"id": 100 + number, "file": f"{name}.png"})
+    summary = run(replace(config, data=replace(config.data, num_workers=workers)))
+    reasons = {line["key"]: line["reason"] for line in read_jsonl(Path(config.data.shards) / "quarantine.jsonl")}
+    assert reasons["102"] == "too_narrow" and summary.samples + len(reasons) == 14 and "100" in reasons
+
+
+def test_a_set_that_came_in_between_is_left_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "place_set", lambda *_: os._exit(1))
+    os.waitpid(fork(lambda: run(config)), 0)
+    monkeypatch.undo()
+    other = copy_of(config, tmp_path / "other")
+    add_posts(tmp_path / "other", {"id": 11, "file": "1.png"})
+    run(other)
+    shutil.copytree(other.data.shards, config.data.shards)
+    before = hashes(Path(config.data.shards))
+    with pytest.raises(UserError, match="is not the set any more"):
+        run(config)
+    assert hashes(Path(config.data.shards)) == before
+    shutil.rmtree(config.data.shards)
+    assert run(config).samples == 10
+
+
+def test_what_is_too_long_for_a_post_or_caption_is_set_aside(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        draw(tmp_path / "images" / f"{number}.png", number)
+    (tmp_path / "images" / "1.txt").write_text("a caption")
+    with (tmp_path / "images" / "2.txt").open("wb") as file:
+        file.truncate(2**33)
+    folder = make_config(base, tmp_path, posts=None, max_bad_fraction=0.9)
+    assert run(folder).set_aside == {"bad_record": 1}
+    with (tmp_path / "posts.jsonl").open("wb") as file:
+        file.write(b'{"id": 1}\n"' + b"x" * 9_000_000 + b'"\n{"id": 2}\n')
+    lines = make_config(base, tmp_path, shards=str(tmp_path / "lines"), max_bad_fraction=0.9)
+    assert (run(lines).samples, run(lines).set_aside) == (2, {"bad_record": 1})
+
+
+def test_settings_of_work_that_does_not_exist_bind_nobody(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "survey_inputs", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    os.waitpid(fork(lambda: run(config)), 0)
+    monkeypatch.undo()
+    assert run(replace(config, data=replace(config.data, samples_per_shard=3))).shards == 4
+
+
+def test_what_was_encoded_before_is_told_as_it_is(config: Config, tmp_path: Path) -> None:
+    run(config)
+    for number in range(100, 109):
+        add_posts(tmp_path / "posts", {"id": number, "file": f"{1 if number < 108 else number}.png"})
+    draw(tmp_path / "posts" / "images" / "108.png", 108)
+    summary = run(replace(config, filters=replace(config.filters, drop_duplicates=True)))
+    assert (summary.samples, summary.encoded, summary.filtered) == (11, 1, {"drop_duplicates": 8})
+    assert "10 of 11 samples were encoded before" in str(summary)
+
+
+def test_batch_sizes_of_the_vae_are_not_mixed(config: Config, tmp_path: Path) -> None:
+    run(config)
+    add_posts(tmp_path / "posts", {"id": 11, "file": "1.png"})
+    with pytest.raises(UserError, match="encode_batch_size was None, is 4"):
+        run(replace(config, data=replace(config.data, encode_batch_size=4)))
+
+
+def test_rows_are_taken_from_any_batches_in_any_order(tmp_path: Path) -> None:
+    table = pa.concat_tables(
+        [pa.table({"n": list(range(low, low + 7)), "t": [str(low)] * 7}) for low in range(0, 70, 7)]
+    )
+    write_table(tmp_path / "t.arrow", table, {"a": "ä"})
+    mapped = read_table(tmp_path / "t.arrow")
+    assert unfinished.read_told(mapped) == {"a": "ä"}
+    for rows in ([], [3], [69, 0, 35, 35, 7], list(range(70))[::-1]):
+        taken = take_rows(mapped, np.array(rows, dtype=np.int64))
+        assert taken["n"].to_pylist() == rows and taken["t"].to_pylist() == [str(row // 7 * 7) for row in rows]
+        assert taken["n"].num_chunks <= 1

@@ -1,0 +1,414 @@
+"""The page and the table of inspect_shards: numbers against ones counted anew, nothing fetched, nothing unescaped."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trainer.report.report as report_module
+from support.paths import REPOSITORY
+from trainer.config.schema import CaptionsConfig, Config
+from trainer.core.errors import UserError
+from trainer.data import shards
+from trainer.data.buckets import fit_image
+from trainer.data.captions import compose_caption
+from trainer.data.index import open_index
+from trainer.data.plan import Plan, build_plan
+from trainer.data.shards import ShardWriter, rows_to_table, write_index
+from trainer.data.tokens import EOS_TOKEN, load_tokenizer
+from trainer.model.base import find_base, find_tokenizers
+from trainer.report.facts import thumbnail_size, walk_run
+from trainer.report.page import percent
+from trainer.report.report import Report, make_report, render, summarise, write_page
+from trainer.report.survey import (
+    choose_rows,
+    count_finished,
+    count_in_ranges,
+    count_rules,
+    count_tags,
+    find_duplicates,
+    measure_fits,
+    take_captions,
+)
+
+HOSTILE = "<script>alert('1')</script>&\"x\""
+
+MakeConfig = Callable[..., Config]
+
+
+class Reader(HTMLParser):
+    """Tags in their order, attributes, table rows as lists of cells, and all text outside <style>."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(page)
+        assert self.open == [], "a tag is not closed"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+        if tag not in ("meta", "wbr"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attributes]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+def row(key: str, **more: Any) -> dict[str, Any]:
+    """An index row of a square image."""
+    return {
+        "key": key, "source": "posts.jsonl", "content_hash": f"{key:0>64}", "bucket_width": 64, "bucket_height": 64,
+        "original_width": 64, "original_height": 64, "crop_left": 0, "crop_top": 0, **more,
+    }  # fmt: skip
+
+
+def write_set(folder: Path, rows: list[dict[str, Any]], latents: dict[str, Any] | None = None, **more: Any) -> Path:
+    folder.mkdir()
+    writer = ShardWriter(folder, 0)
+    for each in rows:
+        writer.add(each, np.zeros((4, each["bucket_height"] // 8, each["bucket_width"] // 8), dtype=np.float16))
+    shard = writer.finish()
+    write_index(folder, rows_to_table(writer.rows), [shard], latents or {"vae_sha256": "another"}, **more)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_settings: list[str]) -> Report:
+    from trainer.config.load import load_config
+
+    return make_report(load_config([], [*tiny_settings, "run.name=run", "schedule.epochs=3"]), progress=False)
+
+
+@pytest.fixture(scope="module")
+def tiny_page(tiny: Report) -> Reader:
+    return Reader(render(tiny))
+
+
+def posts_of(report: Report) -> list[dict[str, Any]]:
+    (path,) = report.config.data.posts or []
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_buckets_and_fits_are_those_of_the_images(tiny: Report, tiny_page: Reader) -> None:
+    settings = tiny.config.buckets
+    records = [tiny.index.row(number) for number in range(len(tiny.index))]
+    fits = [fit_image((r["original_width"], r["original_height"]), **vars(settings)) for r in records]
+    shares = [1 - f.bucket[0] * f.bucket[1] / (f.resized[0] * f.resized[1]) for f in fits]
+    assert np.allclose(tiny.fits.cropped, shares, atol=1e-12) and max(shares) > 0.1
+    factors = [f.resized[0] / r["original_width"] for f, r in zip(fits, records, strict=True)]
+    assert np.allclose(tiny.fits.factors, factors, rtol=0.01)
+    for bucket, count in Counter(fit.bucket for fit in fits).items():
+        (found,) = [cells for cells in tiny_page.rows if cells[0] == f"{bucket[0]} x {bucket[1]}"]
+        assert found[2:4] == [str(count), percent(count, 24)]
+    assert f"On average {np.mean(shares):.2%} of the resized pixels" in tiny_page.text
+
+
+def test_tags_are_counted(tiny: Report, tiny_page: Reader) -> None:
+    for category in ("general", "character", "copyright", "artist", "meta"):
+        counts = Counter(tag for post in posts_of(tiny) for tag in post[f"tag_string_{category}"].split())
+        best = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:40]
+        assert tiny.tags[category].top == best and tiny.tags[category].distinct == len(counts)
+        for tag, count in best:
+            assert [tag, str(count), percent(count, 24), ""] in tiny_page.rows
+    assert tiny.tags["general"].top and not tiny.tags["meta"].top
+    assert "No tags at all: character, meta." in tiny_page.text
+
+
+def test_lengths_are_the_tokenizers(tiny: Report, tiny_page: Reader) -> None:
+    folder = find_tokenizers(find_base(tiny.config.model.pretrained), None)[0]
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    tokenizer = load_tokenizer(folder, size, EOS_TOKEN)
+    expected = []
+    for number in range(len(tiny.index)):
+        fixed, _, free = compose_caption(tiny.index.row(number), tiny.config.captions).partition("|||")
+        tags = [tag.strip() for tag in [*fixed.split(","), *reversed(free.split(","))] if tag.strip()]
+        expected.append(len(tokenizer.content_ids([", ".join(tags)])[0]))  # the order does not matter
+    assert tiny.lengths is not None and tiny.lengths.tolist() == expected
+    cut = sum(length > 75 for length in expected)
+    assert f"{percent(cut, 24)} lose their end" in tiny_page.text
+    assert ["up to 75", str(24 - cut), percent(24 - cut, 24), ""] in tiny_page.rows
+
+
+@pytest.mark.parametrize("length", ["schedule.epochs=3", "schedule.max_steps=1", "schedule.max_steps=29"])
+def test_the_run_is_the_plans(make_config: MakeConfig, length: str) -> None:
+    """Views and repeats against a walk over every step."""
+    config = make_config("schedule.max_steps=null", length)
+    report = make_report(config, progress=False)
+    plan = build_plan(report.index, 42, config.data)
+    steps = config.schedule.max_steps or plan.steps_for_epochs(3)
+    assert report.run.steps == steps
+    compare_with_walk(plan, steps)
+    if config.schedule.epochs:
+        assert 3 <= report.run.epochs < 3.2
+        assert report.run.steps_per_epoch == pytest.approx(24 / 4, abs=0.5)
+
+
+def compare_with_walk(plan: Plan, steps: int) -> None:
+    run = walk_run(plan, steps)
+    views, units, repeating = (
+        np.zeros(len(run.views), int),
+        np.zeros(len(run.units), int),
+        np.zeros(len(run.units), int),
+    )
+    for step in range(steps):
+        for unit in plan.step_units(step):
+            rows = [number for number, _ in plan.unit_samples(unit)]
+            views += np.bincount(rows, minlength=len(views))
+            units[unit.bucket] += 1
+            repeating[unit.bucket] += max(Counter(rows).values()) > 1
+    assert (run.views == views).all() and (run.units == units).all() and (run.repeating == repeating).all()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8, 30, 211])
+def test_buckets_that_a_unit_does_not_divide_repeat_across_passes(steps: int) -> None:
+    """6 divides 12 and 18 images but not 13, 7 or 20; 2 and 5 are fewer than a unit."""
+    counts = [12, 18, 13, 7, 20, 2, 5]
+    sizes = np.repeat([[64, 64 * (place + 1)] for place in range(len(counts))], counts, axis=0)
+    plan = Plan(sizes, seed=1, bucket_batch_size=6, global_batch_size=12)
+    compare_with_walk(plan, steps)
+    if steps == 211:
+        repeating = walk_run(plan, steps).repeating
+        assert (repeating > 0).tolist() == [False, False, True, True, True, True, True]
+
+
+def test_the_page_fetches_nothing(tiny: Report, tiny_page: Reader) -> None:
+    assert not set(tiny_page.tags) & {"script", "link", "iframe", "img", "object", "embed", "base", "form"}
+    references = [(tag, value) for tag, name, value in tiny_page.attributes if name in ("href", "src", "xlink:href")]
+    assert {tag for tag, _ in references} == {"a", "image"}
+    anchors = {value for _, name, value in tiny_page.attributes if name == "id"}
+    for tag, value in references:
+        assert value.startswith("data:image/jpeg;base64,") if tag == "image" else value.removeprefix("#") in anchors
+    assert not [name for _, name, _ in tiny_page.attributes if name.startswith("on")]
+    page = render(tiny)
+    assert not re.search(r"url\(|@import|https?:", page)
+    assert page.startswith("<!doctype html>") and page.isascii() is False and 'charset="utf-8"' in page
+    assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
+
+
+def test_samples_are_shown(tiny: Report, tiny_page: Reader) -> None:
+    assert tiny_page.tags.count("image") == 24 and tiny_page.text.count("original, with the crop") == 12
+    assert len({sample.row["key"] for sample in tiny.samples}) == 12
+    for sample in tiny.samples:
+        assert len(sample.captions) == 3 and all(caption in tiny_page.text for caption in sample.captions)
+        left, top, width, height = sample.crop
+        assert min(left, top) >= 0 and width > 0 and height > 0
+        assert left + width <= sample.original_size[0] + 0.6 and top + height <= sample.original_size[1] + 0.6
+        kept = width * height / (sample.original_size[0] * sample.original_size[1])
+        assert kept == pytest.approx(1 - sample.cropped, abs=0.02)
+    assert len({caption for sample in tiny.samples for caption in sample.captions}) > 12  # passes differ
+    assert thumbnail_size((2048, 512)) == (320, 80) and thumbnail_size((100, 30)) == (100, 30)
+
+
+def test_the_same_set_gives_the_same_page(tiny: Report, make_config: MakeConfig) -> None:
+    again = make_report(make_config("schedule.max_steps=null", "schedule.epochs=3"), progress=False)
+    assert render(again) == render(tiny)
+
+
+def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> None:
+    tag = HOSTILE.replace(" ", "_")
+    rows = [
+        row(f"<b>key{number}</b>", rating="g", tags_general=f"{tag} ok", tags_artist=tag, source=HOSTILE)
+        | ({"caption": f"{HOSTILE}, <i>free</i>"} if number % 2 else {})
+        for number in range(6)
+    ]
+    counts = {"inputs": 7, "samples": 6, "set_aside": {HOSTILE: 1}, "notes": {}}
+    folder = write_set(tmp_path / "<u>shards", rows, counts=counts)
+    words = [f"data.shards={folder}", f"captions.ratings={{g: {json.dumps(HOSTILE)}}}"]
+    page = Reader(render(make_report(make_config(*words), progress=False)))
+    assert not set(page.tags) & {"script", "u"} and page.tags.count("b") == 11 + 18  # facts, and captions' passes
+    assert "i" not in page.tags or "<i>free</i>" in page.text
+    for text in (HOSTILE, "<b>key0</b>", "<u>shards", "<i>free</i>"):
+        assert text in page.text
+    # composed by half of them; the rating's tag is counted whole, and captions cut at commas
+    assert [tag, "3", "100.0%", ""] in page.rows and ["<i>free</i>", "3", "100.0%", ""] in page.rows
+    assert [HOSTILE, "3", "100.0%", ""] in page.rows and [HOSTILE, "1", "14.3%", ""] in page.rows
+
+
+def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    words = [f"model.pretrained={tmp_path / 'nowhere'}", f"data.images={tmp_path / 'gone'}"]
+    report = make_report(make_config(*words), progress=False)
+    page = Reader(render(report))
+    assert report.lengths is None and "image" not in page.tags
+    assert f"Left out: no thumbnails of latents and no caption lengths: model.pretrained: {tmp_path}" in page.text
+    assert page.text.count("No original: data.images: ") == 12 and "Unknown, because the tokenizer" in page.text
+    assert "lengths unknown" in summarise(report) and "pass 2 " in page.text
+
+
+def test_latents_of_another_vae_are_not_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [row(str(number)) for number in range(4)])
+    report = make_report(make_config(f"data.shards={folder}"), progress=False)
+    assert report.missing == (
+        "no thumbnails of latents: the latents were made by another VAE than the one that this config names",
+    )
+    assert report.lengths is not None and report.lengths.tolist() == [0] * 4
+    assert "4 are empty" in Reader(render(report)).text
+
+
+def test_an_image_that_changed_is_not_shown(make_config: MakeConfig, tiny_settings: list[str], tmp_path: Path) -> None:
+    config = make_config()
+    shutil.copytree(config.data.images or "", tmp_path / "images")
+    changed, missing = sorted((tmp_path / "images").iterdir())[:2]
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    missing.unlink()
+    (posts,) = config.data.posts or []
+    lines = [json.loads(line)["file"] for line in Path(posts).read_text().splitlines()]
+    origin = f"{Path(posts).name} line {lines.index(changed.name) + 1}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "SAMPLES", 24)
+        report = make_report(make_config(f"data.images={tmp_path / 'images'}"), progress=False)
+    reasons = Counter(sample.why_not for sample in report.samples if sample.original is None)
+    assert reasons == {
+        f"{origin}: the image is not the one any more that was encoded": 1,
+        "its image is not among the sources of posts any more": 1,
+    }
+
+
+def test_rules_are_counted_as_captions_apply_them(tmp_path: Path) -> None:
+    rules = CaptionsConfig()
+    generator = np.random.default_rng(5)
+    rows = [
+        row(
+            str(number),
+            caption="a, b" if number % 7 == 0 else None,
+            rating=[None, "g", "s", "e"][number % 4],
+            score=[None, *generator.integers(-20, 200, 9).tolist()][number % 10],
+            year=[None, 1999, 2007, 2013, 2022, 2030][number % 6],
+        )
+        for number in range(300)
+    ]
+    table = open_index(write_set(tmp_path / "set", rows)).table
+    found = count_rules(table, rules)
+    assert (found.composed, found.finished) == (257, 43)
+    captions = [compose_caption({**dict.fromkeys(shards.SCHEMA.names), **each}, rules) for each in rows]
+    words = Counter(word.strip() for text in captions for word in text.split("|||")[-1].split(",") if "|||" in text)
+    for tag, count in [*found.quality, *found.years]:
+        assert tag == "" or words[tag] == count
+    assert words["nsfw"] == dict(found.ratings)["rating: explicit, nsfw"] > 0
+    for counts in (found.ratings, found.quality, found.years):
+        assert sum(count for _, count in counts) == 257 and dict(counts)[""] > 0
+    assert [tag for tag, _ in found.quality] == [*(rule.tag for rule in rules.quality), ""]
+    finished = count_finished(table, "|||", 40)
+    assert finished.top == [("a", 43), ("b", 43)] and finished.images == 43
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 65536])
+def test_counts_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(shards, "CHUNK_ROWS", chunk)
+    words = ["a b", " a  c ", "", None, "b\tb", "ü a"]
+    rows = [row(f"{number:02}", tags_general=words[number % 6], content_hash=str(number % 9)) for number in range(20)]
+    rows[4]["caption"] = "x ||| y, , x"
+    table = open_index(write_set(tmp_path / "set", rows)).table
+    assert table["key"].num_chunks == -(-20 // chunk)
+    found = count_tags(table, "general", 2)
+    expected = Counter(tag for each in rows if "caption" not in each for tag in (each["tags_general"] or "").split())
+    assert found.top == sorted(expected.items(), key=lambda item: (-item[1], item[0]))[:2]
+    assert (found.distinct, found.images) == (len(expected), 13)  # 4 + 4 + 3 + 3, but for row 4
+    assert count_finished(table, "|||", 9).top == [("x", 2), ("y", 1)]
+    duplicates = find_duplicates(table)
+    assert (duplicates.groups, duplicates.images) == (9, 20)
+    assert duplicates.examples[0] == (3, ["00", "09", "18"]) and len(duplicates.examples) == 9
+    chosen = np.array([0, 2, 3, 7, 19])
+    taken = list(take_captions(table, chosen))
+    assert [each["tags_general"] for each in taken] == [rows[number]["tags_general"] for number in chosen]
+
+
+def test_images_that_kept_their_size_are_not_resized(tmp_path: Path) -> None:
+    """buckets.upscale off: the crop is the centre of the unscaled image."""
+    settings = {"base_resolution": 128, "min_side": 32, "max_side": 256, "step": 32, "upscale": False}
+    sizes = [(100, 60), (128, 128), (127, 129), (256, 256), (40, 300), (129, 128), (500, 333), (64, 96), (90, 140)]
+    rows, shares, factors = [], [], []
+    for number, size in enumerate(sizes):
+        fit = fit_image(size, **settings)
+        names = ("bucket_width", "bucket_height", "original_width", "original_height", "crop_left", "crop_top")
+        values = (*fit.bucket, *size, fit.left, fit.top)
+        rows.append(row(str(number), **dict(zip(names, values, strict=True))))
+        shares.append(1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
+        factors.append(fit.resized[0] / size[0])
+    fits = measure_fits(open_index(write_set(tmp_path / "set", rows)).table, upscale=False)
+    assert np.allclose(fits.cropped, shares, atol=1e-12) and np.allclose(fits.factors, factors, rtol=0.01)
+    assert factors.count(1.0) >= 5 and min(factors) < 0.6
+
+
+def test_ranges_and_samples() -> None:
+    assert count_in_ranges(np.array([0, 75, 76, 150, 225, 226, 900]), (75, 150, 225)) == [2, 2, 1, 2]
+    assert count_in_ranges(np.array([0.0, 1e-9, 1.0]), (0.0, 0.5)) == [1, 1, 1]
+    assert choose_rows("a", 1, 5, 5).tolist() == [0, 1, 2, 3, 4]
+    chosen = choose_rows("a", 1, 1000, 5)
+    assert len(set(chosen.tolist())) == 5 and (np.diff(chosen) > 0).all()
+    assert chosen.tolist() != choose_rows("a", 2, 1000, 5).tolist()
+    shares = [percent(part, 10_000) for part in (0, 1, 5000, 9999, 10_000)]
+    assert shares == ["0.0%", "0.010%", "50.0%", "99.990%", "100.0%"] and percent(0, 0) == "-"
+
+
+def test_only_some_captions_of_a_large_set_are_tokenized(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "MAX_TOKENIZED", 10)
+    report = make_report(make_config(), progress=False)
+    assert report.lengths is not None and len(report.lengths) == 10
+    assert "10 captions drawn at random" in Reader(render(report)).text
+    assert "(10 captions looked at)" in summarise(report)
+
+
+def test_only_a_page_of_ours_is_written_over(tiny: Report, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "page.html"
+    write_page(tiny, page)
+    first = page.read_text(encoding="utf-8")
+    write_page(tiny, page)
+    assert page.read_text(encoding="utf-8") == first and list(page.parent.iterdir()) == [page]
+    notes = tmp_path / "notes.html"
+    notes.write_text("<html>mine</html>")
+    for path in (notes, tmp_path):
+        with pytest.raises(UserError, match="is not a page of scripts/inspect_shards"):
+            write_page(tiny, path)
+    assert notes.read_text() == "<html>mine</html>"
+    with pytest.raises(UserError, match="cannot be written"):
+        write_page(tiny, notes / "page.html")
+
+
+def test_the_command(tiny_settings: list[str], tiny: Report, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("run: {name: run}\nschedule: {epochs: 3}\n")
+    folder = tmp_path / "shards"
+    shutil.copytree(tiny.config.data.shards, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    words = ["--config", str(config), *tiny_settings, f"data.shards={folder}"]
+    command = [sys.executable, "scripts/inspect_shards.py", *words]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    table, page = summarise(tiny), folder / "report.html"
+    assert told.stdout == f"{table}\npage: {page}\n"
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path != page}
+    (width, height), count = Counter(map(tuple, tiny.index.bucket_sizes.tolist())).most_common(1)[0]
+    assert re.search(rf"{width}x{height} +{count} +{count / 24:.1%}", table)
+    assert f"images: 24, each seen {tiny.run.views.min()}" in table and f"steps: {tiny.run.steps} in all" in table

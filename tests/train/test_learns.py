@@ -1,0 +1,119 @@
+"""It learns: eight drawings by heart, exported, drawn again from the exported file alone by diffusers' own pipeline."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from PIL import Image
+
+from support.paths import REPOSITORY
+from trainer.config.load import load_config
+from trainer.data.index import open_index, read_raw_latents
+from trainer.data.tokens import load_tokenizers, tokenize_captions
+from trainer.model.base import find_base, read_config, read_state
+from trainer.model.sdxl import COMPONENTS, build_empty, rename_for
+from trainer.model.text import encode_prompts
+from trainer.prepare.prepare import prepare
+from trainer.release.export import export
+from trainer.train.loop import train
+
+STEPS = 400
+
+
+def eight_drawings(folder: Path) -> None:
+    """The demo's eight drawings of stage 2, all square, with captions unlike each other."""
+    text = (REPOSITORY / "demo/stage2.jsonl").read_text()
+    posts = [json.loads(line) for line in text.splitlines()]
+    assert len(posts) == 8
+    (folder / "images").mkdir()
+    for post in posts:
+        # all of one size: a model would know them by their size conditioning instead of their captions
+        canvas = Image.new("RGB", (272, 272), "white")
+        with Image.open(REPOSITORY / "demo/images" / post["file"]) as drawing:
+            rgba = drawing.convert("RGBA")
+        canvas.paste(rgba, ((272 - rgba.width) // 2, (272 - rgba.height) // 2), rgba)
+        canvas.save(folder / "images" / post["file"])
+    (folder / "posts.jsonl").write_text(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_token_length", [75, 225])
+def test_eight_drawings_are_learned_by_heart(tiny_base: Path, tmp_path: Path, max_token_length: int) -> None:
+    eight_drawings(tmp_path)
+    config = load_config([], [
+        "run.name=eight", "run.stage=test", f"run.output_dir={tmp_path}", f"model.pretrained={tiny_base}",
+        "model.train_text_encoder_1=true", "model.train_text_encoder_2=true",
+        f"data.posts=[{tmp_path / 'posts.jsonl'}]", f"data.images={tmp_path / 'images'}",
+        f"data.shards={tmp_path / 'shards'}", "data.global_batch_size=16", "data.bucket_batch_size=16",
+        "data.micro_batch_size=16", "data.num_workers=1", f"captions.max_token_length={max_token_length}",
+        "buckets.base_resolution=128", "buckets.min_side=64", "buckets.max_side=256", "buckets.step=32",
+        "optim.unet_lr=2e-3", "optim.text_encoder_1_lr=2e-3", "optim.text_encoder_2_lr=2e-3",
+        f"schedule.max_steps={STEPS}", "schedule.lr=cosine", "optim.weight_decay=0",
+        "precision.compute=fp32", "precision.frozen=fp32",
+        "memory.gradient_checkpointing=false", "publish.dtype=fp32",
+    ])  # fmt: skip
+    prepare(config, progress=False)
+    train(config)
+    paths = export(tmp_path / "eight")
+    single, folder = sorted(paths, key=Path.is_dir)
+    index = open_index(config.data.shards)
+    captions = [", ".join(tags_of(index.row(row))) for row in range(len(index))]
+    pipeline = StableDiffusionXLPipeline.from_single_file(str(single), config=str(folder), local_files_only=True)
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    embed = (lambda caption: {"prompt": caption}) if max_token_length == 75 else our_embeddings(folder)
+    nearest = []
+    scaling = pipeline.vae.config.scaling_factor
+    known = np.stack([read_raw_latents(index, row).astype(np.float32) * scaling for row in range(len(index))])
+    for number, caption in enumerate(captions):
+        latents = pipeline(
+            **embed(caption), guidance_scale=1.0, num_inference_steps=28, width=128, height=128, output_type="latent",
+            generator=torch.Generator().manual_seed(number), original_size=(272, 272), target_size=(128, 128),
+        ).images[0]  # fmt: skip
+        nearest.append(int(np.square(known - latents.numpy()[None]).mean(axis=(1, 2, 3)).argmin()))
+    assert nearest == list(range(8))
+
+
+def tags_of(record: dict[str, str | None]) -> list[str]:
+    """A caption in its composed order, without the separator."""
+    names = ("tags_copyright", "tags_artist", "tags_general")
+    return [tag.replace("_", " ") for name in names for tag in (record[name] or "").split()]
+
+
+def our_embeddings(folder: Path) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Prompt embeddings of 227 vectors, from an exported folder."""
+    base = find_base(str(folder))
+    encoders = []
+    for part in ("text_encoder_1", "text_encoder_2"):
+        module = build_empty(part, read_config(base, COMPONENTS[part]))
+        module.load_state_dict(rename_for(module, read_state(base, COMPONENTS[part])), assign=True)
+        encoders.append(module.eval())
+    sizes = [encoder.config.vocab_size for encoder in encoders]
+    tokenizers = load_tokenizers(folder / "tokenizer", folder / "tokenizer_2", (sizes[0], sizes[1]))
+
+    @torch.no_grad()
+    def embed(caption: str) -> dict[str, torch.Tensor]:
+        chunks = tokenize_captions([caption], tokenizers, 225)
+        arrays = (chunks.input_ids_1, chunks.input_ids_2, chunks.chunk_map)
+        prompt_embeds, pooled = encode_prompts(*encoders, *(torch.from_numpy(array) for array in arrays))
+        assert prompt_embeds.shape[1] == 227
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+    return embed
+
+
+def test_stage_2_leaves_the_text_encoders_byte_identical(make_config: Callable[..., object], tmp_path: Path) -> None:
+    config = make_config("diffusion.noise_offset=0.0357", "schedule.max_steps=2", "publish.dtype=fp32")
+    train(config)  # type: ignore[arg-type]
+    folder = next(path for path in export(tmp_path / "runs" / "run") if path.is_dir())
+    before, after = find_base(config.model.pretrained), find_base(str(folder))  # type: ignore[attr-defined]
+    for component in ("text_encoder", "text_encoder_2"):
+        old, new = read_state(before, component), read_state(after, component)
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[name].float(), new[name]) for name in old)
+    old, new = read_state(before, "unet"), read_state(after, "unet")
+    assert any(not torch.equal(old[name].float(), new[name]) for name in old)
