@@ -174,59 +174,6 @@ def test_another_format_and_a_torn_state_are_refused(tmp_path: Path) -> None:
         checkpoint.read_train_state(saved)
 
 
-WRITTEN = {
-    "run": {"name": "a", "seed": 1, "num_processes": 1},
-    "data": {"micro_batch_size": 2, "global_batch_size": 4},
-    "model": {"attention": "sdpa", "compile": False, "pretrained": "x"},
-    "schedule": {"lr": "constant", "epochs": 2, "max_steps": None, "warmup_steps": 0},
-    "memory": {"gradient_checkpointing": False},
-    "checkpoint": {"every_steps": 5},
-    "logging": {"every_steps": 5},
-    "sampling": {"every_steps": None},
-    "publish": {"title": None},
-}
-
-
-def changed(key: str, value: Any, base: dict[str, Any] = WRITTEN) -> dict[str, Any]:
-    section, name = key.split(".")
-    return {**base, section: {**base[section], name: value}}
-
-
-CHANGEABLE = {
-    "run.num_processes": 2, "data.micro_batch_size": 1, "model.attention": "xformers", "model.compile": True,
-    "schedule.epochs": 3, "memory.gradient_checkpointing": True, "checkpoint.every_steps": 7, "logging.every_steps": 1,
-    "sampling.every_steps": 3, "publish.title": "t",
-}  # fmt: skip
-FIXED = {"run.seed": 2, "data.global_batch_size": 8, "model.pretrained": "y", "schedule.lr": "cosine",
-         "schedule.warmup_steps": 3}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", CHANGEABLE)
-def test_what_may_change_on_resume(key: str) -> None:
-    resume.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, CHANGEABLE[key]), "")
-
-
-@pytest.mark.parametrize("key", FIXED)
-def test_what_may_not_change_on_resume_is_named_with_both_values(key: str) -> None:
-    section, name = key.split(".")
-    with pytest.raises(UserError) as error:
-        resume.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": ""}, changed(key, FIXED[key]), "")
-    assert f"{key}: {WRITTEN[section][name]!r} in the checkpoint, {FIXED[key]!r} now" in str(error.value)
-
-
-def test_the_length_is_fixed_where_the_rate_depends_on_it() -> None:
-    cosine = changed("schedule.lr", "cosine")
-    with pytest.raises(UserError, match=r"schedule.epochs: 2 in the checkpoint, 3 now"):
-        resume.check_resumable(
-            Path("c"), {"config": cosine, "config_digest": ""}, changed("schedule.epochs", 3, cosine), ""
-        )
-
-
-def test_another_environment_is_noticed_without_storing_it() -> None:
-    with pytest.raises(UserError, match="environment variable"):
-        resume.check_resumable(Path("c"), {"config": WRITTEN, "config_digest": "a"}, WRITTEN, "b")
-
-
 def test_the_loss_scaler_comes_back() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     weight = torch.ones(1, requires_grad=True)

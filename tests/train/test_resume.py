@@ -1,7 +1,7 @@
 """Resume at any step gives the bits of the run that was never stopped, walked past in one process."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,15 @@ STAGES = {
     ],
     "2": ["diffusion.noise_offset=0.0357"],
 }  # fmt: skip
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """PyTorch's own default is a thread for each core: one thread alone hid kernels that add in any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def hashes(config: Config, step: int) -> dict[str, str]:
@@ -50,7 +59,7 @@ def run_until(config: Config, step: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_resumed_twice_has_the_bits_of_one_never_stopped(
-    make_config: Callable[..., Config], stage: str, workers: int
+    make_config: Callable[..., Config], stage: str, workers: int, threads: int
 ) -> None:
     words = [*STAGES[stage], f"schedule.max_steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep_last=99",
              f"data.num_workers={workers}"]  # fmt: skip
@@ -73,7 +82,9 @@ def test_a_run_resumed_twice_has_the_bits_of_one_never_stopped(
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 
-def test_a_kill_between_checkpoints_repeats_the_steps_behind_the_last(make_config: Callable[..., Config]) -> None:
+def test_a_kill_between_checkpoints_repeats_the_steps_after_the_last(
+    make_config: Callable[..., Config], threads: int
+) -> None:
     words = ["schedule.max_steps=6", "checkpoint.every_steps=2", "checkpoint.keep_last=99"]
     straight = make_config(*words, "run.name=straight")
     train(straight)

@@ -1,35 +1,52 @@
 """The config's fields. Each is documented by the comment beside it; defaults are the recipe's where it fixes them.
 
-``trainer.config`` reads, checks and merges configs; this file only says what there is.
+``trainer.config.load`` reads, checks and merges configs; this file only says what there is, and beside each field
+whether it may change when a run resumes. A field that does not say so may not.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+# May change on resume: nothing of the samples, the model or the optimizer depends on it, or a hash guards what it names
+# (attention and compile: the same batches, not the same bits).
+FREE = {"resume": "free"}
+# The length of a run: may change where the rate does not depend on it.
+LENGTH = {"resume": "length"}
+
+
+def free(default: Any = MISSING) -> Any:
+    """A field that may change on resume."""
+    return field(default=default, metadata=FREE)
+
+
+def free_section(section: type) -> Any:
+    """A section whose fields may all change on resume."""
+    return field(default_factory=section, metadata=FREE)
+
 
 @dataclass(frozen=True)
 class RunConfig:
     name: str  # names the output folder, the tracker's run and the exported files
-    stage: str  # the recipe's stage, written to checkpoints and cards
-    output_dir: str = "runs"  # everything a run writes lies under output_dir / name
+    stage: str = free()  # the recipe's stage, written to checkpoints and cards
+    output_dir: str = free("runs")  # everything a run writes lies under output_dir / name
     seed: int = 42  # the order, captions, noise and timesteps are functions of it
-    num_processes: int | None = None  # if set, a launch with any other number refuses
+    num_processes: int | None = free(None)  # if set, a launch with any other number refuses
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    pretrained: str  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
-    revision: str | None = None  # branch, tag or commit of a hub id
-    vae: str | None = None  # a separate VAE: folder, single file or hub id
-    tokenizer: str | None = None  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
+    pretrained: str = free()  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
+    revision: str | None = free(None)  # branch, tag or commit of a hub id
+    vae: str | None = free(None)  # a separate VAE: folder, single file or hub id
+    tokenizer: str | None = free(None)  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
     train_unet: bool = True
     train_text_encoder_1: bool = False
     train_text_encoder_2: bool = False
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    compile: bool = False  # torch.compile of the UNet
+    attention: Literal["sdpa", "xformers"] = free("sdpa")
+    compile: bool = free(False)  # torch.compile of the UNet
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,9 @@ class SourceConfig:
     kind: Literal["posts", "folder", "tars", "dataset", "kohya"]
     # posts: a posts file, .jsonl or .parquet; folder: images with sidecars; tars: a webdataset tar or a folder of them;
     # dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
-    path: str
-    images: str | None = None  # posts and kohya: the folder of images
-    name: str | None = None  # in the index's column `source` and in reports; null: the path's last part
+    path: str = free()
+    images: str | None = free(None)  # posts and kohya: the folder of images
+    name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
     split: str | None = None  # dataset: null is train
     revision: str | None = None  # dataset: branch, tag or commit of a hub id
@@ -54,20 +71,19 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str  # folder of tar shards, index.arrow and manifest.json
-    posts: list[str] | None = None  # posts files, .jsonl or .parquet; null when images brings its own sidecars
-    images: str | None = None  # folder of images, found by the post's `file` or its id
+    shards: str = free()  # folder of tar shards, index.arrow and manifest.json
+    posts: list[str] | None = free(None)  # posts files, .jsonl or .parquet; null when images brings its own sidecars
+    images: str | None = free(None)  # folder of images, found by the post's `file` or its id
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
-    max_bad_fraction: float = 0.01  # preparation stops above this share of images set aside
+    max_bad_fraction: float = free(0.01)  # preparation stops above this share of images set aside
     encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
-    micro_batch_size: int = 16  # samples of one forward; divides bucket_batch_size
-    num_workers: int = (
-        4  # per rank: threads that load, in preparation processes that decode; 0: none beside the main one
-    )
-    prefetch_factor: int | None = None  # micro-batches kept ready per thread; null: 2
+    micro_batch_size: int = free(16)  # samples of one forward; divides bucket_batch_size
+    # per rank: threads that load, in preparation processes that decode; 0: none beside the main one
+    num_workers: int = free(4)
+    prefetch_factor: int | None = free(None)  # micro-batches kept ready per thread; null: 2
 
 
 @dataclass(frozen=True)
@@ -200,8 +216,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    epochs: int | None = None  # exactly one of epochs and max_steps
-    max_steps: int | None = None  # optimizer steps
+    epochs: int | None = field(default=None, metadata=LENGTH)  # exactly one of epochs and max_steps
+    max_steps: int | None = field(default=None, metadata=LENGTH)  # optimizer steps
     lr: Literal["constant", "cosine", "cosine_restarts"] = "constant"
     warmup_steps: int = 0  # optimizer steps
     min_lr_ratio: float = 0.0  # the rate's floor as a share of its peak, for the cosine schedules
@@ -216,7 +232,7 @@ class PrecisionConfig:
     vae: Dtype = "fp32"  # SDXL's own VAE overflows in fp16
     tf32: bool = True  # let fp32 matrix products use TF32 on GPUs that have it
     max_skipped_steps: int = 50  # stop when loss scaling skips this many steps in a row
-    deterministic: bool = False  # bit-exact kernels on GPU too, slower
+    deterministic: bool = False  # bit-exact kernels on GPU too, slower; on the CPU they always are
 
 
 @dataclass(frozen=True)
@@ -281,10 +297,10 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    publish: PublishConfig = field(default_factory=PublishConfig)
+    memory: MemoryConfig = free_section(MemoryConfig)
+    checkpoint: CheckpointConfig = free_section(CheckpointConfig)
+    logging: LoggingConfig = free_section(LoggingConfig)
+    sampling: SamplingConfig = free_section(SamplingConfig)
+    publish: PublishConfig = free_section(PublishConfig)
     # as the user wrote it, interpolations unresolved: the only form that is ever written to a file
     written: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -16,6 +16,7 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 from trainer.core.errors import UserError
+from trainer.core.files import sha256_json
 
 CHUNK_LENGTH = 77  # ids of a chunk: BOS, 75 content tokens, EOS
 CONTENT_LENGTH = 75
@@ -131,6 +132,11 @@ def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         split = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return model["vocab"], [(left, right) for left, right in split]
     raise UserError(f"tokenizer {folder} has neither vocab.json with merges.txt nor tokenizer.json")
+
+
+def hash_tokenizers(folder_1: Path, folder_2: Path) -> str:
+    """SHA-256 of what decides the ids: vocabulary and merges of both, whatever files they lie in."""
+    return sha256_json([read_bpe(folder) for folder in (folder_1, folder_2)])
 
 
 def declared_padding(folder: Path) -> str | None:

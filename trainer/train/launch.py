@@ -15,19 +15,17 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from trainer.config.load import resolved_values
+from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_json
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
-from trainer.data.tokens import load_tokenizers
+from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.model.lineage import read_lineage
-from trainer.train.resume import fixed_values
 from trainer.train.run import run_path
 
 
@@ -41,7 +39,7 @@ class Inputs:
     base: Base
     vae: VaeWeights
     facts: dict[str, Any]  # what a checkpoint records of its inputs, and a resume compares
-    config_digest: str  # of the resolved values that a resume may not change
+    fixed: dict[str, Any]  # the config's values that a resume may not change, see config.fixed
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -54,7 +52,8 @@ def build_accelerator(config: Config) -> Accelerator:
         raise UserError(
             "precision.compute fp16 needs a GPU; on the CPU use precision.compute=fp32 precision.frozen=fp32"
         )
-    if config.precision.deterministic:
+    if config.precision.deterministic or not torch.cuda.is_available() or wants_cpu():
+        # on the CPU always: with several threads some of its kernels add in any order too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
@@ -127,14 +126,14 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     facts = {
         "base": base_facts,
         "vae_sha256": vae.sha256,
+        "tokenizers_sha256": hash_tokenizers(*folders),
         "index_fingerprint": index.fingerprint,
         "images": len(index),
     }
     plan = build_plan(index, config.run.seed, config.data)
     captions = resolve_percentiles(config.captions, index.table)
     data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
-    digest = sha256_json(fixed_values(resolved_values(config)))
-    return Inputs(config, accelerator, data, base, vae, facts, digest)
+    return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config))
 
 
 def vocab_sizes(base: Base) -> tuple[int, int]:

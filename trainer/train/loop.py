@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from trainer.config.schema import Config
-from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.loader import Batch, load_batches
-from trainer.model.checkpoint import find_newest, read_train_state, restore_checkpoint, verify_checkpoint
+from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
@@ -30,7 +28,7 @@ from trainer.train.launch import Inputs, build_accelerator, open_inputs, total_s
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.progress import Progress
-from trainer.train.resume import check_resumable, restore_scaler
+from trainer.train.resume import Resumed, find_resumed, restore_scaler
 from trainer.train.run import begin_attempt, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
@@ -77,15 +75,6 @@ def due(step: int, every: int | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run goes on from."""
-
-    folder: Path
-    step: int
-    state: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Run:
     """All that a step needs."""
 
@@ -100,39 +89,6 @@ class Run:
     def sdxl(self) -> SDXL:
         """The model without wrappers."""
         return self.inputs.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-
-
-def find_resumed(inputs: Inputs) -> Resumed | None:
-    """The checkpoint that ``checkpoint.resume`` names, checked against this config and these data; None to begin.
-
-    Raises:
-        UserError: when going on would not continue that run, or would overwrite another.
-    """
-    choice, path = inputs.config.checkpoint.resume, run_path(inputs.config)
-    newest = find_newest(path)
-    if choice == "never" and newest is not None:
-        raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
-    chosen = newest if choice in ("auto", "never") else Path(choice)
-    if chosen is None:
-        return None
-    state = read_train_state(chosen)
-    if newest is not None and read_train_state(newest)["step"] > state["step"]:
-        raise UserError(f"{path} has newer checkpoints than {chosen}; move them away, or choose another run.name")
-    check_resumable(chosen, state, inputs.config.written, inputs.config_digest)
-    for what, before, now in (
-        ("data set (index fingerprint)", state["index_fingerprint"], inputs.facts["index_fingerprint"]),
-        ("base model (SHA-256)", state["base"]["sha256"], inputs.facts["base"]["sha256"]),
-        ("VAE (SHA-256)", state["vae_sha256"], inputs.facts["vae_sha256"]),
-    ):
-        if before != now:
-            raise UserError(
-                f"{chosen} was made with another {what}: {before} there, {now} now. "
-                "Put the old one back, or choose another run.name"
-            )
-    if inputs.accelerator.is_main_process:
-        verify_checkpoint(chosen)
-    inputs.accelerator.wait_for_everyone()
-    return Resumed(chosen, state["step"], state)
 
 
 def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) -> Run:
@@ -209,7 +165,7 @@ def save(run: Run, made: int) -> None:
             "num_processes": accelerator.num_processes,
             **run.inputs.facts,
             "config": config.written,
-            "config_digest": run.inputs.config_digest,
+            "fixed": run.inputs.fixed,
             "loss_scaler": scaler_state(accelerator.scaler),
             "skipped_steps": run.progress.skipped,
             "tracker_run_id": run.tracker_run_id,

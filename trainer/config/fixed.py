@@ -1,0 +1,74 @@
+"""What of a config must stay the same when a run resumes: each field says so beside itself, in the schema."""
+
+import dataclasses
+import typing
+from typing import Any
+
+from trainer.config.load import field_types, resolved_values
+from trainer.config.schema import FREE, LENGTH, Config, ScheduleConfig
+from trainer.core.files import sha256_json
+
+INTERPOLATION = "${"  # a value that comes from elsewhere, perhaps from the environment
+LENGTH_KEYS = {f"schedule.{item.name}" for item in dataclasses.fields(ScheduleConfig) if item.metadata == LENGTH}
+
+
+def fixed_values(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of all that must stay the same across a resume.
+
+    ``config`` is complete, or as an older version wrote it: a field that it lacks has its default, which is how that
+    version behaved. Values with interpolations stay as they are written.
+    """
+    sections = fixed_fields(Config, config)
+    flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    constant = flat["schedule.lr"] == "constant"
+    return {key: value for key, value in flat.items() if not (constant and key in LENGTH_KEYS)}
+
+
+def fixed_fields(section: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """One section without the fields that are free; sections and lists of sections within it likewise."""
+    hints, fixed = field_types(section), {}
+    for item in dataclasses.fields(section):
+        if item.name not in hints or item.metadata == FREE:
+            continue
+        value = values[item.name] if item.name in values else default_value(item)
+        fixed[item.name] = without_free(hints[item.name], value)
+    return fixed
+
+
+def without_free(hint: Any, value: Any) -> Any:
+    """One field's value, by its annotation."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return fixed_fields(hint, value)
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        return [without_free(typing.get_args(hint)[0], each) for each in value]
+    for part in typing.get_args(hint):  # of list[X] | None
+        if typing.get_origin(part) is list:
+            return without_free(part, value)
+    return value
+
+
+def default_value(item: "dataclasses.Field[Any]") -> Any:
+    """A field's default as plain values, a section's as an empty mapping; None where the field is required."""
+    if item.default_factory is dataclasses.MISSING:
+        return None if item.default is dataclasses.MISSING else item.default
+    value: Any = item.default_factory()
+    if dataclasses.is_dataclass(value):
+        return {}
+    if not isinstance(value, list):
+        return value
+    return [dataclasses.asdict(each) if dataclasses.is_dataclass(type(each)) else each for each in value]
+
+
+def describe_fixed(config: Config) -> dict[str, Any]:
+    """What a checkpoint records: the fixed values as written, and a digest of those that come from elsewhere.
+
+    The digest shows a changed environment variable without storing it; None where no value needs one.
+    """
+    fixed, resolved = fixed_values(config.written), fixed_values(resolved_values(config))
+    outside = {key: resolved[key] for key in find_interpolated(fixed)}
+    return {"values": fixed, "digest": sha256_json(outside) if outside else None}
+
+
+def find_interpolated(fixed: dict[str, Any]) -> list[str]:
+    """The keys of fixed values that come from elsewhere."""
+    return [key for key, value in fixed.items() if INTERPOLATION in str(value)]
