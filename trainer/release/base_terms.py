@@ -14,6 +14,7 @@ from trainer.model.base import LazyFile, find_base, hash_base
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
+from trainer.train.run import locate_from_run
 
 LICENCE_FILE = re.compile(r"(?i)(un)?licen[cs]e([-_.][\w+.-]*)?|copying(\.\w+)?")
 LICENCE_PATTERNS = ["LICENSE*", "LICENCE*", "License*", "Licence*", "license*", "licence*", "COPYING*", "README.md"]
@@ -67,7 +68,9 @@ def locate(places: Sequence[str], sha256: str) -> Path | None:
 def places_of_run(export: Path | None) -> list[str]:
     """Where the run that made an export, RUN/export/..., found its own base, if that run is still here."""
     run = export.parent.parent / "run.json" if export is not None else None
-    return [json.loads(run.read_text(encoding="utf-8"))["base"]["reference"]] if run and run.is_file() else []
+    if run is None or not run.is_file():
+        return []
+    return [locate_from_run(run.parent, json.loads(run.read_text(encoding="utf-8"))["base"]["reference"])]
 
 
 def terms_of_given(place: str, base: dict[str, Any]) -> Terms:

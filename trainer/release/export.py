@@ -42,6 +42,7 @@ from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.release.artefacts import hash_files, save_stamped, write_tokenizer
+from trainer.train.run import locate_from_run
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
 Parts = dict[str, dict[str, Tensor]]
@@ -76,7 +77,7 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
     verify_checkpoint(checkpoint)
     state = read_train_state(checkpoint)
     config = read_run_config(run_folder, state)
-    made = build_export(checkpoint, state, config, dtype or config.publish.dtype)
+    made = build_export(checkpoint, state, config, dtype or config.publish.dtype, run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for form in config.publish.formats:
@@ -109,10 +110,15 @@ def read_run_config(run_folder: Path | None, state: Mapping[str, Any]) -> Config
         return load_config([file])
 
 
-def build_export(checkpoint: Path, state: Mapping[str, Any], config: Config, dtype: Dtype) -> Export:
-    """Collect all that is written: tensors in the export's dtype, configs, metadata."""
-    base = find_named_base(state["base"], config)
-    vae = read_vae(config.model.vae, base)
+def build_export(
+    checkpoint: Path, state: Mapping[str, Any], config: Config, dtype: Dtype, run_folder: Path | None = None
+) -> Export:
+    """Collect all that is written: tensors in the export's dtype, configs, metadata.
+
+    Relative paths of the config are looked for here and where ``run_folder`` says that training ran.
+    """
+    base = find_named_base(state["base"], config, run_folder)
+    vae = read_vae(config.model.vae and locate_from_run(run_folder, config.model.vae), base)
     if vae.sha256 != state["vae_sha256"]:
         raise UserError(
             f"the VAE of {config.model.vae or base.reference} is not the one that made the latents of {checkpoint}: "
@@ -132,18 +138,21 @@ def build_export(checkpoint: Path, state: Mapping[str, Any], config: Config, dty
         configs=configs,
         metadata=build_metadata(config, state, lineage, configs),
         lineage=lineage,
-        tokenizers=find_tokenizers(base, config.model.tokenizer) if wants_tokenizers else None,
+        tokenizers=find_tokenizers(base, config.model.tokenizer and locate_from_run(run_folder, config.model.tokenizer))
+        if wants_tokenizers
+        else None,
     )
 
 
-def find_named_base(named: Mapping[str, Any], config: Config) -> Base:
+def find_named_base(named: Mapping[str, Any], config: Config, run_folder: Path | None) -> Base:
     """The start weights that a checkpoint names, where it says or where the config says now.
 
     Raises:
         UserError: when they are other weights.
     """
-    moved = not Path(named["reference"]).expanduser().exists() and Path(config.model.pretrained).expanduser().exists()
-    base = find_base(config.model.pretrained) if moved else find_base(named["reference"], named["revision"])
+    recorded, configured = (locate_from_run(run_folder, path) for path in (named["reference"], config.model.pretrained))
+    moved = not Path(recorded).expanduser().exists() and Path(configured).expanduser().exists()
+    base = find_base(configured) if moved else find_base(recorded, named["revision"])
     sha256 = hash_base(base)
     if sha256 != named["sha256"]:
         raise UserError(

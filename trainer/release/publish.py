@@ -27,7 +27,7 @@ from trainer.release.export_check import check_export
 from trainer.release.folder import check_folder, read_sums, write_sums
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
 from trainer.sample.gallery import Sample, read_samples
-from trainer.train.run import Work, read_work
+from trainer.train.run import Work, locate_from_run, read_work
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
 
@@ -67,7 +67,8 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     lineage = complete_lineage(weights.lineage)
     places = [config.model.pretrained]
     if weights.checkpoint is not None:
-        places.insert(0, read_train_state(weights.checkpoint)["base"]["reference"])  # the lineage shortens paths
+        reference = read_train_state(weights.checkpoint)["base"]["reference"]  # the lineage shortens paths
+        places.insert(0, locate_from_run(request.run, reference))
     terms = find_terms(lineage, places, request.base)
     given = read_licence_files(list(request.license_files))
     brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
@@ -265,14 +266,16 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
     verify_checkpoint(weights.checkpoint)
     state = read_train_state(weights.checkpoint)
     if weights.exported is None:
-        made = build_export(weights.checkpoint, state, config, config.publish.dtype)
+        made = build_export(weights.checkpoint, state, config, config.publish.dtype, weights.checkpoint.parent.parent)
         if "diffusers" in config.publish.formats:
             write_diffusers(folder, made)
         if release.weights:
             write_single_file(folder / release.weights, made)
     if release.full_precision and config.publish.dtype != "fp32":
         single = dataclasses.replace(config, publish=dataclasses.replace(config.publish, formats=["single_file"]))
-        write_single_file(folder / release.full_precision, build_export(weights.checkpoint, state, single, "fp32"))
+        run_folder = weights.checkpoint.parent.parent
+        made = build_export(weights.checkpoint, state, single, "fp32", run_folder)
+        write_single_file(folder / release.full_precision, made)
 
 
 def check_published(folder: Path, config: Config) -> None:

@@ -4,6 +4,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
+from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state
 from trainer.model.lineage import read_lineage
 from trainer.train.run import run_path
 
@@ -104,7 +106,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     """
     index = open_index(config.data.shards)
     with accelerator.main_process_first():  # one process downloads, the others find it there
-        base = find_base(config.model.pretrained, config.model.revision)
+        base = find_start(config)
         vae = read_vae(config.model.vae, base)
         folders = find_tokenizers(base, config.model.tokenizer)
     made_by = index.manifest["latents"]["vae_sha256"]
@@ -134,6 +136,23 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     captions = resolve_percentiles(config.captions, index.table)
     data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
     return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config))
+
+
+def find_start(config: Config) -> Base:
+    """What ``model.pretrained`` names; on resume what the run began with, where the name may mean another one by now.
+
+    A run's folder means its newest export, a hub id without a revision the newest commit.
+    """
+    chosen = Path(config.checkpoint.resume)
+    resumed = chosen if (chosen / STATE_FILE).is_file() else find_newest(run_path(config))
+    if resumed is None:
+        return find_base(config.model.pretrained, config.model.revision)
+    began, pretrained = read_train_state(resumed)["base"], Path(config.model.pretrained).expanduser()
+    export = pretrained / "export" / Path(began["reference"]).name
+    if not (pretrained / "model_index.json").is_file() and (export / "model_index.json").is_file():
+        return find_base(str(export))
+    same_id = not pretrained.exists() and began["reference"] == config.model.pretrained
+    return find_base(config.model.pretrained, config.model.revision or (began["revision"] if same_id else None))
 
 
 def vocab_sizes(base: Base) -> tuple[int, int]:

@@ -80,6 +80,7 @@ def begin_attempt(
     entry = {
         "attempt": attempt,
         "started_at": started,
+        "working_folder": str(Path.cwd()),  # relative paths in the config begin there
         "first_step": first_step,
         "processes": processes,
         "device": device,
@@ -129,3 +130,16 @@ def read_work(run_folder: Path, step: int) -> Work:
 def begin_of(attempt: dict[str, Any]) -> float:
     """When an attempt began, in seconds since 1970."""
     return datetime.datetime.fromisoformat(attempt["started_at"]).timestamp()
+
+
+def locate_from_run(run_folder: Path | None, reference: str) -> str:
+    """A path of a run's config as it is found from here: as it is written, else from the folder in which training ran.
+
+    A hub id, and a path that lies in neither place, stay as they are.
+    """
+    given = Path(reference).expanduser()
+    if run_folder is None or given.exists() or given.is_absolute():
+        return reference
+    ran_in = [entry["working_folder"] for entry in read_run(run_folder)["attempts"] if "working_folder" in entry]
+    there = [Path(folder) / given for folder in reversed(ran_in)]
+    return next((str(path) for path in there if path.exists()), reference)
