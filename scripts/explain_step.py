@@ -14,13 +14,13 @@ from trainer.core.errors import UserError, run_command
 from trainer.core.rng import philox_key
 from trainer.data.draws import draw_sample_caption, draw_sample_timestep
 from trainer.data.index import Index, open_index
-from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import Plan, build_plan
+from trainer.report.thresholds import find_thresholds
 
 
 def explain_step(config: Config, index: Index, plan: Plan, step: int) -> Iterator[dict[str, Any]]:
     """What each sample of a step is and draws, in the order of its position in the global batch."""
-    seed, captions = config.run.seed, resolve_percentiles(config.captions, index.table)
+    seed, captions = config.run.seed, find_thresholds(config, index.table).captions
     for sample in plan.step_samples(step):
         record = index.row(sample.row)
         key, width, height = record["key"], record["bucket_width"], record["bucket_height"]

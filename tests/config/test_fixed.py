@@ -11,7 +11,7 @@ from trainer.config.fixed import describe_fixed, fixed_values
 from trainer.config.load import load_config
 from trainer.config.schema import Config, free
 from trainer.core.errors import UserError
-from trainer.train.resume import check_config, check_inputs
+from trainer.train.resume import GUARDED, check_config, check_inputs
 
 WORDS = ["run.name=a", "run.stage=s", "model.pretrained=x", "data.shards=s", "optim.unet_lr=1e-3", "schedule.epochs=2",
          "data.global_batch_size=4", "data.bucket_batch_size=4", "data.micro_batch_size=2"]  # fmt: skip
@@ -117,12 +117,12 @@ def test_a_free_path_may_come_from_another_environment(monkeypatch: pytest.Monke
 
 def test_what_the_run_reads_is_compared_by_hashes() -> None:
     facts = {"index_fingerprint": "i", "base": {"sha256": "b"}, "vae_sha256": "v", "tokenizers_sha256": "t"}
-    check_inputs(Path("c"), facts, facts)
-    check_inputs(Path("c"), {key: value for key, value in facts.items() if key != "tokenizers_sha256"}, facts)
+    check_inputs(Path("c"), facts, facts, GUARDED)
+    check_inputs(Path("c"), {key: value for key, value in facts.items() if key != "tokenizers_sha256"}, facts, GUARDED)
     changes = {"index_fingerprint": "j", "base": {"sha256": "c"}, "vae_sha256": "w", "tokenizers_sha256": "u"}
     for key, other in changes.items():
         with pytest.raises(UserError, match="was made with another"):
-            check_inputs(Path("c"), facts, facts | {key: other})
+            check_inputs(Path("c"), facts, facts | {key: other}, GUARDED)
 
 
 def test_free_fields_are_fields() -> None:

@@ -35,6 +35,8 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         "data.prefetch_factor", "schedule.epochs", "precision.max_skipped_steps",
         "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps", "logging.every_steps",
         "sampling.every_steps", "sampling.num_inference_steps")],
+    (["captions.thresholds_from=a"], "captions.thresholds_from", "has no effect"),
+    (["checkpoint.fork=runs/a", "checkpoint.resume=runs/b/checkpoints/step-1"], "checkpoint.fork", "has no effect"),
     (["optim.unet_lr=-1", OFF, "model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1"],
      "optim.unet_lr", "must be at least 0, not -1"),
     (["schedule.epochs=null", "schedule.max_steps=0"], "schedule.max_steps", "must be at least 1, not 0"),

@@ -183,6 +183,8 @@ def quality_rules(captions: CaptionsConfig) -> Iterator[Broken]:
     by_percentile = [rule for rule in captions.quality if rule.above_percentile is not None]
     if any(rule.min_score is not None for rule in captions.quality) and by_percentile:
         yield ("captions.quality",), "give either min_score or above_percentile, not both"
+    if captions.thresholds_from is not None and not by_percentile:
+        yield ("captions.thresholds_from",), "has no effect: no rule of captions.quality goes by above_percentile"
     if any(not 0 < (rule.above_percentile or 0) < 100 for rule in by_percentile):
         yield ("captions.quality",), "above_percentile must lie between 0 and 100"
     if any(
@@ -252,6 +254,11 @@ def schedule_rules(config: Config) -> Iterator[Broken]:
 
 def output_rules(config: Config) -> Iterator[Broken]:
     checkpoint, sampling = config.checkpoint, config.sampling
+    if checkpoint.fork is not None and checkpoint.resume not in ("auto", "never"):
+        yield (
+            ("checkpoint.fork", "checkpoint.resume"),
+            "has no effect: checkpoint.resume names where to begin",
+        )
     if checkpoint.keep_every_steps and checkpoint.keep_every_steps % checkpoint.every_steps:
         keys = ("checkpoint.keep_every_steps", "checkpoint.every_steps")
         yield keys, f"must be a multiple of checkpoint.every_steps {checkpoint.every_steps}"

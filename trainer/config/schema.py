@@ -174,6 +174,9 @@ class CaptionsConfig:
     tag_dropout: float = 0.0  # probability of each free tag to be left out
     caption_dropout: float = 0.0  # probability of a caption to be empty
     quality: list[QualityRule] = field(default_factory=default_quality)
+    # for quality rules by percentile: the set of shards, or the run, whose thresholds they take; null: those that the
+    # base was trained with, else by the scores of this set
+    thresholds_from: str | None = free(None)
     years: list[YearRule] = field(default_factory=default_years)
     ratings: dict[str, str] = field(default_factory=default_ratings)
     columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, behind the quality tag
@@ -246,6 +249,9 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every_steps: int | None = None  # checkpoints at multiples of it are never pruned
     resume: str = "auto"  # auto: the newest of this run, if any; never; or a checkpoint's path
+    # another run's folder or checkpoint: this run begins with its weights, optimizer state and step, under other rates,
+    # another schedule, other data or captions
+    fork: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,107 @@
-"""Quality rules by percentile -> rules by score: the thresholds of each rating, from the scores of a whole index."""
+"""Quality rules by percentile -> rules by score: the thresholds of each rating, from the scores of a whole index.
+
+A curated set has other scores than the one that taught the tags: by its own percentiles a tenth of masterpieces would
+become "worst quality". So thresholds are recorded once they are resolved, and later stages take them over.
+"""
 
 import dataclasses
-from typing import Literal
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.config.schema import CaptionsConfig, QualityRule
+from trainer.core.errors import UserError
+from trainer.data.index import open_index
+from trainer.data.shards import MANIFEST_NAME
 
 Rating = Literal["g", "s", "q", "e", "none"]
 RATINGS: tuple[Rating, ...] = ("g", "s", "q", "e", "none")  # posts without a rating are a group of their own
+
+OWN_SCORES = "the scores of this set itself"
+
+Thresholds = dict[str, Any]  # "rules": by percentile, as configured; "resolved": by score. JSON values
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Caption rules by score, and where their thresholds come from."""
+
+    captions: CaptionsConfig
+    thresholds: Thresholds | None  # to record; None where no rule is by percentile
+    source: str  # in words
+
+
+def choose_thresholds(
+    rules: CaptionsConfig, table: pa.Table, *, own: Thresholds | None = None, base: Thresholds | None = None
+) -> Resolved:
+    """Rules by score for rules by percentile.
+
+    They are those that this run recorded, else those of ``captions.thresholds_from``, else those that the base was
+    trained with, else those of this set's own scores.
+
+    Args:
+        own: what this run's checkpoint recorded.
+        base: what the base's lineage records; of no use where its rules are other ones.
+
+    Raises:
+        UserError: where ``captions.thresholds_from`` has no thresholds for these rules, or others than the run's.
+    """
+    if not by_percentile(rules):
+        return Resolved(rules, None, "")
+    named = None if rules.thresholds_from is None else Path(rules.thresholds_from).expanduser()
+    if own is not None:
+        if named is not None and named.exists() and read_thresholds(rules, named).thresholds != own:
+            raise UserError(
+                f"captions.thresholds_from: {named} has other thresholds than this run began with; take it out"
+            )
+        return take_over(rules, own, "this run's records")
+    if named is not None:
+        return read_thresholds(rules, named)
+    # a base whose set had no scores has no thresholds
+    if base is not None and base.get("rules") == describe_rules(rules) and base["resolved"]:
+        return take_over(rules, base, "the base's lineage")
+    return resolve_anew(rules, table, OWN_SCORES)
+
+
+def read_thresholds(rules: CaptionsConfig, folder: Path) -> Resolved:
+    """The thresholds of another set of shards, by its scores, or of another run, as it recorded them."""
+    if (folder / MANIFEST_NAME).is_file():
+        return resolve_anew(rules, open_index(folder).table, f"the scores of {folder}")
+    run = folder / "run.json"
+    if not run.is_file():
+        raise UserError(f"captions.thresholds_from: {folder} is neither a set of shards nor a run's folder")
+    recorded = json.loads(run.read_text(encoding="utf-8")).get("thresholds")
+    if recorded is None or recorded["rules"] != describe_rules(rules):
+        reason = "records no thresholds" if recorded is None else "has other rules by percentile in captions.quality"
+        raise UserError(f"captions.thresholds_from: {folder} {reason}; name the set of shards that it was trained on")
+    return take_over(rules, recorded, f"the run {folder}")
+
+
+def take_over(rules: CaptionsConfig, recorded: Thresholds, source: str) -> Resolved:
+    """Rules by score as they were recorded."""
+    quality = [QualityRule(**rule) for rule in recorded["resolved"]]
+    return Resolved(dataclasses.replace(rules, quality=quality), recorded, source)
+
+
+def resolve_anew(rules: CaptionsConfig, table: pa.Table, source: str) -> Resolved:
+    """Rules by score from the scores of an index, with what is to be recorded of them."""
+    captions = resolve_percentiles(rules, table)
+    return Resolved(captions, {"rules": describe_rules(rules), "resolved": describe_rules(captions)}, source)
+
+
+def by_percentile(rules: CaptionsConfig) -> bool:
+    """Whether some quality rule goes by percentile."""
+    return any(rule.above_percentile is not None for rule in rules.quality)
+
+
+def describe_rules(rules: CaptionsConfig) -> list[Mapping[str, Any]]:
+    """Quality rules as JSON values."""
+    return [dataclasses.asdict(rule) for rule in rules.quality]
 
 
 def resolve_percentiles(rules: CaptionsConfig, table: pa.Table) -> CaptionsConfig:
@@ -20,7 +111,7 @@ def resolve_percentiles(rules: CaptionsConfig, table: pa.Table) -> CaptionsConfi
     the least score s at which p percent of them have s or less. Source: the card of Animagine XL 3.1, whose quality
     tags consider "both scores and post ratings".
     """
-    if all(rule.above_percentile is None for rule in rules.quality):
+    if not by_percentile(rules):
         return rules
     ratings = pc.fill_null(table["rating"], "none").to_numpy(zero_copy_only=False)
     has_score = pc.is_valid(table["score"]).to_numpy(zero_copy_only=False)

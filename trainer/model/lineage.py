@@ -43,6 +43,7 @@ def build_lineage(
     facts: Mapping[str, Any],
     step: int,
     *,
+    fork: Mapping[str, Any] | None = None,
     started_at: str | None = None,
     hours: float | None = None,
     hardware: Sequence[str] = (),
@@ -53,6 +54,8 @@ def build_lineage(
         config: of it only the run's names, the batch size and what the user wrote (``Config.written``).
         facts: ``images`` in the index, ``index_fingerprint``, and ``base``: reference, revision and sha256 of the
             start weights; their own ``lineage`` too, or else it is looked up where the reference is local.
+        fork: the run that this one branched off, if it did: ``run``, ``step``, ``samples_seen`` and its own
+            ``lineage``, without the base, which is the same.
         started_at: ISO 8601; ``hours`` of training so far. Both None when unknown.
         hardware: such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed, none when unknown.
     """
@@ -61,9 +64,11 @@ def build_lineage(
         "run": config.run.name,
         "stage": config.run.stage,
         "step": step,
-        "samples_seen": step * config.data.global_batch_size,
+        "samples_seen": count_samples(step, config.data.global_batch_size, fork),
+        **({"fork": dict(fork)} if fork else {}),
         "images": facts["images"],
         "index_fingerprint": facts["index_fingerprint"],
+        **({"thresholds": facts["thresholds"]} if facts.get("thresholds") else {}),
         "started_at": started_at,
         "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hours": hours,
@@ -79,6 +84,13 @@ def build_lineage(
         },
     }
     return shorten_paths(lineage)
+
+
+def count_samples(step: int, global_batch_size: int, fork: Mapping[str, Any] | None) -> int:
+    """Samples that the weights have seen after ``step`` completed steps; a fork's first ones were another run's."""
+    if fork is None:
+        return step * global_batch_size
+    return fork["samples_seen"] + (step - fork["step"]) * global_batch_size
 
 
 def describe_code() -> dict[str, Any]:
@@ -182,6 +194,7 @@ def complete_lineage(lineage: Lineage) -> Lineage:
         **lineage,
         **{key: value if isinstance(value := lineage.get(key), kind) else None for key, kind in RECORDED.items()},
         **{key: text if isinstance(text := lineage.get(key), str) else "not recorded" for key in TOLD},
+        "fork": complete_fork(lineage.get("fork")),
         "hardware": [str(device) for device in hardware] if isinstance(hardware, list) else [],
         "code": {key: code.get(key) for key in ("version", "commit", "dirty")},
         "base": base | {
@@ -189,3 +202,10 @@ def complete_lineage(lineage: Lineage) -> Lineage:
             "lineage": complete_lineage(before) if before is not None else None,
         },
     }  # fmt: skip
+
+
+def complete_fork(fork: Any) -> dict[str, Any] | None:
+    """The run that a fork branched off, by name and step; None where there is none, or it does not say so."""
+    if not isinstance(fork, dict) or not isinstance(fork.get("run"), str) or not isinstance(fork.get("step"), int):
+        return None
+    return fork

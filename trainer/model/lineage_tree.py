@@ -89,8 +89,15 @@ def tell_generation(lineage: Mapping[str, Any], with_config: bool) -> Iterator[s
     rows += [(name, tell_fields(flat(config), fields)) for name, fields in HIGHLIGHTS]
     base = section(lineage, "base")
     revision = f" at revision {show(base['revision'])}" if base.get("revision") is not None else ""
-    rows += [("base", f"{show(base.get('reference'))}{revision}"), ("base SHA-256", show(base.get("sha256")))]
+    if base:  # a fork's origin has the same
+        rows += [("base", f"{show(base.get('reference'))}{revision}"), ("base SHA-256", show(base.get("sha256")))]
+    fork = section(lineage, "fork")
+    if fork:
+        seen = f"which had seen {count(fork.get('samples_seen'))} samples"
+        rows.append(("forked from", f"{show(fork.get('run'))} at step {count(fork.get('step'))}, {seen}"))
     yield from (f"  {name:<13}{text}" for name, text in rows if text)
+    if fork.get("lineage"):
+        yield from (f"    {line}" for line in tell_generation(section(fork, "lineage"), with_config))
     if with_config:
         yield "  config"
         dumped = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=False, width=110)

@@ -38,7 +38,7 @@ def stage_rows(stage: Stage) -> dict[str, str]:
     rates = {part: value(f"optim.{part}_lr") for part in PARTS}
     trained = {part: rate for part, rate in rates.items() if value(f"model.train_{part}")}
     return {
-        "run": made["run"],
+        "run": made["run"] + fork_words(made.get("fork")),
         "starts from": made["base"]["reference"],
         "its SHA-256": f"`{made['base']['sha256']}`",
         "images": count(made["images"]),
@@ -87,7 +87,7 @@ def changes_of(stage: Stage) -> str:
     trained = [part for part in PARTS if stage.value(f"model.train_{part}")]
     kept = [*(PARTS[part] for part in PARTS if part not in trained), "VAE"]
     lines = {
-        "Run": made["run"],
+        "Run": made["run"] + fork_words(made.get("fork")),
         "Base": base_words(made["base"]),
         "Changed": f"weights of {', '.join(PARTS[part] for part in trained)}",
         "Not trained": ", ".join(kept),
@@ -99,6 +99,11 @@ def changes_of(stage: Stage) -> str:
         "Written": made["written_at"],
     }
     return "\n".join(f"- {name}: {text}" for name, text in lines.items())
+
+
+def fork_words(fork: dict[str, Any] | None) -> str:
+    """From which run, and where, a run branched off."""
+    return "" if fork is None else f", forked from {cell(fork['run'])} at step {count(fork['step'])}"
 
 
 def base_words(base: dict[str, Any]) -> str:

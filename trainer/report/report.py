@@ -9,7 +9,6 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_text
 from trainer.data.index import open_index
-from trainer.data.percentiles import resolve_percentiles
 from trainer.data.plan import build_plan
 from trainer.data.post import TAG_CATEGORIES
 from trainer.report.facts import Report, find_models, show_samples, walk_run
@@ -32,6 +31,7 @@ from trainer.report.survey import (
     measure_captions,
     measure_fits,
 )
+from trainer.report.thresholds import find_thresholds
 
 PAGE_NAME = "report.html"
 TOP_TAGS = 40  # of each category
@@ -48,7 +48,7 @@ def make_report(config: Config, progress: bool = True) -> Report:
     """
     index = open_index(config.data.shards)
     rows, seed = index.table, config.run.seed
-    config = replace(config, captions=resolve_percentiles(config.captions, rows))
+    config = replace(config, captions=find_thresholds(config, rows).captions)
     plan = build_plan(index, seed, config.data)
     # by exactly one of the two the run's length is given
     steps = config.schedule.max_steps or plan.steps_for_epochs(config.schedule.epochs or 1)

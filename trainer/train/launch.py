@@ -20,9 +20,9 @@ from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.data.index import open_index
+from trainer.data.index import Index, open_index
 from trainer.data.loader import MicroBatches
-from trainer.data.percentiles import resolve_percentiles
+from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
@@ -133,9 +133,29 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         "images": len(index),
     }
     plan = build_plan(index, config.run.seed, config.data)
-    captions = resolve_percentiles(config.captions, index.table)
-    data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
+    thresholds = run_thresholds(config, index, base_facts["lineage"])
+    if thresholds.source:
+        advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
+        told = advice if thresholds.source == OWN_SCORES else ""
+        accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{told}")
+    facts["thresholds"] = thresholds.thresholds
+    data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
     return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config))
+
+
+def read_resumed(config: Config) -> dict[str, Any] | None:
+    """What the checkpoint that this run resumes from says of itself; None where it begins."""
+    chosen = Path(config.checkpoint.resume)
+    resumed = chosen if (chosen / STATE_FILE).is_file() else find_newest(run_path(config))
+    return None if resumed is None else read_train_state(resumed)
+
+
+def run_thresholds(config: Config, index: Index, base: dict[str, Any] | None) -> Resolved:
+    """The run's caption rules by score; a checkpoint of version 0.2.0 had those of its set."""
+    state, own = read_resumed(config), None
+    if state is not None:
+        own = state.get("thresholds", resolve_anew(config.captions, index.table, "").thresholds)
+    return choose_thresholds(config.captions, index.table, own=own, base=(base or {}).get("thresholds"))
 
 
 def find_start(config: Config) -> Base:
@@ -143,11 +163,10 @@ def find_start(config: Config) -> Base:
 
     A run's folder means its newest export, a hub id without a revision the newest commit.
     """
-    chosen = Path(config.checkpoint.resume)
-    resumed = chosen if (chosen / STATE_FILE).is_file() else find_newest(run_path(config))
-    if resumed is None:
+    state, pretrained = read_resumed(config), Path(config.model.pretrained).expanduser()
+    if state is None:
         return find_base(config.model.pretrained, config.model.revision)
-    began, pretrained = read_train_state(resumed)["base"], Path(config.model.pretrained).expanduser()
+    began = state["base"]
     export = pretrained / "export" / Path(began["reference"]).name
     if not (pretrained / "model_index.json").is_file() and (export / "model_index.json").is_file():
         return find_base(str(export))

@@ -84,6 +84,7 @@ class Run:
     objective: Objective
     progress: Progress
     tracker_run_id: str
+    fork: dict[str, Any] | None  # the run that this one branched off, see Resumed
 
     @property
     def sdxl(self) -> SDXL:
@@ -97,7 +98,7 @@ def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) ->
     model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
     sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     optimizer = build_optimizer(sdxl, config.optim)
-    skipped = {"all": 0, "in_a_row": 0}
+    skipped, fork = {"all": 0, "in_a_row": 0}, resumed.fork if resumed else None
     if resumed is not None:
         restore_checkpoint(resumed.folder, sdxl, optimizer)
         restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
@@ -105,19 +106,19 @@ def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) ->
     attempt, tracker_run_id = begin_attempt(
         run_path(config), config, inputs.facts, first, write=accelerator.is_main_process,
         processes=accelerator.num_processes, device=device_name(accelerator.device),
-        tracker_run_id=resumed.state["tracker_run_id"] if resumed else None,
+        tracker_run_id=resumed.tracker_run_id if resumed else None,
     )  # fmt: skip
     peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in ("unet", "text_encoder_1", "text_encoder_2")}
     progress = Progress(
         config, accelerator, run_path(config), attempt=attempt, tracker_run_id=tracker_run_id, first=first, last=last,
-        skipped=skipped, peak_flops=peak,
+        skipped=skipped, fork=fork, peak_flops=peak,
         flops_per_sample=training_flops(inputs.base, side, side, chunks, trained) if peak else None,
     )  # fmt: skip
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     objective = Objective(config.diffusion, cumulative, inputs.vae.config["scaling_factor"])
-    return Run(inputs, model, optimizer, objective, progress, tracker_run_id)
+    return Run(inputs, model, optimizer, objective, progress, tracker_run_id, fork)
 
 
 def start_loading(run: Run, first: int, last: int) -> Generator[Batch, None, None]:
@@ -169,8 +170,15 @@ def save(run: Run, made: int) -> None:
             "loss_scaler": scaler_state(accelerator.scaler),
             "skipped_steps": run.progress.skipped,
             "tracker_run_id": run.tracker_run_id,
+            **({"fork": run.fork} if run.fork else {}),
             "lineage": build_lineage(
-                config, run.inputs.facts, made, started_at=work.started_at, hours=work.hours, hardware=work.hardware
+                config,
+                run.inputs.facts,
+                made,
+                fork=run.fork,
+                started_at=work.started_at,
+                hours=work.hours,
+                hardware=work.hardware,
             ),
         }
         save_checkpoint(folder, run.sdxl, run.optimizer, state)

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.model.lineage import count_samples
 from trainer.train.metrics import MetricsFile, tracker_settings
 from trainer.train.optim import lr_factor
 from trainer.train.step import StepResult
 
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
-    "To go on at a lower rate or in bf16, export the last checkpoint (scripts/export.py) and begin another run with it"
+    "To continue at a lower rate or in bf16, begin another run with checkpoint.fork naming this one"
 )
 PARTS = ("unet", "text_encoder_1", "text_encoder_2")
 
@@ -40,11 +41,13 @@ class Progress:
         first: int,
         last: int,
         skipped: dict[str, int],
+        fork: dict[str, Any] | None,
         flops_per_sample: float | None,
         peak_flops: float | None,
     ):
         self.config, self.accelerator, self.last = config, accelerator, last
         self.skipped = dict(skipped)  # {"all": ..., "in_a_row": ...} updates that loss scaling withheld
+        self.fork = fork  # the run that this one branched off
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self.window_start, self.window_steps = time.perf_counter(), 0
         self.file = MetricsFile(path / "metrics.jsonl", attempt) if accelerator.is_main_process else None
@@ -89,7 +92,7 @@ class Progress:
             **{f"lr/{part}": getattr(self.config.optim, f"{part}_lr") * factor for part in PARTS},
             "perf/images_per_second": speed,
             "perf/mfu": mfu,
-            "progress/samples_seen": made * self.config.data.global_batch_size,
+            "progress/samples_seen": count_samples(made, self.config.data.global_batch_size, self.fork),
         }
         if result.loss_scale is not None:
             values |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": self.skipped["all"]}

@@ -1,13 +1,14 @@
-"""From which checkpoint a run resumes, and what must be as it was: config, data, base, VAE and tokenizers."""
+"""From which checkpoint a run resumes or forks, and what must be as it was: config, data, base, VAE and tokenizers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.core.errors import UserError
-from trainer.model.checkpoint import find_newest, read_train_state, verify_checkpoint
-from trainer.train.launch import Inputs
+from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state, verify_checkpoint
+from trainer.train.launch import Inputs, total_steps
 from trainer.train.run import run_path
 
 # what a run reads is compared by hashes, so that where it lies is free
@@ -19,13 +20,23 @@ GUARDED = (
 )
 
 
+FORK_KEEPS = ("optim.name", "model.train_", "diffusion.")  # keys, by their beginnings, that make the state what it is
+
+
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run resumes from."""
+    """The checkpoint that a run begins with: its own, or at first another run's."""
 
     folder: Path
     step: int
     state: dict[str, Any]
+    fork: dict[str, Any] | None  # the run that this one branched off: run, step, samples_seen, lineage
+
+    @property
+    def tracker_run_id(self) -> str | None:
+        """The trackers' run to continue; None where this run begins as a fork."""
+        begins = self.fork is not None and self.fork["step"] == self.step
+        return None if begins else self.state["tracker_run_id"]
 
 
 def find_resumed(inputs: Inputs) -> Resumed | None:
@@ -40,16 +51,54 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
         raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
     chosen = newest if choice in ("auto", "never") else Path(choice)
     if chosen is None:
-        return None
+        return None if inputs.config.checkpoint.fork is None else find_fork(inputs, inputs.config.checkpoint.fork)
     state = read_train_state(chosen)
     if newest is not None and read_train_state(newest)["step"] > state["step"]:
         raise UserError(f"{path} has newer checkpoints than {chosen}; move them away, or choose another run.name")
     check_config(chosen, state, inputs.fixed)
-    check_inputs(chosen, state, inputs.facts)
+    check_inputs(chosen, state, inputs.facts, GUARDED)
+    verify(inputs, chosen)
+    return Resumed(chosen, state["step"], state, state.get("fork"))
+
+
+def find_fork(inputs: Inputs, reference: str) -> Resumed:
+    """Another run's checkpoint, with whose weights, optimizer state and step this run begins.
+
+    Data, captions, rates and schedule may be other ones; what weights and optimizer state are made for may not.
+
+    Raises:
+        UserError: where there is no checkpoint, where it is this run's own, or where this run could not continue it.
+    """
+    config, given = inputs.config, Path(reference).expanduser()
+    folder = given if (given / STATE_FILE).is_file() else find_newest(given)
+    if folder is None:
+        raise UserError(f"checkpoint.fork: {reference} is neither a checkpoint nor a run with one")
+    state, last = read_train_state(folder), total_steps(config, inputs.data.plan)
+    if state["run"] == config.run.name:
+        raise UserError(f"checkpoint.fork: {folder} is of a run called {state['run']}: this one needs another name")
+    if state["step"] >= last:
+        raise UserError(
+            f"checkpoint.fork: {folder} has made {state['step']} steps, where this run begins, but it ends after "
+            f"{last}: set schedule.max_steps or schedule.epochs beyond that"
+        )
+    before, now = (
+        {key: value for key, value in values.items() if key.startswith(FORK_KEEPS)}
+        for values in (fixed_values(state["config"]), inputs.fixed["values"])
+    )
+    refuse_changes(f"checkpoint.fork: {folder}", before, now)
+    check_inputs(folder, state, inputs.facts, GUARDED[1:])  # all but the data
+    verify(inputs, folder)
+    made = state["lineage"]
+    own = {key: value for key, value in made.items() if key != "base"}  # the base is this run's too
+    fork = {"run": state["run"], "step": state["step"], "samples_seen": made["samples_seen"], "lineage": own}
+    return Resumed(folder, state["step"], state, fork)
+
+
+def verify(inputs: Inputs, checkpoint: Path) -> None:
+    """Compare a checkpoint's files with their hashes, on one process."""
     if inputs.accelerator.is_main_process:
-        verify_checkpoint(chosen)
+        verify_checkpoint(checkpoint)
     inputs.accelerator.wait_for_everyone()
-    return Resumed(chosen, state["step"], state)
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any]) -> None:
@@ -62,13 +111,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any])
     """
     recorded = state.get("fixed", {"values": {}, "digest": fixed["digest"]})
     before, now = fixed_values(state["config"]) | recorded["values"], fixed["values"]
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        lines = "\n".join(f"  {key}: {before.get(key)!r} in the checkpoint, {now[key]!r} now" for key in changed)
-        raise UserError(
-            f"{checkpoint} was made with another config, and resuming would not continue that run:\n{lines}\n"
-            "Put these back, or choose another run.name"
-        )
+    refuse_changes(str(checkpoint), before, now)
     if recorded["digest"] != fixed["digest"]:
         raise UserError(
             f"{checkpoint}: an environment variable, or another key that the config refers to, has another value now "
@@ -76,13 +119,27 @@ def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any])
         )
 
 
-def check_inputs(checkpoint: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
+def refuse_changes(checkpoint: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse values of ``now`` that are other ones than before, naming each with both."""
+    changed = [key for key in sorted(now) if before.get(key) != now[key]]
+    if changed:
+        lines = "\n".join(f"  {key}: {before.get(key)!r} in the checkpoint, {now[key]!r} now" for key in changed)
+        raise UserError(
+            f"{checkpoint} was made with another config, and resuming would not continue that run:\n{lines}\n"
+            "Put these back, or choose another run.name; checkpoint.fork begins one with these weights and optimizer "
+            "state under other rates, another schedule, other data or captions"
+        )
+
+
+def check_inputs(
+    checkpoint: Path, state: dict[str, Any], facts: dict[str, Any], guarded: Sequence[tuple[str, tuple[str, ...]]]
+) -> None:
     """Refuse other data, another base, VAE or tokenizers; what an older checkpoint does not record is not compared.
 
     Raises:
         UserError: naming what is another one, with both hashes.
     """
-    for what, path in GUARDED:
+    for what, path in guarded:
         before, now = pick(state, path), pick(facts, path)
         if before is not None and before != now:
             raise UserError(

@@ -1,0 +1,44 @@
+"""Where a run's quality thresholds come from, by its records alone: what training finds, without a model."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+from trainer.config.schema import Config
+from trainer.data.percentiles import (
+    Resolved,
+    Thresholds,
+    by_percentile,
+    choose_thresholds,
+    describe_rules,
+    resolve_anew,
+)
+from trainer.model.lineage import read_lineage
+
+
+def find_thresholds(config: Config, table: pa.Table) -> Resolved:
+    """Caption rules by score as training has them, or will have them: see ``choose_thresholds``.
+
+    Raises:
+        UserError: where ``captions.thresholds_from`` has no thresholds for these rules.
+    """
+    rules = config.captions
+    if not by_percentile(rules):
+        return Resolved(rules, None, "")
+    records = Path(config.run.output_dir).expanduser() / config.run.name / "run.json"
+    own = None
+    if records.is_file():
+        recorded = json.loads(records.read_text(encoding="utf-8"))
+        # version 0.2.0 recorded none, and took those of the set
+        own = recorded.get("thresholds", resolve_anew(rules, table, "").thresholds)
+    if own is not None and own["rules"] != describe_rules(rules):
+        own = None
+    return choose_thresholds(rules, table, own=own, base=thresholds_of_base(Path(config.model.pretrained).expanduser()))
+
+
+def thresholds_of_base(base: Path) -> Thresholds | None:
+    """What a local base, or the run that it is, records; None for a hub id, which is not fetched to look."""
+    if (base / "run.json").is_file():
+        return json.loads((base / "run.json").read_text(encoding="utf-8")).get("thresholds")
+    return (read_lineage(base) or {}).get("thresholds") if base.exists() else None
