@@ -28,6 +28,8 @@ setup-dev: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,wandb,tensorboard]'
+# for CLIP's vocabulary, which its wheel holds and a test reads; its dependencies are not needed, and bring torchvision
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps open_clip_torch
 	touch $@
 
 demo: .venv/installed
