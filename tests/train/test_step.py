@@ -91,6 +91,18 @@ def test_one_norm_clips_all_parts_together(model: SDXL) -> None:
     torch.testing.assert_close(moved, torch.tensor(0.01), rtol=1e-2, atol=1e-5)
 
 
+def test_a_norm_of_none_clips_nothing(model: SDXL) -> None:
+    """And what is not finite is found all the same."""
+    before = weights(model)
+    optimizer = torch.optim.SGD(trained_parameters(model).values(), lr=1.0)
+    result = step(model, [make_batch(0, 2)], optimizer, max_grad_norm=None)
+    moved = torch.stack([(value - before[name]).norm() for name, value in weights(model).items()]).norm()
+    torch.testing.assert_close(moved, result.grad_norm, rtol=1e-4, atol=0)
+    before = weights(model)
+    assert step(model, [broken(make_batch(2, 2), 1, float("inf"))], optimizer, max_grad_norm=None).bad
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(model: SDXL, name: str, value: float) -> None:

@@ -214,7 +214,7 @@ class OptimConfig:
     eps: float | None = 1e-8  # null with adafactor
     weight_decay: float = 0.1
     decay_norms_and_biases: bool = True  # as the original did; off: only matrices and convolutions decay
-    max_grad_norm: float = 1.0  # global norm over all trained parts together
+    max_grad_norm: float | None = 1.0  # global norm over all trained parts together; null: not clipped, as 3.0 was
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def stage_rows(stage: Stage) -> dict[str, str]:
     made, value = stage.lineage, stage.value
     rates = {part: value(f"optim.{part}_lr") for part in PARTS}
     trained = {part: rate for part, rate in rates.items() if value(f"model.train_{part}")}
+    betas = "" if value("optim.betas") is None else f"betas {value('optim.betas')}, "
     return {
         "run": made["run"] + fork_words(made.get("fork")),
         "starts from": made["base"]["reference"],
@@ -51,8 +52,8 @@ def stage_rows(stage: Stage) -> dict[str, str]:
         "trained": ", ".join(PARTS[part] for part in trained),
         "learning rates": ", ".join(f"{number(rate)}" for rate in trained.values()),
         "rate schedule": f"{value('schedule.lr')}, warm-up of {value('schedule.warmup_steps')} steps",
-        "optimizer": f"{value('optim.name')}, betas {value('optim.betas')}, weight decay {value('optim.weight_decay')}",
-        "gradient norm": str(value("optim.max_grad_norm")),
+        "optimizer": f"{value('optim.name')}, {betas}weight decay {value('optim.weight_decay')}",
+        "gradient norm": str(value("optim.max_grad_norm") or "not clipped"),
         "noise offset": str(value("diffusion.noise_offset") or "none"),
         "prediction": str(value("diffusion.prediction_type")),
         "min-SNR gamma": str(value("diffusion.min_snr_gamma") or "off"),

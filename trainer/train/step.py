@@ -6,6 +6,7 @@ looks at the scale).
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,14 +68,14 @@ def training_step(
     *,
     step: int,
     micro_steps: int,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
     keep_gradients: bool = False,
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
     all_mean: Callable[[Tensor], Tensor],
     scaler: Any = None,
     stop_requested: bool = False,
 ) -> StepResult:
-    """Accumulate the gradients of ``micro_steps`` batches, clip them together and update.
+    """Accumulate the gradients of ``micro_steps`` batches, clip them together unless the norm is None, and update.
 
     ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks.
     ``keep_gradients`` clears gradients in place: under DDP they are views of its buckets, and gradients made anew would
@@ -96,7 +97,7 @@ def training_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if scaler:
         scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     bad, scale, skipped = update(optimizer, scaler, loss, grad_norm)
     optimizer.zero_grad(set_to_none=not keep_gradients)
     return StepResult(step, loss, grad_norm, bad, stop > 0, own, keys, scale, skipped, time.perf_counter())
