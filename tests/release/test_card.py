@@ -131,7 +131,21 @@ def test_prompts_are_shown_as_they_are_and_only_tags_that_there_are() -> None:
     sample = Sample(Path("a.png"), "saber \\(fate\\), ^_^, *x*, a\\|b", "[x]", {})
     card = write_card(make_release("captions.years=[]", samples=[sample]))
     assert r"saber \\(fate\\), ^\_^, \*x\*, a\\\|b" in section(card, "Samples") and r"\[x\]" in section(card, "Samples")
-    assert "\n1girl, character, series, everything else, rating tag, quality tag\n" in section(card, "Prompts")
+    prompt = "\nmasterpiece, best quality, 1girl, character, series, everything else, rating: general\n"
+    assert prompt in section(card, "Prompts")
+    bare = section(write_card(make_release("captions.ratings={}", "captions.quality=[]")), "Prompts")
+    assert "\n1girl, character, series, everything else, year tag\n" in bare and "careful" not in bare
+
+
+def test_the_caution_about_quality_tags_is_in_the_captions_own_tags() -> None:
+    said = section(write_card(make_release()), "Prompts")
+    assert "careful with `masterpiece`, `best quality`" in said
+    assert "Put `rating: general` into the prompt, and `nsfw`, `rating: sensitive` into the negative prompt." in said
+    files = [REPOSITORY / f"configs/{name}.yaml" for name in ("stage2_refine_unet", "captions_3_1")]
+    said = section(write_card(dataclasses.replace(make_release(), config=load_config(files))), "Prompts")
+    assert "Put `safe` into the prompt, and `nsfw`, `sensitive` into the negative prompt." in said
+    said = section(write_card(make_release("captions.ratings={q: nsfw, e: nsfw}")), "Prompts")
+    assert "Put `nsfw` into the negative prompt." in said
 
 
 def test_settings_and_sizes_are_the_configs() -> None:
@@ -154,7 +168,12 @@ def test_training_is_told_stage_by_stage() -> None:
     assert table["hardware"] == ["2 x A100", "not recorded"] and table["hours (wall clock)"] == ["504", "not recorded"]
     assert table["index fingerprint"] == ["`fingerprint1`", "`fingerprint2`"]
     assert table["code"][1] == f"0.2.0, commit `{COMMIT}` with changes that were not committed"
-    assert table["optimizer"][0] == "adamw, betas [0.9, 0.99], weight decay 0.1"
+    assert table["optimizer"][0] == "adamw, betas [0.9, 0.99], weight decay 0.1" and table["gradient norm"][0] == "1.0"
+    release = make_release()
+    original = {"name": "adafactor", "betas": None, "weight_decay": 0.0, "max_grad_norm": None}
+    release.stages[0].lineage["config"]["optim"] |= original
+    table = rows(section(write_card(release), "Training"))
+    assert table["optimizer"][0] == "adafactor, weight decay 0.0" and table["gradient norm"][0] == "not clipped"
 
 
 def test_an_interpolation_stays_one_and_an_older_run_lacks_fields() -> None:

@@ -3,14 +3,13 @@
 Nothing here is typed by hand for one model: what is not recorded is said to be so.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from trainer.config.schema import CaptionsConfig, Config
+from trainer.config.schema import Config
 from trainer.data.buckets import list_buckets
 from trainer.release.card_stages import (
     NOT_RECORDED,
@@ -23,10 +22,9 @@ from trainer.release.card_stages import (
     table,
     training,
 )
+from trainer.release.card_tags import best_quality, caution, tag_tables
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
 from trainer.sample.gallery import Sample
-
-RATINGS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 
 
 @dataclass(frozen=True)
@@ -166,9 +164,10 @@ def usage(release: Release) -> Iterator[str]:
         f"Tags stand in the order of the training captions: {who}{order}"
         + (", the latter in any order, because it was shuffled." if config.captions.shuffle else ".")
     )
-    rules = {"year": config.captions.years, "rating": config.captions.ratings, "quality": config.captions.quality}
-    example = ["1girl", "character", "series", "everything else", *(f"{name} tag" for name in rules if rules[name])]
-    yield f"```\n{', '.join(example)}\n```"
+    general, year = config.captions.ratings.get("g"), ["year tag"] if config.captions.years else []
+    order_of_prompts = ["1girl", "character", "series", "everything else", *year, *([general] if general else [])]
+    yield f"```\n{', '.join([*best_quality(config.captions), *order_of_prompts])}\n```"
+    yield from caution(config.captions)
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
     yield "## Recommended settings"
     yield table(
@@ -187,54 +186,6 @@ def usage(release: Release) -> Iterator[str]:
     yield f"Width x height in pixels, about {buckets.base_resolution} x {buckets.base_resolution} in area: " + (
         ", ".join(f"{width} x {height}" for width, height in sides) + "."
     )
-
-
-def tag_tables(captions: CaptionsConfig) -> Iterator[str]:
-    """Quality, rating and year tags, from the rules that made the captions."""
-    yield "## Special tags"
-    if captions.quality:
-        by_rating = any(rule.rating for rule in captions.quality)
-        rows = quality_rows(captions)
-        yield table(["quality tag", "score of the post", *(["rating"] if by_rating else [])],
-                    [row if by_rating else row[:2] for row in rows])  # fmt: skip
-    if captions.ratings:
-        yield table(["rating", "tags"], [[RATINGS[key], tag] for key, tag in captions.ratings.items()])
-    if captions.years:
-        yield table(["year tag", "years"], [[rule.tag, f"{rule.first} to {rule.last}"] for rule in captions.years])
-    if captions.columns:
-        yield table(["tag", "from the posts'", "numbers"], column_rows(captions))
-
-
-def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
-    """[tag, scores, rating] of each quality rule, from the highest to the lowest of each rating."""
-    rows = []
-    for rating in dict.fromkeys(rule.rating for rule in captions.quality):
-        own = [rule for rule in captions.quality if rule.rating == rating]
-        shares = any(rule.above_percentile is not None for rule in own)
-        limits = [(rule.above_percentile if shares else rule.min_score, rule.tag) for rule in own]
-        higher: float | None = None
-        for limit, tag in sorted(limits, key=lambda item: -math.inf if item[0] is None else item[0], reverse=True):
-            if shares:
-                words = [
-                    f"above that of {limit:g}%" if limit is not None else "",
-                    f"up to {higher:g}%" if higher else "",
-                ]
-                scores = ", ".join(word for word in words if word) + " of the posts of its rating"
-            elif higher is None:
-                scores = "all" if limit is None else f"{limit} and above"
-            else:
-                scores = f"below {higher}" if limit is None else f"{limit} to {int(higher) - 1}"
-            rows.append([tag, scores, RATINGS.get(str(rating), str(rating or "all"))])
-            higher = limit
-    return rows
-
-
-def column_rows(captions: CaptionsConfig) -> list[list[str]]:
-    """[tag, column, numbers] of each rule about a number that posts bring."""
-    return [
-        [rule.tag, rule.column, "the rest" if rule.above is None else f"above {rule.above:g}"]
-        for rule in captions.columns
-    ]
 
 
 def gallery(samples: Sequence[Sample]) -> Iterator[str]:
