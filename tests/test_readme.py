@@ -77,14 +77,6 @@ def test_the_table_holds_the_configs_values() -> None:
         assert config.precision.compute == "fp16" and config.captions.max_token_length == 225
 
 
-def test_the_predecessors_column_is_expressed() -> None:
-    files = [REPOSITORY / f"configs/{name}.yaml" for name in ("stage1_feature_alignment", "animagine_xl_2")]
-    config = load_config(files)
-    assert config.data.global_batch_size == 32 and config.schedule.epochs == 20
-    rates = config.optim
-    assert rates.unet_lr == rates.text_encoder_1_lr == rates.text_encoder_2_lr == 1e-6
-
-
 def test_the_example_post_is_read() -> None:
     post = read_post(json.loads(blocks("json")[0]), source="README", image=Path("1.png"))
     record = {name: getattr(post, name) for name in ("caption", "rating", "score", "year")} | {"extra": None}

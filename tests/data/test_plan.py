@@ -100,6 +100,11 @@ def test_stage_2_has_the_recipes_steps(least: int) -> None:
     assert views.max() <= 12 and views.min() >= 8
 
 
+@pytest.mark.parametrize("least", [0, 1, 2, 3, 5])
+def test_stage_3_has_the_steps_that_its_config_says(least: int) -> None:
+    assert make_plan(danbooru_like(3500, least), unit=8, step=48).steps_for_epochs(10) in (729, 730, 731)
+
+
 def test_only_buckets_of_one_or_two_images_fall_outside_9_to_11() -> None:
     for images in range(1, 100):
         views = make_plan([images], unit=8, step=8).views(10)
