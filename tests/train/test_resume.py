@@ -18,6 +18,7 @@ STAGES = {
     "1": [
         "model.train_text_encoder_1=true", "model.train_text_encoder_2=true",
         "optim.text_encoder_1_lr=1e-3", "optim.text_encoder_2_lr=1e-3",
+        "captions.max_token_length=150",  # the empty second chunk is shared by all captions
     ],
     "2": ["diffusion.noise_offset=0.0357"],
 }  # fmt: skip
