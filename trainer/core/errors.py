@@ -1,5 +1,6 @@
 """UserError: the user's problem, told in one message. Only it becomes exit code 2 without a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,12 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f" while {error.filename} was written" if error.filename else ""
+        print(f"error: the disk is full{place}: make room and start again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.core.disk import disk_space
+
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -29,17 +31,22 @@ sync_folder = sync_file  # a folder's entries are forced to the disk by the same
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file, then put it under its name; an old file stays until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors writes 0600
-        sync_file(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    """Let ``write`` fill a temporary file, then put it under its name; an old file stays until then.
+
+    Raises:
+        FullDisk: naming the file; nothing of it is left.
+    """
+    with disk_space(path.parent, str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(path)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)  # safetensors writes 0600
+            sync_file(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

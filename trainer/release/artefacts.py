@@ -38,6 +38,11 @@ def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         file.write(encoded.ljust(length))  # spaces behind the JSON are part of the format
 
 
+def count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What tensors take on a disk, without a header."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def check_stamp(path: Path) -> None:
     """Compare a file with the hash in its own header.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype
+from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, temporary_path, write_file, write_json
 from trainer.model.base import (
@@ -41,7 +42,7 @@ from trainer.model.hub import STEMS
 from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
-from trainer.release.artefacts import hash_files, save_stamped, write_tokenizer
+from trainer.release.artefacts import count_bytes, hash_files, save_stamped, write_tokenizer
 from trainer.train.run import locate_from_run
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
@@ -269,20 +270,21 @@ def write_single_file(path: Path, made: Export) -> Path:
     """Stability's layout, whole or not at all; nothing happens where it lies already.
 
     Raises:
-        UserError: when another file has the name.
+        UserError: when another file has the name, or where it does not fit on the disk.
     """
     tensors = single_file_tensors(made)
     temporary = temporary_path(path)
-    try:
-        write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
-        if path.exists():
-            if sha256_file(path) != sha256_file(temporary):
-                raise UserError(another_export(path))
-        else:
-            temporary.rename(path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_space(path.parent, str(path), count_bytes(tensors)):
+        try:
+            write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
+            if path.exists():
+                if sha256_file(path) != sha256_file(temporary):
+                    raise UserError(another_export(path))
+            else:
+                temporary.rename(path)
+                sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -290,29 +292,34 @@ def write_diffusers(path: Path, made: Export) -> Path:
     """The classic diffusers layout, whole or not at all; nothing happens where it lies already.
 
     Raises:
-        UserError: when something else has the name.
+        UserError: when something else has the name, or where it does not fit on the disk.
     """
     temporary = temporary_path(path)
-    temporary.mkdir()
-    try:
-        for component, part in made.parts.items():
-            # transformers refuses files that do not say format: pt
-            save = partial(save_file, part, metadata={"format": "pt"})
-            write_file(temporary / component / f"{STEMS[component]}.safetensors", save)
-        for name, config in made.configs.items():
-            write_json(temporary / config_file(name), config)
-        write_json(temporary / LINEAGE_FILE, made.lineage)
-        assert made.tokenizers is not None
-        for name, folder in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
-            write_tokenizer(temporary / name, folder, name)
-        if not path.exists():
-            temporary.rename(path)
-            sync_folder(path.parent)
-        elif not path.is_dir() or hash_files(path) != hash_files(temporary):
-            raise UserError(another_export(path))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with disk_space(path.parent, str(path), sum(count_bytes(part) for part in made.parts.values())):
+        try:
+            fill_diffusers(temporary, made)
+            if not path.exists():
+                temporary.rename(path)
+                sync_folder(path.parent)
+            elif not path.is_dir() or hash_files(path) != hash_files(temporary):
+                raise UserError(another_export(path))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def fill_diffusers(folder: Path, made: Export) -> None:
+    """The files of the classic diffusers layout."""
+    for component, part in made.parts.items():
+        # transformers refuses files that do not say format: pt
+        save = partial(save_file, part, metadata={"format": "pt"})
+        write_file(folder / component / f"{STEMS[component]}.safetensors", save)
+    for name, config in made.configs.items():
+        write_json(folder / config_file(name), config)
+    write_json(folder / LINEAGE_FILE, made.lineage)
+    assert made.tokenizers is not None
+    for name, source in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
+        write_tokenizer(folder / name, source, name)
 
 
 def another_export(path: Path) -> str:

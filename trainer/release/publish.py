@@ -14,6 +14,7 @@ import yaml
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
+from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, temporary_path, write_json, write_text
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
@@ -216,6 +217,20 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(folder)
+    with disk_space(folder.parent, str(folder), count_copied(release, weights)):
+        fill_folder(temporary, folder, release, weights, licences)
+    return folder
+
+
+def count_copied(release: Release, weights: Weights) -> int:
+    """Bytes of what is copied; an export that is still to be made says itself what it needs."""
+    exported = exported_paths(weights.exported, release.config) if weights.exported else []
+    files = [file for path in exported for file in ([path] if path.is_file() else path.rglob("*"))]
+    return sum(file.stat().st_size for file in (*files, *(sample.path for sample in release.samples)) if file.is_file())
+
+
+def fill_folder(temporary: Path, folder: Path, release: Release, weights: Weights, licences: dict[str, str]) -> None:
+    """Write everything under a temporary name, check it, and move it; what is not moved is removed."""
     try:
         write_weights(temporary, release, weights)
         write_json(temporary / LINEAGE_FILE, weights.lineage)
@@ -244,7 +259,6 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
             raise UserError(f"{folder} {reason}: move it away, or use --out DIR")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def write_weights(folder: Path, release: Release, weights: Weights) -> None:
