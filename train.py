@@ -1,16 +1,19 @@
 """Train one stage: ``accelerate launch train.py --config configs/stage1_feature_alignment.yaml [key=value ...]``.
 
-Starting the same command again continues from the newest checkpoint.
+Starting the same command again continues from the newest checkpoint. With ``--check`` everything is read, loaded and
+refused as for a run, and it ends before the first step.
 """
 
-from trainer.config.load import load_config, parse_command_line
+from trainer.config.load import config_parser, finish_command_line, load_config
 from trainer.core.errors import run_command
 from trainer.train.loop import train
 
 
 def main() -> None:
-    arguments = parse_command_line("Train one stage of SDXL fine-tuning.")
-    train(load_config(arguments.config, arguments.overrides))
+    parser = config_parser("Train one stage of SDXL fine-tuning.")
+    parser.add_argument("--check", action="store_true", help="stop before the first step: say what would be trained")
+    arguments = finish_command_line(parser)
+    train(load_config(arguments.config, arguments.overrides), check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -377,3 +377,10 @@ def test_one_repeat_changes_nothing() -> None:
     plain = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8)
     once = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8, repeats=np.ones(len(sizes), dtype=int))
     assert [plain.step_samples(step) for step in range(30)] == [once.step_samples(step) for step in range(30)]
+
+
+def test_epochs_until_a_step_grow_evenly_within_an_epoch() -> None:
+    plan = Plan(np.array([[64, 64]] * 40 + [[64, 96]] * 3), seed=1, bucket_batch_size=4, global_batch_size=8)
+    assert plan.units_until(1).sum() == 11 and plan.units_until(2).sum() == 22
+    assert [plan.epochs_until(step) for step in (0, 1, 11)] == [0.0, 2 / 11, 2.0]
+    assert plan.epochs_until(6) == 1 + 1 / 11  # the step that crosses the border is in both

@@ -59,14 +59,19 @@ def join_team() -> Iterator[Team]:
         torch.distributed.destroy_process_group()
 
 
+def uses_cpu() -> bool:
+    """Whether there is no GPU, or Accelerate was told to use the CPU."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return told or not torch.cuda.is_available()
+
+
 def choose_device() -> torch.device:
     """This process's GPU, or the CPU where there is none or Accelerate was told to use it.
 
     Raises:
         UserError: for more processes on a machine than it has GPUs.
     """
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if told_cpu or not torch.cuda.is_available():
+    if uses_cpu():
         return torch.device("cpu")
     number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= gpus:

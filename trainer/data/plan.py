@@ -113,6 +113,15 @@ class Plan:
             epoch += 1
         return epoch
 
+    def epochs_until(self, step: int) -> float:
+        """Epochs that ``step`` completed steps have made: 9.5 is nine, and half of the tenth one's units."""
+        units = step * self.units_per_step
+        if units == 0:
+            return 0.0
+        epoch = self.find_epoch(units - 1)
+        before, after = (int(self.units_until(number).sum()) for number in (epoch - 1, epoch))
+        return epoch - 1 + (units - before) / (after - before)
+
     def unit_samples(self, unit: Unit) -> list[tuple[int, int]]:
         """(row, pass) of a unit's samples, in order. A small bucket may repeat an image, in another pass."""
         count = int(self.counts[unit.bucket])

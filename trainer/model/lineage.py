@@ -44,6 +44,7 @@ def build_lineage(
     step: int,
     *,
     fork: Mapping[str, Any] | None = None,
+    software: Mapping[str, Any] | None = None,
     started_at: str | None = None,
     hours: float | None = None,
     hardware: Sequence[str] = (),
@@ -56,6 +57,7 @@ def build_lineage(
             start weights; their own ``lineage`` too, or else it is looked up where the reference is local.
         fork: the run that this one branched off, if it did: ``run``, ``step``, ``samples_seen`` and its own
             ``lineage``, without the base, which is the same.
+        software: :func:`describe_software` as it was when the run was launched; None: as it is now.
         started_at: ISO 8601; ``hours`` of training so far. Both None when unknown.
         hardware: such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed, none when unknown.
     """
@@ -74,8 +76,7 @@ def build_lineage(
         "hours": hours,
         "hardware": list(hardware),
         "config": config.written,
-        "code": describe_code(),
-        "versions": read_versions(),
+        **(describe_software() if software is None else software),
         "base": {
             "reference": base["reference"],
             "revision": base["revision"],
@@ -91,6 +92,11 @@ def count_samples(step: int, global_batch_size: int, fork: Mapping[str, Any] | N
     if fork is None:
         return step * global_batch_size
     return fork["samples_seen"] + (step - fork["step"]) * global_batch_size
+
+
+def describe_software() -> dict[str, Any]:
+    """``code`` and ``versions`` of what lies on the disk now."""
+    return {"code": describe_code(), "versions": read_versions()}
 
 
 def describe_code() -> dict[str, Any]:

@@ -4,6 +4,7 @@ One process reads the posts, all of them encode, one puts the set together. Work
 whatever was encoded before, in a run that was killed or in a complete set, is not encoded again.
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from trainer import __version__
 from trainer.config.schema import Config
-from trainer.core.distributed import Team, choose_device, join_team
+from trainer.core.disk import disk_space
+from trainer.core.distributed import Team, choose_device, join_team, uses_cpu
 from trainer.core.errors import UserError
 from trainer.data.images import PIXEL_SETTINGS
 from trainer.data.index import open_index
@@ -96,6 +98,7 @@ def prepare(config: Config, progress: bool = True) -> Summary:
         latents = describe_latents(config, weights)
         begun: Begun | Summary | None = None
         if team.is_main:
+            warn_of_fp16(config)
             stack.enter_context(hold_work(work, folder))
             begun = begin(work, folder, latents, config, progress)
         begun = team.share(begun)
@@ -107,6 +110,18 @@ def prepare(config: Config, progress: bool = True) -> Summary:
             begun = team.share(finish(work, folder, begun, latents, config) if team.is_main else None)
         assert isinstance(begun, Summary)
         return begun
+
+
+def warn_of_fp16(config: Config) -> None:
+    """Say before the work what training will refuse after it."""
+    if not uses_cpu():
+        return
+    if config.precision.compute == "fp16":
+        print("warning: precision.compute is fp16, and there is no GPU here: train.py will refuse this config on this "
+              "machine (precision.compute=fp32 precision.frozen=fp32 are for the CPU)", file=sys.stderr)  # fmt: skip
+    if config.precision.vae == "fp16":
+        print("warning: precision.vae is fp16, and there is no GPU here: the CPU is faster in fp32, and SDXL's own VAE "
+              "overflows in fp16 (precision.vae=fp32)", file=sys.stderr)  # fmt: skip
 
 
 def find_place(shards: str) -> Path:
@@ -203,7 +218,8 @@ def encode_share(work: Work, config: Config, weights: VaeWeights, team: Team, be
                 check_bad_fraction(work, set_aside + made.set_aside, begun.inputs.total, config)
 
         for place, chunk in enumerate(own):
-            set_aside += encode_chunk(work, todo, chunk, encoder, advance).set_aside
+            with disk_space(work.set, f"shard {todo.first_shard + chunk} of {config.data.shards}"):
+                set_aside += encode_chunk(work, todo, chunk, encoder, advance).set_aside
             if team.world > 1:  # the others' images count in the bar by what they have completed
                 done = left[team.world * (place + 1) :]
                 meter.n = max(meter.n, total - count_posts(todo, done))

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, write_bytes, write_text
+from trainer.core.files import sha256_file, temporary_path, write_bytes, write_text
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -41,6 +44,24 @@ def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 def count_bytes(tensors: Mapping[str, Tensor]) -> int:
     """What tensors take on a disk, without a header."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@contextmanager
+def room_beside(path: Path, needed: int) -> Iterator[Path]:
+    """A temporary name for a file or folder of ``needed`` bytes; what still lies there at the end is removed.
+
+    Raises:
+        UserError: where it does not fit on the disk.
+    """
+    temporary = temporary_path(path)
+    with disk_space(path.parent, str(path), needed):
+        try:
+            yield temporary
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def check_stamp(path: Path) -> None:

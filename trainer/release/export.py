@@ -6,7 +6,6 @@ that the checkpoint names by hash. The same checkpoint gives the same bytes, so 
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype
-from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, sync_folder, temporary_path, write_file, write_json
+from trainer.core.files import sha256_file, sync_folder, write_file, write_json
 from trainer.model.base import (
     CONFIGS_KEY,
     Base,
@@ -42,7 +40,7 @@ from trainer.model.hub import STEMS
 from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
-from trainer.release.artefacts import count_bytes, hash_files, save_stamped, write_tokenizer
+from trainer.release.artefacts import count_bytes, hash_files, room_beside, save_stamped, write_tokenizer
 from trainer.train.run import locate_from_run
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
@@ -273,18 +271,14 @@ def write_single_file(path: Path, made: Export) -> Path:
         UserError: when another file has the name, or where it does not fit on the disk.
     """
     tensors = single_file_tensors(made)
-    temporary = temporary_path(path)
-    with disk_space(path.parent, str(path), count_bytes(tensors)):
-        try:
-            write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
-            if path.exists():
-                if sha256_file(path) != sha256_file(temporary):
-                    raise UserError(another_export(path))
-            else:
-                temporary.rename(path)
-                sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with room_beside(path, count_bytes(tensors)) as temporary:
+        write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
+        if path.exists():
+            if sha256_file(path) != sha256_file(temporary):
+                raise UserError(another_export(path))
+        else:
+            temporary.rename(path)
+            sync_folder(path.parent)
     return path
 
 
@@ -294,32 +288,24 @@ def write_diffusers(path: Path, made: Export) -> Path:
     Raises:
         UserError: when something else has the name, or where it does not fit on the disk.
     """
-    temporary = temporary_path(path)
-    with disk_space(path.parent, str(path), sum(count_bytes(part) for part in made.parts.values())):
-        try:
-            fill_diffusers(temporary, made)
-            if not path.exists():
-                temporary.rename(path)
-                sync_folder(path.parent)
-            elif not path.is_dir() or hash_files(path) != hash_files(temporary):
-                raise UserError(another_export(path))
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with room_beside(path, sum(count_bytes(part) for part in made.parts.values())) as temporary:
+        temporary.mkdir()
+        for component, part in made.parts.items():
+            # transformers refuses files that do not say format: pt
+            save = partial(save_file, part, metadata={"format": "pt"})
+            write_file(temporary / component / f"{STEMS[component]}.safetensors", save)
+        for name, config in made.configs.items():
+            write_json(temporary / config_file(name), config)
+        write_json(temporary / LINEAGE_FILE, made.lineage)
+        assert made.tokenizers is not None
+        for name, folder in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
+            write_tokenizer(temporary / name, folder, name)
+        if not path.exists():
+            temporary.rename(path)
+            sync_folder(path.parent)
+        elif not path.is_dir() or hash_files(path) != hash_files(temporary):
+            raise UserError(another_export(path))
     return path
-
-
-def fill_diffusers(folder: Path, made: Export) -> None:
-    """The files of the classic diffusers layout."""
-    for component, part in made.parts.items():
-        # transformers refuses files that do not say format: pt
-        save = partial(save_file, part, metadata={"format": "pt"})
-        write_file(folder / component / f"{STEMS[component]}.safetensors", save)
-    for name, config in made.configs.items():
-        write_json(folder / config_file(name), config)
-    write_json(folder / LINEAGE_FILE, made.lineage)
-    assert made.tokenizers is not None
-    for name, source in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
-        write_tokenizer(folder / name, source, name)
 
 
 def another_export(path: Path) -> str:

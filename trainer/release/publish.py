@@ -14,12 +14,11 @@ import yaml
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import sync_file, sync_folder, temporary_path, write_json, write_text
+from trainer.core.files import sync_file, sync_folder, write_json, write_text
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
-from trainer.release.artefacts import hash_files
+from trainer.release.artefacts import hash_files, room_beside
 from trainer.release.base_terms import find_terms
 from trainer.release.card import Release, write_card
 from trainer.release.card_stages import Stage, write_changes
@@ -216,22 +215,7 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         UserError: see :func:`publish`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(folder)
-    with disk_space(folder.parent, str(folder), count_copied(release, weights)):
-        fill_folder(temporary, folder, release, weights, licences)
-    return folder
-
-
-def count_copied(release: Release, weights: Weights) -> int:
-    """Bytes of what is copied; an export that is still to be made says itself what it needs."""
-    exported = exported_paths(weights.exported, release.config) if weights.exported else []
-    files = [file for path in exported for file in ([path] if path.is_file() else path.rglob("*"))]
-    return sum(file.stat().st_size for file in (*files, *(sample.path for sample in release.samples)) if file.is_file())
-
-
-def fill_folder(temporary: Path, folder: Path, release: Release, weights: Weights, licences: dict[str, str]) -> None:
-    """Write everything under a temporary name, check it, and move it; what is not moved is removed."""
-    try:
+    with room_beside(folder, count_copied(release, weights)) as temporary:
         write_weights(temporary, release, weights)
         write_json(temporary / LINEAGE_FILE, weights.lineage)
         for stage in release.stages:
@@ -257,8 +241,14 @@ def fill_folder(temporary: Path, folder: Path, release: Release, weights: Weight
         elif folder.is_symlink() or not folder.is_dir() or hash_files(folder) != hash_files(temporary):
             reason = "exists and is not what would be published now; it is left alone"
             raise UserError(f"{folder} {reason}: move it away, or use --out DIR")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def count_copied(release: Release, weights: Weights) -> int:
+    """Bytes of what is copied; an export that is still to be made says itself what it needs."""
+    exported = exported_paths(weights.exported, release.config) if weights.exported else []
+    files = [file for path in exported for file in ([path] if path.is_file() else path.rglob("*"))]
+    return sum(file.stat().st_size for file in (*files, *(sample.path for sample in release.samples)) if file.is_file())
 
 
 def write_weights(folder: Path, release: Release, weights: Weights) -> None:

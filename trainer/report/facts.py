@@ -105,8 +105,7 @@ def walk_run(plan: Plan, steps: int) -> RunFacts:
     units += np.bincount(buckets, minlength=len(units))
     repeating += count_twice(plan, buckets, rows)
     all_units = int(plan.units_until(last).sum())
-    epochs = last - 1 + (end - start) / (all_units - start)
-    return RunFacts(steps, epochs, all_units / last / plan.units_per_step, views, units, repeating)
+    return RunFacts(steps, plan.epochs_until(steps), all_units / last / plan.units_per_step, views, units, repeating)
 
 
 def count_repeating(plan: Plan, epochs: int) -> np.ndarray:

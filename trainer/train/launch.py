@@ -2,8 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    patch_environment,
 )
 
 from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
+from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
 from trainer.data.index import Index, open_index
 from trainer.data.loader import MicroBatches
@@ -27,7 +31,7 @@ from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state
-from trainer.model.lineage import read_lineage
+from trainer.model.lineage import describe_software, read_lineage
 from trainer.train.run import run_path
 
 
@@ -42,19 +46,32 @@ class Inputs:
     vae: VaeWeights
     facts: dict[str, Any]  # what a checkpoint records of its inputs, and a resume compares
     fixed: dict[str, Any]  # the config's values that a resume may not change, see config.fixed
+    software: dict[str, Any]  # commit and versions of what runs here: on the disk they may change under a long run
+
+
+OTHER_MODES = {  # environment variable -> what it switches on; accelerate launch sets them, from its own config too
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
 
 
 def build_accelerator(config: Config) -> Accelerator:
     """The processes and the arithmetic.
 
     Raises:
-        UserError: for fp16 without a GPU, or a number of processes that the config does not allow.
+        UserError: for fp16 without a GPU, a package that is not installed, a way to train that is none of ours, or a
+            number of processes that the config does not allow.
     """
-    if config.precision.compute == "fp16" and (not torch.cuda.is_available() or wants_cpu()):
+    check_installed(config)
+    check_environment()
+    if config.precision.compute == "fp16" and uses_cpu():
         raise UserError(
             "precision.compute fp16 needs a GPU; on the CPU use precision.compute=fp32 precision.frozen=fp32"
         )
-    if config.precision.deterministic or not torch.cuda.is_available() or wants_cpu():
+    if config.precision.deterministic or uses_cpu():
         # on the CPU always: with several threads some of its kernels add in any order too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -62,23 +79,72 @@ def build_accelerator(config: Config) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = config.precision.tf32
     # Accelerate knows DDP's setting by its old name only
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision.compute == "fp32" else config.precision.compute,
-        log_with=list(config.logging.trackers) or None,
-        project_config=ProjectConfiguration(logging_dir=str(run_path(config) / "trackers")),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            # one rank hashes and writes tens of gigabytes while the others wait
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-        ],
-    )
+    with patch_environment(ACCELERATE_DYNAMO_BACKEND="no", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1"):
+        accelerator = Accelerator(
+            mixed_precision="no" if config.precision.compute == "fp32" else config.precision.compute,
+            log_with=list(config.logging.trackers) or None,
+            project_config=ProjectConfiguration(logging_dir=str(run_path(config) / "trackers")),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                # one rank hashes and writes tens of gigabytes while the others wait
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            ],
+        )
+    for note in ignored_settings():
+        accelerator.print(f"note: {note}")
     check_processes(config, accelerator.num_processes)
     return accelerator
 
 
-def wants_cpu() -> bool:
-    """Whether Accelerate was told to use the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+def check_installed(config: Config) -> None:
+    """Refuse what needs a package that is not here; trackers would be left out by Accelerate without a word.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    needed: list[tuple[str, str]] = [(f"logging.trackers: {name}", name) for name in config.logging.trackers]
+    needed += [("optim.name: adamw8bit", "bitsandbytes")] if config.optim.name == "adamw8bit" else []
+    needed += [("model.attention: xformers", "xformers")] if config.model.attention == "xformers" else []
+    stands_for = {"tensorboard": ("tensorboard", "tensorboardX")}
+    absent = [
+        f"{what} needs a package that is not installed: pip install --constraint constraints.txt {package}"
+        for what, package in needed
+        if not any(find_spec(name) for name in stands_for.get(package, (package,)))
+    ]
+    if absent:
+        raise UserError("\n".join(absent))
+
+
+def check_environment() -> None:
+    """Refuse ways to share a model out that the config does not name.
+
+    Raises:
+        UserError: naming the environment variable; it may come from Accelerate's own config file.
+    """
+    for variable, mode in OTHER_MODES.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"Accelerate was told to use {mode} ({variable} is {os.environ[variable]}), and here each GPU has a "
+                "whole copy of the model. Start with accelerate launch --multi_gpu --num_processes N train.py ..., or "
+                "with python train.py ... on one GPU; where accelerate config wrote it, name another file by "
+                "--config_file"
+            )
+
+
+def ignored_settings() -> Iterator[str]:
+    """What Accelerate was told and the config decides instead, as notes."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):
+        yield (
+            f"Accelerate's dynamo backend {backend} is not used (from accelerate config, --dynamo_backend or "
+            "ACCELERATE_DYNAMO_BACKEND): model.compile says whether the UNet is compiled"
+        )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("", "1", "auto"):
+        yield (
+            f"Accelerate's {steps} gradient accumulation steps are not used: the number follows from "
+            "data.global_batch_size, data.micro_batch_size and the number of processes"
+        )
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -104,6 +170,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     Raises:
         UserError: for missing or damaged files, or latents that another VAE made.
     """
+    software = describe_software()
     index = open_index(config.data.shards)
     with accelerator.main_process_first():  # one process downloads, the others find it there
         base = find_start(config)
@@ -140,7 +207,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{told}")
     facts["thresholds"] = thresholds.thresholds
     data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
-    return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config))
+    return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config), software)
 
 
 def read_resumed(config: Config) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
 from trainer.sample.sampling import make_grid, sample_images
+from trainer.train.announce import describe_end, describe_last, describe_start
 from trainer.train.launch import Inputs, build_accelerator, open_inputs, total_steps
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
@@ -34,8 +35,8 @@ from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
 
 
-def train(config: Config) -> None:
-    """Train from the newest checkpoint, or from the base, to the end of the schedule.
+def train(config: Config, check: bool = False) -> None:
+    """Train from the newest checkpoint, or from the base, to the end of the schedule; ``check`` stops before step 0.
 
     Raises:
         UserError: whatever the user has to mend, before anything is harmed.
@@ -45,11 +46,17 @@ def train(config: Config) -> None:
         resumed = find_resumed(inputs)
         first, last = resumed.step if resumed else 0, total_steps(config, inputs.data.plan)
         if first >= last:
-            inputs.accelerator.print(f"{run_path(config)} has made all of its {last} steps; nothing to do")
+            say(inputs, f"{run_path(config)} has made all of its {last} steps; nothing to do")
+            say(inputs, describe_last(run_path(config)))
             return
-        run = build_run(inputs, resumed, first, last)
+        model, optimizer = load_model(inputs, resumed)
+        say(inputs, describe_start(inputs, unwrap(inputs, model), resumed, first, last))
+        if check:
+            say(inputs, f"checked: the run can start at step {first}; nothing was trained or written")
+            return
+        run = build_run(inputs, model, optimizer, resumed, first, last)
         pending: StepResult | None = None
-        with closing(start_loading(run, first, last)) as batches:
+        with run.progress, closing(start_loading(run, first, last)) as batches:
             for step in range(first, last):
                 set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
                 result = step_once(run, batches, step, stop_requested.is_set())
@@ -60,13 +67,19 @@ def train(config: Config) -> None:
                 if due(made, config.checkpoint.every_steps) or done or stopping:
                     stopping = run.progress.read(pending) or stopping
                     pending = None
-                    save(run, made)
+                    with run.progress.timed("checkpoint"):
+                        save(run, made)
                 if due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
-                    sample(run, made)
-                if stopping and not done:
-                    inputs.accelerator.print(f"stopped at step {made} of {last}; the same command goes on from there")
+                    with run.progress.timed("sample"):
+                        sample(run, made)
+                if stopping:
                     break
-        run.progress.close()
+        say(inputs, describe_end(inputs, first, made, last, run.progress.seconds, run.progress.skipped["all"]))
+
+
+def say(inputs: Inputs, text: str) -> None:
+    """Print on the main process."""
+    inputs.accelerator.print(text, flush=True)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -89,31 +102,42 @@ class Run:
     @property
     def sdxl(self) -> SDXL:
         """The model without wrappers."""
-        return self.inputs.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+        return unwrap(self.inputs, self.model)
 
 
-def build_run(inputs: Inputs, resumed: Resumed | None, first: int, last: int) -> Run:
-    """Model, optimizer and what reads them, in the state of ``first`` completed steps."""
+def unwrap(inputs: Inputs, model: Any) -> SDXL:
+    """The model without Accelerate's wrappers."""
+    return inputs.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+
+
+def load_model(inputs: Inputs, resumed: Resumed | None) -> tuple[Any, Optimizer]:
+    """The model, under Accelerate's wrappers, and the optimizer, as the base or a checkpoint has them."""
     config, accelerator = inputs.config, inputs.accelerator
     model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
-    sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    sdxl = unwrap(inputs, model)
     optimizer = build_optimizer(sdxl, config.optim)
-    skipped, fork = {"all": 0, "in_a_row": 0}, resumed.fork if resumed else None
     if resumed is not None:
         restore_checkpoint(resumed.folder, sdxl, optimizer)
         restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
-        skipped = resumed.state["skipped_steps"]
+    return model, optimizer
+
+
+def build_run(inputs: Inputs, model: Any, optimizer: Optimizer, resumed: Resumed | None, first: int, last: int) -> Run:
+    """What reads the steps from ``first`` on; with it a new attempt is written down."""
+    config, accelerator = inputs.config, inputs.accelerator
+    fork = resumed.fork if resumed else None
     attempt, tracker_run_id = begin_attempt(
         run_path(config), config, inputs.facts, first, write=accelerator.is_main_process,
-        processes=accelerator.num_processes, device=device_name(accelerator.device),
+        processes=accelerator.num_processes, device=device_name(accelerator.device), software=inputs.software,
         tracker_run_id=resumed.tracker_run_id if resumed else None,
     )  # fmt: skip
     peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in ("unet", "text_encoder_1", "text_encoder_2")}
     progress = Progress(
-        config, accelerator, run_path(config), attempt=attempt, tracker_run_id=tracker_run_id, first=first, last=last,
-        skipped=skipped, fork=fork, peak_flops=peak,
+        config, accelerator, run_path(config), attempt=attempt, tracker_run_id=tracker_run_id, plan=inputs.data.plan,
+        first=first, last=last, fork=fork, peak_flops=peak,
+        skipped=resumed.state["skipped_steps"] if resumed else {"all": 0, "in_a_row": 0},
         flops_per_sample=training_flops(inputs.base, side, side, chunks, trained) if peak else None,
     )  # fmt: skip
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
@@ -176,6 +200,7 @@ def save(run: Run, made: int) -> None:
                 run.inputs.facts,
                 made,
                 fork=run.fork,
+                software=run.inputs.software,
                 started_at=work.started_at,
                 hours=work.hours,
                 hardware=work.hardware,

@@ -2,35 +2,49 @@
 
 import json
 import os
+import re
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.core.disk import disk_space
 from trainer.model.base import Base, read_config
 from trainer.model.sdxl import COMPONENTS, SDXL, build_empty
 
-# dense fp16 / bf16 peak, FLOP/s, from the makers' data sheets
+# Dense fp16 / bf16 peak with fp32 accumulation, FLOP/s, from the makers' data sheets, by the whole of a device's name.
+# What is not listed has no figure: a laptop's or a partition's name holds that of a card that is faster.
 PEAK_FLOPS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "RTX A6000": 155e12,
+    r"A100-(SXM4|PCIE)-(40|80)GB": 312e12,
+    r"A100 80GB PCIe": 312e12,
+    r"A800-SXM4-(40|80)GB": 312e12,
+    r"A800 (40|80)GB (PCIe|Active)": 312e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H100 80GB HBM3": 989e12,
+    r"H800": 989e12,
+    r"H200": 989e12,
+    r"H200 NVL": 835e12,
+    r"GH200 480GB": 989e12,
+    r"L40S": 362e12,
+    r"GeForce RTX 4090": 165e12,
+    r"GeForce RTX 3090": 71e12,
+    r"RTX A6000": 155e12,
 }
+STEP = "step"  # wandb's own step must grow, so ours is a metric of its own there, and the axis of all others
 
 
 class MetricsFile:
     """Append-only JSON lines, each with step and attempt: where a step occurs twice, the last attempt wins."""
 
     def __init__(self, path: Path, attempt: int):
-        self.attempt = attempt
+        self.path, self.attempt = path, attempt
         torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self.file = path.open("a", encoding="utf-8")
         if torn:  # a killed process left half a line
@@ -39,8 +53,9 @@ class MetricsFile:
     def write(self, step: int, values: dict[str, float | None]) -> None:
         """One line, out of the process's hands when this returns."""
         line = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with disk_space(self.path.parent, str(self.path)):
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.file.flush()
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
@@ -56,14 +71,80 @@ def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
     return lines
 
 
-def tracker_settings(trackers: list[str], run_id: str, name: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """What Accelerate's ``init_trackers`` gets for each tracker: one wandb run, continued across resumes."""
-    settings: dict[str, dict[str, Any]] = {}
+def tracker_settings(trackers: Sequence[str], run_id: str, name: str, folder: Path, first: int) -> dict[str, Any]:
+    """What Accelerate's ``init_trackers`` gets for each tracker of a run that has made ``first`` steps.
+
+    One wandb run is continued across resumes. TensorBoard hides what an earlier attempt wrote of the steps to come.
+    """
+    settings: dict[str, Any] = {}
     if "wandb" in trackers:
         key = os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
         mode = {} if key or "WANDB_MODE" in os.environ else {"mode": "offline"}  # without a key it would ask
         settings["wandb"] = {"id": run_id, "name": name, "resume": "allow", "dir": str(folder), **mode}
+    if "tensorboard" in trackers:
+        settings["tensorboard"] = {"purge_step": first + 1}
     return settings
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Something that is done between two steps."""
+
+    what: str
+    begun: float  # seconds
+    took: float
+
+
+class Window:
+    """What the steps since the last line of metrics, or since the beginning of this attempt, took and gave.
+
+    A step is read when the next one is under way, so that what was done between them comes here before it: what had
+    not begun when the step was launched is no part of its time.
+    """
+
+    def __init__(self, start: float, asides: Sequence[Aside] = ()) -> None:
+        self.start, self.steps, self.asides = start, 0, list(asides)
+        self.loss: Tensor | None = None  # the sum, on the device
+
+    def add(self, loss: Tensor) -> None:
+        """One more step."""
+        self.steps += 1
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count what is done inside as no time of the steps."""
+        begun = time.perf_counter()
+        yield
+        self.asides.append(Aside(what, begun, time.perf_counter() - begun))
+
+    def mean_loss(self) -> float:
+        """Over the window's steps."""
+        assert self.loss is not None
+        return float(self.loss) / self.steps
+
+    def seconds_of(self, what: str, until: float) -> float | None:
+        """How long that took, in all; None where it was not done."""
+        took = [aside.took for aside in self.asides if aside.what == what and aside.begun < until]
+        return sum(took) if took else None
+
+    def steps_per_second(self, until: float) -> float:
+        """Without what was done between them."""
+        return self.steps / (until - self.start - sum(aside.took for aside in self.asides if aside.begun < until))
+
+    def next(self, until: float) -> "Window":
+        """The window of the steps that were launched later."""
+        return Window(until, [aside for aside in self.asides if aside.begun >= until])
+
+
+def memory_gb(device: torch.device) -> float | None:
+    """A GPU's peak of allocated memory since the last call; the process's resident memory on the CPU, on Linux."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    statm = Path("/proc/self/statm")  # in pages, resident ones second
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9 if statm.exists() else None
 
 
 def training_flops(base: Base, height: int, width: int, chunks: int, trained: dict[str, bool]) -> float:
@@ -98,4 +179,5 @@ def find_peak_flops(device_name: str, compute: str) -> float | None:
     """The device's peak in 16-bit arithmetic; None where it is not known or the run does not use it."""
     if compute == "fp32":
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    name = re.sub(r"^NVIDIA ", "", device_name)
+    return next((peak for whole, peak in PEAK_FLOPS.items() if re.fullmatch(whole, name)), None)

@@ -3,12 +3,14 @@
 It stops for a non-finite loss, naming the samples, and for loss scaling that finds no scale.
 """
 
+import contextlib
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
@@ -16,8 +18,9 @@ from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.data.plan import Plan
 from trainer.model.lineage import count_samples
-from trainer.train.metrics import MetricsFile, tracker_settings
+from trainer.train.metrics import STEP, MetricsFile, Window, memory_gb, tracker_settings
 from trainer.train.optim import lr_factor
 from trainer.train.step import StepResult
 
@@ -38,6 +41,7 @@ class Progress:
         *,
         attempt: int,
         tracker_run_id: str,
+        plan: Plan,
         first: int,
         last: int,
         skipped: dict[str, int],
@@ -45,18 +49,40 @@ class Progress:
         flops_per_sample: float | None,
         peak_flops: float | None,
     ):
-        self.config, self.accelerator, self.last = config, accelerator, last
+        self.config, self.accelerator, self.plan, self.last = config, accelerator, plan, last
         self.skipped = dict(skipped)  # {"all": ..., "in_a_row": ...} updates that loss scaling withheld
         self.fork = fork  # the run that this one branched off
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
-        self.window_start, self.window_steps = time.perf_counter(), 0
+        self.begun = time.perf_counter()
+        self.attempt, self.window = attempt, Window(self.begun)
         self.file = MetricsFile(path / "metrics.jsonl", attempt) if accelerator.is_main_process else None
         self.bar = tqdm(
             total=last, initial=first, desc=config.run.name, unit="step", disable=not accelerator.is_main_process
         )
         if config.logging.trackers:
-            settings = tracker_settings(list(config.logging.trackers), tracker_run_id, config.run.name, path)
+            settings = tracker_settings(config.logging.trackers, tracker_run_id, config.run.name, path, first)
             accelerator.init_trackers(config.logging.project, flatten(config.written), settings)
+            for tracker in accelerator.trackers:
+                if tracker.name == "wandb" and accelerator.is_main_process:
+                    tracker.tracker.define_metric("*", step_metric=STEP)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the bar, the file and the trackers, also where the run ends in an error."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.file.close()
+        if kind is None:
+            self.accelerator.end_training()
+            return
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
+            with contextlib.suppress(Exception):  # the run's own error is the one to be read
+                if tracker.name == "wandb":
+                    tracker.tracker.finish(exit_code=1)  # else it is shown as a run that came to its end
+                else:
+                    tracker.finish()
 
     def read(self, result: StepResult) -> bool:
         """Read one step's numbers from the device; whether some rank was asked to stop.
@@ -67,38 +93,64 @@ class Progress:
         if bool(result.bad):
             self.refuse(result)
         self.count_skips(result)
-        self.window_steps += 1
-        made, loss = result.step + 1, float(result.loss)
-        speed = self.config.data.global_batch_size * self.window_steps / (result.launched - self.window_start)
-        shown = {"loss": f"{loss:.4f}", "images/s": f"{speed:.2f}"}
+        self.window.add(result.loss)
+        made, speed = result.step + 1, self.window.steps_per_second(result.launched)
+        images = speed * self.config.data.global_batch_size
+        shown = {"loss": f"{float(result.loss):.4f}", "images/s": f"{images:.2f}"}
         if result.loss_scale is not None:
             shown |= {"scale": f"{result.loss_scale:g}", "skipped": str(self.skipped["all"])}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
         if made % self.config.logging.every_steps == 0 or made == self.last:
-            self.write(result, made, loss, speed)
-            self.window_start, self.window_steps = result.launched, 0
+            self.write(result, made, images)
+            self.window = self.window.next(result.launched)
         return bool(result.stop)
 
-    def write(self, result: StepResult, made: int, loss: float, speed: float) -> None:
-        """One line of metrics, to the file and to the trackers."""
+    def write(self, result: StepResult, made: int, speed: float) -> None:
+        """One line of metrics, to the file and to the trackers; ``speed`` in images a second."""
         factor = lr_factor(result.step, self.last, self.config.schedule)
         mfu = None
         if self.flops_per_sample and self.peak_flops:
             mfu = speed * self.flops_per_sample / (self.peak_flops * self.accelerator.num_processes)
         values: dict[str, float | None] = {
-            "train/loss": loss,
+            "train/loss": self.window.mean_loss(),
+            "train/loss_last": float(result.loss),
             "train/grad_norm": float(result.grad_norm),
             **{f"lr/{part}": getattr(self.config.optim, f"{part}_lr") * factor for part in PARTS},
             "perf/images_per_second": speed,
             "perf/mfu": mfu,
+            "perf/memory_gb": memory_gb(self.accelerator.device),
+            "perf/checkpoint_seconds": self.window.seconds_of("checkpoint", result.launched),
+            "perf/sample_seconds": self.window.seconds_of("sample", result.launched),
             "progress/samples_seen": count_samples(made, self.config.data.global_batch_size, self.fork),
+            "progress/epoch": self.plan.epochs_until(made),
         }
         if result.loss_scale is not None:
             values |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": self.skipped["all"]}
+        # JSON has no Infinity, which is the gradient's norm where loss scaling skips a step
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         if self.file is not None:
             self.file.write(made, values)
-        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=made)
+        self.track({name: value for name, value in values.items() if value is not None}, made)
+
+    def track(self, values: dict[str, float], made: int) -> None:
+        """Give a line to the trackers."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":  # it drops what comes with a step that it has seen, as after a resume
+                tracker.log({**values, STEP: made, "attempt": self.attempt})
+            else:
+                tracker.log(values, step=made)
+
+    @property
+    def seconds(self) -> float:
+        """Since this attempt began."""
+        return time.perf_counter() - self.begun
+
+    def timed(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Around what is done between steps: "checkpoint" or "sample"."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # what is left of the step itself is the step's
+        return self.window.timed(what)
 
     def count_skips(self, result: StepResult) -> None:
         """Count the updates that loss scaling withheld; too many in a row mean that no scale works."""
@@ -124,13 +176,11 @@ class Progress:
         """Give a grid of samples to the trackers."""
         images = np.asarray(grid)[None]  # (1, H, W, 3)
         for tracker in self.accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": images}, step=step, **options)
-
-    def close(self) -> None:
-        """End the bar and the trackers."""
-        self.bar.close()
-        self.accelerator.end_training()
+            if tracker.name == "wandb":
+                tracker.log({STEP: step, "attempt": self.attempt})  # the images go to the last step that it was given
+                tracker.log_images({"samples": images})
+            else:
+                tracker.log_images({"samples": images}, step=step, dataformats="NHWC")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json, write_text
-from trainer.model.lineage import describe_code, read_versions
 from trainer.train.metrics import read_metrics
 
 
@@ -62,6 +61,7 @@ def begin_attempt(
     *,
     processes: int,
     device: str,
+    software: dict[str, Any],
     tracker_run_id: str | None,
     write: bool,
 ) -> tuple[int, str]:
@@ -84,8 +84,7 @@ def begin_attempt(
         "first_step": first_step,
         "processes": processes,
         "device": device,
-        "code": describe_code(),
-        "versions": read_versions(),
+        **software,
     }
     write_text(path / "config.yaml", OmegaConf.to_yaml(config.written))
     write_json(path / "run.json", {**run, **facts, "attempts": [*run["attempts"], entry]})

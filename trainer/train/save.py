@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
 from trainer.model.checkpoint import (
@@ -23,6 +26,8 @@ from trainer.model.checkpoint import (
 )
 from trainer.model.sdxl import trained_parameters
 
+OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen
+
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
     """Write ``folder/step-XXXXXXXX``, whole or not at all. Call it on one rank only.
@@ -30,35 +35,88 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_
     ``train_state`` is JSON with at least ``step``; format_version and the files' hashes are added.
 
     Raises:
-        UserError: when that checkpoint exists; nothing is overwritten.
+        UserError: when that checkpoint exists: nothing is overwritten; or where it does not fit on the disk.
     """
     final = folder / checkpoint_name(train_state["step"])
     if final.exists():
         raise UserError(f"{final} exists already and is not overwritten; move it away, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    temporary = temporary_path(final)
-    temporary.mkdir()
+    for leftover in find_leftovers(folder):
+        shutil.rmtree(leftover)
     parameters = trained_parameters(model)
-    save_file({name: value.detach().contiguous() for name, value in parameters.items()}, temporary / MODEL_FILE)
+    weights = {name: value.detach().contiguous() for name, value in parameters.items()}
     tensors, metadata = collect_optimizer_state(parameters, optimizer)
-    save_file(tensors, temporary / OPTIMIZER_FILE, metadata=metadata)
-    hashes = {}
-    for name in (MODEL_FILE, OPTIMIZER_FILE):
-        (temporary / name).chmod(0o644)  # safetensors writes 0600
-        sync_file(temporary / name)
-        hashes[name] = sha256_file(temporary / name)
-    write_json(temporary / STATE_FILE, {"format_version": FORMAT_VERSION, **train_state, "files": hashes})
-    sync_folder(temporary)
-    temporary.rename(final)
-    sync_folder(folder)
+    size = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values())) + OVERHEAD
+    temporary = temporary_path(final)
+    with disk_space(folder, f"checkpoint {final}", size):
+        try:
+            temporary.mkdir()
+            save_file(weights, temporary / MODEL_FILE)
+            save_file(tensors, temporary / OPTIMIZER_FILE, metadata=metadata)
+            write_train_state(temporary, train_state)
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(folder)
     return final
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary checkpoints that a killed process left behind."""
-    for leftover in folder.glob(f"{TEMPORARY_PREFIX}step-*"):
-        shutil.rmtree(leftover)
+def write_train_state(folder: Path, train_state: dict[str, Any]) -> None:
+    """Force a checkpoint's tensors to the disk, hash them, and write what the checkpoint says of itself."""
+    hashes = {}
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
+        (folder / name).chmod(0o644)  # safetensors writes 0600
+        sync_file(folder / name)
+        hashes[name] = sha256_file(folder / name)
+    write_json(folder / STATE_FILE, {"format_version": FORMAT_VERSION, **train_state, "files": hashes})
+    sync_folder(folder)
+
+
+def estimate_size(model: nn.Module, optimizer: str) -> int:
+    """Bytes of a checkpoint of a run that has made none: an optimizer makes its state in its first step."""
+    return OVERHEAD + sum(
+        4 * value.numel() + state_bytes(value.shape, optimizer) for value in trained_parameters(model).values()
+    )
+
+
+def state_bytes(shape: torch.Size, optimizer: str) -> int:
+    """Bytes of a parameter's state in one of the config's optimizers."""
+    numel = shape.numel()
+    match optimizer:
+        case "adamw8bit" if numel >= 4096:  # bitsandbytes: two bytes, and two fp32 scales for each 256
+            return 2 * numel + 2 * 4 * (-(-numel // 256))
+        case "adafactor" if len(shape) >= 2:  # rows and columns of the last two dimensions
+            return 4 * (numel // shape[-1] + numel // shape[-2])
+        case "adafactor":
+            return 4 * numel
+        case _:
+            return 8 * numel
+
+
+def measure_checkpoint(path: Path) -> int:
+    """Bytes of a checkpoint that lies there."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def count_more_checkpoints(
+    existing: Sequence[int], coming: Sequence[int], keep_last: int, keep_every: int | None
+) -> int:
+    """How many more checkpoints than now will lie there at once: an old one goes only when a new one is whole.
+
+    Args:
+        existing: steps of the checkpoints that are there.
+        coming: steps at which one will be saved, later than those.
+    """
+    steps = [*existing, *coming]
+    before_last = steps[: max(0, len(steps) - 1 - keep_last)]  # all that the last save finds, but for the last few
+    milestones = sum(keep_every is not None and step % keep_every == 0 for step in before_last)
+    return max(1, milestones + min(len(steps), keep_last + 1) - len(existing))
+
+
+def find_leftovers(folder: Path) -> list[Path]:
+    """Temporary checkpoints that a killed process left: each save begins with their removal."""
+    return list(folder.glob(f"{TEMPORARY_PREFIX}step-*"))
 
 
 def collect_optimizer_state(

@@ -1,0 +1,107 @@
+"""What a run says before its first step and after its last; and train.py --check."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.paths import REPOSITORY
+from trainer.config.schema import Config
+from trainer.core.errors import UserError
+from trainer.data.plan import Plan
+from trainer.model.checkpoint import find_newest
+from trainer.train.announce import warn_of_data
+from trainer.train.loop import train
+
+MakeConfig = Callable[..., Config]
+
+
+def test_start_and_end_are_told(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("schedule.max_steps=3", "checkpoint.every_steps=2", "checkpoint.keep_every_steps=2")
+    train(config)
+    said = capsys.readouterr().out
+    folder = Path(config.run.output_dir) / "run"
+    for text in (
+        "run, stage test", f"{folder}, a new run", "24 images in", config.data.shards, "0 to 3, epochs 0.00 to 0.",
+        "4 samples a step = 1 process x 2 in a micro-batch x 2 accumulated", "parameters of unet, "
+        "fp32 over fp32 weights, on cpu",
+        "every 2 steps and at the end, the last 2 and those at multiples of 2 kept, about",
+        "run: 3 steps in 0:0", "3 of 3 made (all)", f"last checkpoint: {folder}/checkpoints/step-00000003",
+        f"python scripts/export.py {folder}",
+    ):  # fmt: skip
+        assert text in said, text
+    train(make_config("schedule.max_steps=4"))
+    said = capsys.readouterr().out
+    assert f"resumed from {folder}/checkpoints/step-00000003" in said and "3 to 4, epochs 0." in said
+    assert "run: 1 steps in" in said and "4 of 4 made" in said
+    train(make_config("schedule.max_steps=4"))
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and f"python scripts/export.py {folder}" in said
+
+
+def test_the_parameters_are_those_that_train(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.train_unet=false", "optim.unet_lr=0", "model.train_text_encoder_2=true",
+             "optim.text_encoder_2_lr=1e-3"]  # fmt: skip
+    config = make_config("schedule.max_steps=1", *words)
+    train(config)
+    newest = find_newest(Path(config.run.output_dir) / "run")
+    assert newest is not None
+    from safetensors import safe_open
+
+    with safe_open(newest / "model.safetensors", "np") as file:
+        count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    assert f"{count:,} parameters of text_encoder_2, fp32" in capsys.readouterr().out
+
+
+def test_warnings_of_the_data() -> None:
+    sizes = np.array([[64, 64]] * 40 + [[64, 96]] * 3)
+    plan = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8)
+    steps = plan.steps_for_epochs(1)
+    (repeats,) = warn_of_data(plan, 43, 8, steps)
+    assert "1 of 2 buckets hold fewer images than data.bucket_batch_size 4" in repeats and "64x96" in repeats
+    few, _ = warn_of_data(plan, 43, 64, steps)
+    assert "43 images are fewer than data.global_batch_size 64" in few
+    _, short = warn_of_data(plan, 43, 8, 3)
+    assert "ends at 0.55 of its first epoch" in short
+    assert list(warn_of_data(Plan(sizes[:40], seed=1, bucket_batch_size=4, global_batch_size=8), 40, 8, 5)) == []
+
+
+def test_a_check_stops_before_the_first_step(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("schedule.max_steps=2", "logging.trackers=[tensorboard]")
+    folder = Path(config.run.output_dir) / "run"
+    train(config, check=True)
+    said = capsys.readouterr().out
+    assert "0 to 2, epochs" in said and "checked: the run can start at step 0" in said
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    train(config)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    train(make_config("schedule.max_steps=4"), check=True)
+    assert "can start at step 2" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert len(json.loads((folder / "run.json").read_text())["attempts"]) == 1
+
+
+def test_a_check_refuses_as_a_run_does(make_config: MakeConfig) -> None:
+    train(make_config("schedule.max_steps=1"))
+    newest = find_newest(Path(make_config().run.output_dir) / "run")
+    assert newest is not None
+    with pytest.raises(UserError, match=r"run\.seed"):
+        train(make_config("run.seed=1"), check=True)
+    (newest / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged"):
+        train(make_config(), check=True)
+
+
+def test_the_command_has_the_option(tiny_settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=1"]
+    done = subprocess.run(
+        [sys.executable, "train.py", "--check", "--config", str(tmp_path / "empty.yaml"), *words],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "checked: the run can start at step 0" in done.stdout, done.stderr
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -1,0 +1,99 @@
+"""What a run says for people: at its start what is about to happen, with warnings; at its end what has happened."""
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from trainer.core.disk import format_bytes, free_bytes
+from trainer.data.plan import Plan
+from trainer.model.checkpoint import find_newest, list_checkpoints, step_of
+from trainer.model.sdxl import trained_parameters
+from trainer.train.launch import Inputs
+from trainer.train.resume import Resumed
+from trainer.train.run import run_path
+from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers, measure_checkpoint
+
+MAX_NAMED = 4  # buckets
+
+
+def describe_start(inputs: Inputs, sdxl: nn.Module, resumed: Resumed | None, first: int, last: int) -> str:
+    """The run of steps ``first`` .. ``last`` - 1 in some lines, and its warnings."""
+    config, plan = inputs.config, inputs.data.plan
+    data, processes = config.data, inputs.accelerator.num_processes
+    micro_steps = data.global_batch_size // (data.micro_batch_size * processes)
+    parameters = trained_parameters(sdxl)
+    parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in parameters))
+    size = measure_checkpoint(resumed.folder) if resumed else estimate_size(sdxl, config.optim.name)
+    keep = config.checkpoint
+    milestones = f" and those at multiples of {keep.keep_every_steps:,}" if keep.keep_every_steps else ""
+    own = resumed is not None and resumed.folder.parent.parent.resolve() == run_path(config).resolve()
+    begins = "a new run" if resumed is None else f"{'resumed from' if own else 'begins with'} {resumed.folder}"
+    rows = {
+        "folder": f"{run_path(config)}, {begins}",
+        "data": f"{inputs.facts['images']:,} images in {len(plan.buckets)} buckets, {data.shards}",
+        "steps": f"{first:,} to {last:,}, epochs {plan.epochs_until(first):.2f} to {plan.epochs_until(last):.2f}",
+        "batch": f"{data.global_batch_size} samples a step = {processes} process{'es' if processes > 1 else ''} "
+        f"x {data.micro_batch_size} in a micro-batch x {micro_steps} accumulated",
+        "trained": f"{sum(value.numel() for value in parameters.values()):,} parameters of {parts}, "
+        f"{config.precision.compute} over fp32 weights, on {inputs.accelerator.device.type}",
+        "checkpoints": f"every {keep.every_steps:,} steps and at the end, the last {keep.keep_last}{milestones} kept, "
+        f"about {format_bytes(size)} each",
+    }
+    lines = [f"{config.run.name}, stage {config.run.stage}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
+    warnings = [*warn_of_data(plan, inputs.facts["images"], data.global_batch_size, last)]
+    warnings += warn_of_disk(inputs, size, first, last)
+    return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
+
+
+def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str]:
+    """What the data are too few for."""
+    if images < batch:
+        yield f"{images} images are fewer than data.global_batch_size {batch}: a step sees some of them more than once"
+    repeating = plan.repeating_buckets()
+    if repeating:
+        named = ", ".join(f"{width}x{height}" for width, height in repeating[:MAX_NAMED])
+        more = f" and {len(repeating) - MAX_NAMED} more" if len(repeating) > MAX_NAMED else ""
+        yield (
+            f"{len(repeating)} of {len(plan.buckets)} buckets hold fewer images than data.bucket_batch_size "
+            f"{plan.unit_size}, so that an image repeats within a unit: {named}{more} "
+            "(scripts/inspect_shards.py shows all)"
+        )
+    if (epochs := plan.epochs_until(last)) < 1:
+        yield f"the run ends at {epochs:.2f} of its first epoch: some images may never be seen"
+
+
+def warn_of_disk(inputs: Inputs, size: int, first: int, last: int) -> Iterator[str]:
+    """Whether the checkpoints to come fit."""
+    keep, folder = inputs.config.checkpoint, run_path(inputs.config) / "checkpoints"
+    existing = [step_of(path) for path in list_checkpoints(folder)]
+    coming = sorted({*range(first - first % keep.every_steps + keep.every_steps, last + 1, keep.every_steps), last})
+    more = count_more_checkpoints(existing, coming, keep.keep_last, keep.keep_every_steps)
+    free = free_bytes(folder) + sum(measure_checkpoint(path) for path in find_leftovers(folder))
+    if more * size > free:
+        yield (
+            f"{more} more checkpoints will lie in {folder} at once (an old one goes only when a new one is whole), "
+            f"{format_bytes(more * size)}, and {format_bytes(free)} are free, which is enough for {free // size}: "
+            "make room, or lower checkpoint.keep_last"
+        )
+
+
+def describe_end(inputs: Inputs, first: int, made: int, last: int, seconds: float, skipped: int) -> str:
+    """What has been made, where it lies, and what comes next."""
+    path, plan = run_path(inputs.config), inputs.data.plan
+    took = datetime.timedelta(seconds=round(seconds))
+    state = "all" if made == last else f"stopped at step {made:,}; the same command goes on from there"
+    withheld = f", {skipped:,} of all skipped by loss scaling" if skipped else ""
+    return "\n".join(
+        [
+            f"{inputs.config.run.name}: {made - first:,} steps in {took}, {made:,} of {last:,} made ({state}), "
+            f"{plan.epochs_until(made):.2f} epochs{withheld}",
+            describe_last(path),
+        ]
+    )
+
+
+def describe_last(path: Path) -> str:
+    """The last checkpoint of a run, and the command that makes a model of it."""
+    return f"  last checkpoint: {find_newest(path)}\n  export it:       python scripts/export.py {path}"
