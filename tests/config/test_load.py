@@ -62,7 +62,7 @@ def test_a_minimal_config_has_the_recipes_defaults(minimal: Path) -> None:
 
 def test_all_problems_at_once_by_dotted_name(tmp_path: Path) -> None:
     text = """
-run: {nmae: tiny, stage: 3}
+run: {nmae: tiny, stage: [3]}
 model: {pretrained: base, train_unet: "yes", attention: flash}
 data: {shards: shards, global_batch_size: "96", posts: posts.jsonl, micro_batch_size: 7}
 captions: {ratings: none, quality: [{tag: good, min_scor: 1}]}
@@ -84,7 +84,7 @@ memory: on
         "optm": "unknown key, did you mean optim?",
         "run.name": "missing",
         "run.nmae": "unknown key, did you mean name?",
-        "run.stage": "must be text (in quotes), not 3",
+        "run.stage": "must be text (in quotes), not [3]",
         "schedule.epochs": "set exactly one of schedule.epochs and schedule.max_steps",
         # the default true of model.train_unet, whose own value is wrong, says nothing about optim.unet_lr
     }
@@ -100,9 +100,6 @@ def test_what_is_missing_is_told_by_each_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "problem"),
     [
-        ("run.name=no", "run.name: must be text (in quotes), not False"),  # YAML reads a bare no as False
-        ("run.name=12", "run.name: must be text (in quotes), not 12"),
-        ("run.name=12:30", "run.name: must be text (in quotes), not 750"),  # and this in base 60
         ("run.name=", "run.name: must be text (in quotes), not None"),
         ("run.name=null", "run.name: must be text (in quotes), not None"),
         ("run.name=[a]", "run.name: must be text (in quotes), not ['a']"),
@@ -120,10 +117,10 @@ def test_what_is_missing_is_told_by_each_key(tmp_path: Path) -> None:
         ("model.train_unet=1", "model.train_unet: must be true or false, not 1"),
         ("captions.max_token_length=76", "captions.max_token_length: must be one of 75, 150, 225, not 76"),
         ("captions.max_token_length=225.0", "captions.max_token_length: must be one of 75, 150, 225, not 225.0"),
-        ("precision.compute=no", "precision.compute: must be one of fp32, bf16, fp16, not False"),
+        ("precision.compute=no", "precision.compute: must be one of fp32, bf16, fp16, not 'no'"),
         ("logging.trackers=[wandb, mlflow]", "logging.trackers.1: must be one of wandb, tensorboard, not 'mlflow'"),
-        ("captions.ratings={g: no}", "captions.ratings.g: must be text (in quotes), not False"),
-        ("captions.people=[1girl, on]", "captions.people.1: must be text (in quotes), not True"),
+        ("captions.ratings={g: null}", "captions.ratings.g: must be text (in quotes), not None"),
+        ("captions.people=[1girl, {}]", "captions.people.1: must be text (in quotes), not {}"),
         ("captions.years=[{first: 1, last: 2}]", "captions.years.0.tag: missing"),
         ("captions.years=[5]", "captions.years.0: must be a section of key: value lines, not 5"),
         ("optim=5", "optim: must be a section of key: value lines, not 5"),
@@ -149,6 +146,7 @@ def test_wrong_shapes(minimal: Path, word: str, problem: str) -> None:
         ("optim.betas=[0, 0.5]", "optim", "betas", [0.0, 0.5]),
         ("model.compile=on", "model", "compile", True),
         ("captions.keep_tokens_separator='||'", "captions", "keep_tokens_separator", "||"),
+        ("captions.keep_tokens_separator=|||", "captions", "keep_tokens_separator", "|||"),
         ("captions.quality=[{tag: good}]", "captions", "quality", [QualityRule("good")]),
         ("captions.years=[{first: 1, last: 2, tag: x}]", "captions", "years", [YearRule(1, 2, "x")]),
         ("captions.years=[]", "captions", "years", []),
@@ -189,7 +187,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "cannot be read" in message_of([tmp_path])
 
 
-@pytest.mark.parametrize("word", ["captions.keep_tokens_separator=|||", "run.name=[a", "run.name={", "run.name='a"])
+@pytest.mark.parametrize("word", ["captions.people=|||", "run.name=[a", "run.name={", "run.name='a", "run.seed=@1"])
 def test_a_word_that_is_no_yaml_is_named(minimal: Path, word: str) -> None:
     assert message_of([minimal], word).startswith(f"{word} is not key=value")
 
@@ -311,8 +309,8 @@ def test_of_two_words_for_one_key_the_last_wins(minimal: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["x=1"], ["--config"], ["stray", "--config", "a.yaml"], ["--config", "a.yaml", "--x=1"],
-     ["--config", "a.yaml", "--step", "1"]],
+    [[], ["x=1"], ["--config"], ["--config", "run.seed=1"], ["stray", "--config", "a.yaml"],
+     ["--config", "a.yaml", "--x=1"], ["--config", "a.yaml", "--step", "1"]],
 )  # fmt: skip
 def test_command_lines_that_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -8,23 +8,24 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.rules import find_broken_rules
-from trainer.config.schema import Config
+from trainer.config.schema import Config, Place
+from trainer.config.yaml_text import UNIONS, field_types, read_override, read_yaml
 from trainer.core.errors import UserError
+from trainer.core.files import expand_home, home_path
 
 KeyPath = tuple[str, ...]
-UNIONS = (types.UnionType, typing.Union)  # of int | None, and of Literal[...] | None
+SECTIONS = frozenset(field_types(Config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,27 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 
 
 def finish_command_line(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse; ``key=value`` words are taken out first, so that they may stand anywhere, even between files."""
+    """Parse; ``key=value`` words may stand anywhere, even between files, and keep their order."""
     given = sys.argv[1:] if words is None else list(words)
-    overrides = [word for word in given if "=" in word and not word.startswith("-")]
-    arguments = parser.parse_args([word for word in given if word not in overrides])
-    arguments.config = [file for group in arguments.config for file in group]
-    arguments.overrides = overrides
+    arguments, rest = parser.parse_known_args(given)
+    named = [word for group in arguments.config for word in group]
+    arguments.overrides = [word for word in given if is_override(word) and word in (*named, *rest)]
+    arguments.config = [word for word in named if word not in arguments.overrides]
+    if strange := [word for word in rest if word not in arguments.overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if not arguments.config:
+        parser.error("--config names no file")
     return arguments
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is ``key=value`` and not a config file whose name holds "="."""
+    key, equals, _ = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        return False
+    looks, lies_here = word.endswith((".yaml", ".yml")), home_path(word).is_file()
+    is_file = looks and lies_here if key.partition(".")[0] in SECTIONS else looks or lies_here
+    return not is_file
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -67,7 +82,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     Raises:
         UserError: with all problems, each by its dotted name.
     """
-    layers = [read_yaml(Path(file)) for file in files] + [read_override(word) for word in overrides]
+    layers = [read_yaml(home_path(str(file))) for file in files] + [read_override(word) for word in overrides]
     try:
         merged = OmegaConf.merge(*layers)
         written = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=False))
@@ -79,28 +94,6 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         raise UserError(f"{len(problems)} problem(s) in {', '.join(map(str, files)) or 'the config'}:\n{listed}")
     config = build_dataclass(Config, resolved)
     return dataclasses.replace(config, written=fill_in(written, dataclasses.asdict(config)))
-
-
-def read_yaml(path: Path) -> Any:
-    """One YAML file as an unresolved OmegaConf mapping."""
-    try:
-        loaded = OmegaConf.load(path)
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from error
-    if not OmegaConf.is_dict(loaded):
-        raise UserError(f"config file {path} must hold sections (run:, model:, ...), not a list")
-    return loaded
-
-
-def read_override(word: str) -> Any:
-    """One ``key=value`` word as an unresolved OmegaConf mapping; the value is YAML."""
-    try:
-        return OmegaConf.from_dotlist([word])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{word} is not key=value with a YAML value (text may need quotes): {reason}") from error
 
 
 def find_problems(resolved: dict[str, Any]) -> Iterator[Problem]:
@@ -137,6 +130,8 @@ def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:
         if value is None and type(None) in arguments:
             return
         yield from check_value(value, next(a for a in arguments if a is not type(None)), path)
+    elif hint == Place:
+        yield from check_place(value, path)
     elif origin is Literal:
         # by type too: 225.0 == 225, and 1 == True
         if not any(value == known and type(value) is type(known) for known in arguments):
@@ -156,6 +151,15 @@ def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:
     elif not has_type(value, hint):
         names = {int: "a whole number", float: "a number", str: "text (in quotes)", bool: "true or false"}
         yield Problem(key, f"must be {names[hint]}, not {value!r}")
+
+
+def check_place(value: Any, path: KeyPath) -> Iterator[Problem]:
+    """Problems of a path, a hub id or another word in their place."""
+    yield from check_value(value, str, path)
+    try:
+        expand_home(str(value))
+    except UserError as error:
+        yield Problem(".".join(path), str(error))
 
 
 def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
@@ -179,11 +183,6 @@ def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
                 yield from check_section({}, hints[item.name], (*path, item.name))
             else:
                 yield Problem(".".join((*path, item.name)), "missing")
-
-
-def field_types(section: Any) -> dict[str, Any]:
-    """Field name -> annotation, of what a user may write."""
-    return {name: hint for name, hint in typing.get_type_hints(section).items() if name != "written"}
 
 
 def has_type(value: Any, hint: type) -> bool:
@@ -224,6 +223,8 @@ def build_value(value: Any, hint: Any) -> Any:
             else build_value(item, arguments[0])
             for item in value
         ]  # fmt: skip
+    if hint == Place:
+        return expand_home(value)
     return float(value) if hint is float else value
 
 

@@ -6,9 +6,10 @@ whether it may change when a run resumes. A field that does not say so may not.
 
 from dataclasses import MISSING, dataclass, field
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Place = Annotated[str, "a path; a leading ~ is the home folder"]  # in some fields a hub id or a word may stand instead
 
 # May change on resume: nothing of the samples, the model or the optimizer depends on it, or a hash guards what it names
 # (attention and compile: the same batches, not the same bits).
@@ -31,17 +32,17 @@ def free_section(section: type) -> Any:
 class RunConfig:
     name: str  # names the output folder, the tracker's run and the exported files
     stage: str = free()  # the recipe's stage, written to checkpoints and cards
-    output_dir: str = free("runs")  # everything a run writes lies under output_dir / name
+    output_dir: Place = free("runs")  # everything a run writes lies under output_dir / name
     seed: int = 42  # the order, captions, noise and timesteps are functions of it
     num_processes: int | None = free(None)  # if set, a launch with any other number refuses
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    pretrained: str = free()  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
+    pretrained: Place = free()  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
     revision: str | None = free(None)  # branch, tag or commit of a hub id
-    vae: str | None = free(None)  # a separate VAE: folder, single file or hub id
-    tokenizer: str | None = free(None)  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
+    vae: Place | None = free(None)  # a separate VAE: folder, single file or hub id
+    tokenizer: Place | None = free(None)  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
     train_unet: bool = True
     train_text_encoder_1: bool = False
     train_text_encoder_2: bool = False
@@ -54,8 +55,8 @@ class SourceConfig:
     kind: Literal["posts", "folder", "tars", "dataset", "kohya"]
     # posts: a posts file, .jsonl or .parquet; folder: images with sidecars; tars: a webdataset tar or a folder of them;
     # dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
-    path: str = free()
-    images: str | None = free(None)  # posts and kohya: the folder of images
+    path: Place = free()
+    images: Place | None = free(None)  # posts and kohya: the folder of images
     name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
     split: str | None = None  # dataset: null is train
@@ -71,9 +72,9 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = free()  # folder of tar shards, index.arrow and manifest.json
-    posts: list[str] | None = free(None)  # posts files, .jsonl or .parquet; null when images brings its own sidecars
-    images: str | None = free(None)  # folder of images, found by the post's `file` or its id
+    shards: Place = free()  # folder of tar shards, index.arrow and manifest.json
+    posts: list[Place] | None = free(None)  # posts files, .jsonl or .parquet; null when images brings its own sidecars
+    images: Place | None = free(None)  # folder of images, found by the post's `file` or its id
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
     max_bad_fraction: float = free(0.01)  # preparation stops above this share of images set aside
@@ -176,7 +177,7 @@ class CaptionsConfig:
     quality: list[QualityRule] = field(default_factory=default_quality)
     # for quality rules by percentile: the set of shards, or the run, whose thresholds they take; null: those that the
     # base was trained with, else by the scores of this set
-    thresholds_from: str | None = free(None)
+    thresholds_from: Place | None = free(None)
     years: list[YearRule] = field(default_factory=default_years)
     ratings: dict[str, str] = field(default_factory=default_ratings)
     columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, behind the quality tag
@@ -248,10 +249,10 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2
     keep_every_steps: int | None = None  # checkpoints at multiples of it are never pruned
-    resume: str = "auto"  # auto: the newest of this run, if any; never; or a checkpoint's path
+    resume: Place = "auto"  # auto: the newest of this run, if any; never; or a checkpoint's path
     # another run's folder or checkpoint: this run begins with its weights, optimizer state and step, under other rates,
     # another schedule, other data or captions
-    fork: str | None = None
+    fork: Place | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.disk import disk_space
+from trainer.core.errors import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
+
+
+def home_path(text: str) -> Path:
+    """A path as a user writes it: ``~`` is the home folder.
+
+    Raises:
+        UserError: see :func:`expand_home`.
+    """
+    return Path(expand_home(text))
+
+
+def expand_home(text: str) -> str:
+    """A path, or a hub id, with the home folder in place of a leading ``~`` or ``~user``.
+
+    Raises:
+        UserError: when there is no such user.
+    """
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{text}: there is no user of that name; a folder that begins with ~ is ./{text}") from error
 
 
 def temporary_path(path: Path) -> Path:
