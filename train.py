@@ -6,14 +6,16 @@ refused as for a run, and it ends before the first step.
 
 from trainer.config.load import config_parser, finish_command_line, load_config
 from trainer.core.errors import run_command
-from trainer.train.loop import train
 
 
 def main() -> None:
     parser = config_parser("Train one stage of SDXL fine-tuning.")
     parser.add_argument("--check", action="store_true", help="stop before the first step: say what would be trained")
     arguments = finish_command_line(parser)
-    train(load_config(arguments.config, arguments.overrides), check=arguments.check)
+    config = load_config(arguments.config, arguments.overrides)
+    from trainer.train.loop import train  # after what can be refused at once: torch takes seconds to import
+
+    train(config, check=arguments.check)
 
 
 if __name__ == "__main__":

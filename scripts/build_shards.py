@@ -11,14 +11,16 @@ import os
 
 from trainer.config.load import load_config, parse_command_line
 from trainer.core.errors import run_command
-from trainer.prepare.prepare import prepare
 
 
 def main() -> None:
     arguments = parse_command_line(
         "Encode the images of data.posts and data.images, or of data.sources, into data.shards."
     )
-    summary = prepare(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    from trainer.prepare.prepare import prepare  # after what can be refused at once: torch takes seconds to import
+
+    summary = prepare(config)
     if os.environ.get("RANK", "0") == "0":
         print(summary)
         print("next: python scripts/inspect_shards.py or accelerate launch train.py, with the same --config")

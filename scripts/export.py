@@ -7,18 +7,19 @@ What the config's publish.formats lists is written into RUN/export. Nothing that
 """
 
 import argparse
-from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.release.export import export
+from trainer.core.files import home_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export a run's newest checkpoint, or the given one.")
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="instead of RUN/export")
+    parser.add_argument("source", type=home_path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--out", type=home_path, metavar="DIR", help="instead of RUN/export")
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="instead of the config's publish.dtype")
     arguments = parser.parse_args()
+    from trainer.release.export import export  # torch takes seconds to import
+
     for path in export(arguments.source, arguments.out, arguments.dtype):
         if path.is_dir():
             print(f"diffusers folder: {path}")

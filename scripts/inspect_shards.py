@@ -9,14 +9,16 @@ from pathlib import Path
 
 from trainer.config.load import config_parser, finish_command_line, load_config
 from trainer.core.errors import run_command
-from trainer.report.report import PAGE_NAME, check_page_path, make_report, summarise, write_page
+from trainer.core.files import home_path
 
 
 def main() -> None:
     parser = config_parser("Write a page about the shards of a config, and print a short table.")
-    parser.add_argument("--out", type=Path, metavar="FILE.html", help=f"default: data.shards/{PAGE_NAME}")
+    parser.add_argument("--out", type=home_path, metavar="FILE.html", help="default: report.html beside the shards")
     arguments = finish_command_line(parser)
     config = load_config(arguments.config, arguments.overrides)
+    from trainer.report.report import PAGE_NAME, check_page_path, make_report, summarise, write_page  # imports torch
+
     path = arguments.out or Path(config.data.shards) / PAGE_NAME
     check_page_path(path)  # before the work
     report = make_report(config)

@@ -7,19 +7,20 @@ whole config.
 """
 
 import argparse
-from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.model.lineage_tree import find_lineage, tell_lineage
+from trainer.core.files import home_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Say what made a file, from the file alone, down to the first base.")
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="single file, diffusers folder, checkpoint or published folder"
+        "file", type=home_path, metavar="FILE", help="single file, diffusers folder, checkpoint or published folder"
     )
     parser.add_argument("--config", action="store_true", help="print each stage's whole config too")
     arguments = parser.parse_args()
+    from trainer.model.lineage_tree import find_lineage, tell_lineage
+
     print(tell_lineage(find_lineage(arguments.file), arguments.config), end="")
 
 

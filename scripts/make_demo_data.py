@@ -18,7 +18,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -26,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from PIL import Image, ImageChops
+
+from trainer.core.errors import run_command
+from trainer.core.files import home_path
 
 LONG_SIDE = 272  # px
 RENDER_SIDE = 1088  # px; rendered larger, trimmed, then shrunk, so that edges are smooth whatever the SVG's margins
@@ -236,9 +238,11 @@ def write_posts(path: Path, posts: list[dict[str, object]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--svg", type=Path, default=Path("/usr/share/openclipart/svg"), help="the package's drawings")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for images/ and posts.jsonl")
-    parser.add_argument("--drawings", type=Path, default=Path("demo/drawings.txt"), help="which, one path a line")
+    parser.add_argument(
+        "--svg", type=home_path, default=Path("/usr/share/openclipart/svg"), help="the package's drawings"
+    )
+    parser.add_argument("--out", type=home_path, default=Path("demo"), help="folder for images/ and posts.jsonl")
+    parser.add_argument("--drawings", type=home_path, default=Path("demo/drawings.txt"), help="which, one path a line")
     args = parser.parse_args(argv)
     if shutil.which("rsvg-convert") is None:
         parser.error("rsvg-convert is missing; install Debian's librsvg2-bin")
@@ -267,4 +271,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,19 +11,18 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
-import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from trainer.core.errors import run_command
+from trainer.core.files import home_path
+
+if TYPE_CHECKING:  # imported where they are used: they take seconds, and --help needs none of them
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -186,6 +185,8 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[Pair]
 
 def text_config(encoder: int, vocabulary: dict[str, int]) -> CLIPTextConfig:
     """Config of text encoder 0 or 1."""
+    from transformers import CLIPTextConfig
+
     hidden, layers, heads, activation = TEXT_ENCODERS[encoder]
     return CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -204,6 +205,8 @@ def text_config(encoder: int, vocabulary: dict[str, int]) -> CLIPTextConfig:
 
 def write_text_encoder(folder: Path, model: CLIPTextModel | CLIPTextModelWithProjection) -> None:
     """Weights with the classic `text_model.` prefix, which transformers 5 drops for a plain CLIPTextModel."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     tensors = {
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor.contiguous()
@@ -217,6 +220,8 @@ def write_text_encoder(folder: Path, model: CLIPTextModel | CLIPTextModelWithPro
 
 def build_unet() -> UNet2DConditionModel:
     """SDXL's three levels and its conditioning, about 1.9 million parameters."""
+    from diffusers import UNet2DConditionModel
+
     (hidden_1, *_), (hidden_2, *_) = TEXT_ENCODERS
     return UNet2DConditionModel(
         sample_size=16,
@@ -237,6 +242,10 @@ def build_unet() -> UNet2DConditionModel:
 
 def load_vae(weights: Path) -> AutoencoderKL:
     """The trained VAE in fp32; its config and scaling factor are the file's metadata (`train_tiny_vae.py`)."""
+    from diffusers import AutoencoderKL
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
     with safe_open(weights, "pt") as file:
         metadata = file.metadata() or {}
     if not {"config", "scaling_factor"} <= metadata.keys():
@@ -248,6 +257,10 @@ def load_vae(weights: Path) -> AutoencoderKL:
 
 def build_tiny_base(out: Path, seed: int, vae_weights: Path, posts: Path) -> None:
     """Write the whole pipeline into the new folder `out`."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
     vocabulary, merges = build_vocabulary(read_captions(posts))
     write_tokenizer(out / "tokenizer", vocabulary, merges, pad=EOS)
     write_tokenizer(out / "tokenizer_2", vocabulary, merges, pad="!")
@@ -256,7 +269,7 @@ def build_tiny_base(out: Path, seed: int, vae_weights: Path, posts: Path) -> Non
     write_text_encoder(out / "text_encoder_2", CLIPTextModelWithProjection(text_config(1, vocabulary)))
     build_unet().save_pretrained(out / "unet")
     load_vae(vae_weights).save_pretrained(out / "vae")
-    EulerDiscreteScheduler(**SCHEDULER).save_pretrained(out / "scheduler")
+    diffusers.EulerDiscreteScheduler(**SCHEDULER).save_pretrained(out / "scheduler")
     write_json(
         out / "model_index.json",
         {
@@ -278,10 +291,10 @@ def build_tiny_base(out: Path, seed: int, vae_weights: Path, posts: Path) -> Non
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write; an earlier tiny base there is replaced")
+    parser.add_argument("out", type=home_path, help="folder to write; an earlier tiny base there is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of the UNet's and the text encoders' weights")
-    parser.add_argument("--vae", type=Path, default=Path("demo/tiny_vae.safetensors"))
-    parser.add_argument("--posts", type=Path, default=Path("demo/posts.jsonl"), help="captions for the tokenizers")
+    parser.add_argument("--vae", type=home_path, default=Path("demo/tiny_vae.safetensors"))
+    parser.add_argument("--posts", type=home_path, default=Path("demo/posts.jsonl"), help="captions for the tokenizers")
     args = parser.parse_args(argv)
     for path, maker in ((args.vae, "scripts/train_tiny_vae.py"), (args.posts, "scripts/make_demo_data.py")):
         if not path.is_file():
@@ -297,4 +310,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

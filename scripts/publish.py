@@ -7,13 +7,18 @@ The folder is RUN/published/NAME. It is checked against what the licences of the
 this is not legal advice. Nothing that lies there is overwritten, and nothing is sent without --upload.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.core.errors import UserError, run_command
-from trainer.release.card import Release
-from trainer.release.publish import Request, check_published, publish
-from trainer.release.upload import upload
+from trainer.core.files import expand_home, home_path
+from trainer.release.request import Request, read_publish_config
+
+if TYPE_CHECKING:
+    from trainer.release.card import Release
 
 
 def main() -> None:
@@ -23,6 +28,10 @@ def main() -> None:
         acknowledged=arguments.acknowledge_base_terms, samples=arguments.samples,
         full_precision=arguments.full_precision,
     )  # fmt: skip
+    read_publish_config(request.run, arguments.overrides)  # what it refuses, it refuses at once
+    from trainer.release.publish import check_published, publish  # torch takes seconds to import
+    from trainer.release.upload import upload
+
     folder, release = publish(request, arguments.overrides)
     config = release.config.publish
     tell(folder, release)
@@ -39,16 +48,18 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build the folder of a run that strangers get; upload it when asked.")
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=home_path, metavar="RUN")
     parser.add_argument("overrides", nargs="*", metavar="publish.key=value", help="over the run's config.yaml")
-    parser.add_argument("--license-file", type=Path, action="append", default=[], metavar="FILE",
+    parser.add_argument("--license-file", type=home_path, action="append", default=[], metavar="FILE",
                         help="the text of FAIPL-1.0-SD, or of the base's Open RAIL++-M; may be repeated")  # fmt: skip
     parser.add_argument("--acknowledge-base-terms", metavar="TEXT",
                         help="what the base's terms are, where they are not known ones; for the card")  # fmt: skip
-    parser.add_argument("--base", metavar="PATH_OR_HUB_ID", help="where the first base lies now, if it was moved")
-    parser.add_argument("--samples", type=Path, metavar="DIR", help="instead of RUN/export/samples")
+    parser.add_argument(
+        "--base", type=expand_home, metavar="PATH_OR_HUB_ID", help="where the first base lies now, if it was moved"
+    )
+    parser.add_argument("--samples", type=home_path, metavar="DIR", help="instead of RUN/export/samples")
     parser.add_argument("--full-precision", action="store_true", help="put the fp32 weights in too")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="instead of RUN/published/NAME")
+    parser.add_argument("--out", type=home_path, metavar="DIR", help="instead of RUN/published/NAME")
     parser.add_argument("--upload", action="store_true", help="send it to publish.repo_id on the Hub, in one commit")
     parser.add_argument("--replace", action="store_true", help="with --upload: in place of other files there")
     arguments = parser.parse_intermixed_args()

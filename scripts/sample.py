@@ -8,19 +8,20 @@ given. Nothing that lies in the folder of images is overwritten.
 """
 
 import argparse
-from pathlib import Path
 
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
-from trainer.sample.drawing import default_folder, draw, find_source
+from trainer.core.files import expand_home, home_path
 from trainer.sample.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
 
 
 def parse() -> argparse.Namespace:
     card = SamplingConfig()
     parser = argparse.ArgumentParser(description="Draw with a checkpoint, at the model card's settings unless told.")
-    parser.add_argument("model", metavar="MODEL", help="diffusers folder, single file, run or hub id")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; empty and # lines are skipped")
+    parser.add_argument("model", type=expand_home, metavar="MODEL", help="diffusers folder, single file, run or hub id")
+    parser.add_argument(
+        "--prompts", type=home_path, metavar="FILE", help="one prompt a line; empty and # lines are skipped"
+    )
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="behind those of the file, if any")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--size", nargs="+", default=["1024x1024"], metavar="WxH", help="default: 1024x1024")
@@ -29,10 +30,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=card.num_inference_steps, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=card.guidance_scale, help="default: %(default)g; 1 is none")
     parser.add_argument("--negative", default=card.negative_prompt, metavar="TEXT", help="default: the card's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: samples/ beside MODEL; of a hub id, here")
+    parser.add_argument(
+        "--out", type=home_path, metavar="DIR", help="default: samples/ beside MODEL; of a hub id, here"
+    )
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: fp16 on a GPU, fp32 on the CPU")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder or hub id with tokenizer/ and tokenizer_2/")
-    parser.add_argument("--compare", metavar="MODEL_B", help="draw all with this model too; the grid has two columns")
+    parser.add_argument(
+        "--tokenizer", type=expand_home, metavar="DIR", help="folder or hub id with tokenizer/ and tokenizer_2/"
+    )
+    parser.add_argument(
+        "--compare", type=expand_home, metavar="MODEL_B", help="draw all with this model too; the grid has two columns"
+    )
     return parser.parse_args()
 
 
@@ -46,6 +53,8 @@ def main() -> None:
         negative_prompt=arguments.negative, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance
     )
     check_settings(sampling)
+    from trainer.sample.drawing import default_folder, draw, find_source  # torch takes seconds to import
+
     models = [arguments.model, *([arguments.compare] if arguments.compare else [])]
     sources = [find_source(model, arguments.tokenizer) for model in models]
     out = arguments.out or default_folder(sources)

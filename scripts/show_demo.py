@@ -13,20 +13,16 @@ from PIL import Image
 from trainer.config.load import load_config
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import run_command
-from trainer.core.files import write_file
-from trainer.core.rng import rng
-from trainer.data.buckets import fit_to_bucket
-from trainer.data.captions import compose_caption, draw_caption
-from trainer.data.images import read_bytes, read_pixels
-from trainer.data.index import open_index
-from trainer.sample.drawing import find_source, load_model
-from trainer.sample.sampling import draw_image, make_grid
+from trainer.core.files import home_path, write_file
 
 STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
 
 
 def draw(seed: int, export: Path, prompts: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
     """One image a prompt from an exported folder alone, each at its own (width, height)."""
+    from trainer.sample.drawing import find_source, load_model
+    from trainer.sample.sampling import draw_image
+
     model = load_model(find_source(str(export)), "fp32")
     model.pipeline.set_progress_bar_config(disable=True)
     # guidance 1: a model made from nothing without caption dropout has no unconditional branch
@@ -47,8 +43,20 @@ def newest_export(run: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the demo's captions with both exported stages.")
-    parser.add_argument("folder", type=Path, help="where make demo wrote")
+    parser.add_argument("folder", type=home_path, help="where make demo wrote")
     folder = parser.parse_args().folder
+    show(folder)
+
+
+def show(folder: Path) -> None:
+    """Draw, write the picture, and say what lies where."""
+    from trainer.core.rng import rng  # here and above: torch takes seconds to import, and --help needs none of it
+    from trainer.data.buckets import fit_to_bucket
+    from trainer.data.captions import compose_caption, draw_caption
+    from trainer.data.images import read_bytes, read_pixels
+    from trainer.data.index import open_index
+    from trainer.sample.sampling import make_grid
+
     runs = [folder / "runs" / name for name in STAGES]
     config = load_config([runs[1] / "config.yaml"])
     index = open_index(config.data.shards)

@@ -6,16 +6,18 @@ Reads everything once and writes nothing. Exit code 0: all as written. Exit code
 """
 
 import argparse
-from pathlib import Path
 
 from trainer.core.errors import run_command
-from trainer.prepare.verify import verify_shards
+from trainer.core.files import home_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check every byte of a set of shards against its manifest.")
-    parser.add_argument("folder", type=Path, help="the folder that data.shards names")
-    print(verify_shards(parser.parse_args().folder))
+    parser.add_argument("folder", type=home_path, help="the folder that data.shards names")
+    folder = parser.parse_args().folder
+    from trainer.prepare.verify import verify_shards
+
+    print(verify_shards(folder))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
 Place = Annotated[str, "a path; a leading ~ is the home folder"]  # in some fields a hub id or a word may stand instead
 
 # May change on resume: nothing of the samples, the model or the optimizer depends on it, or a hash guards what it names
@@ -199,7 +200,7 @@ class BucketsConfig:
 class DiffusionConfig:
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     min_timestep: int = 0  # timesteps are uniform over min_timestep .. max_timestep - 1
-    max_timestep: int = 1000
+    max_timestep: int = NUM_TIMESTEPS
     noise_offset: float = 0.0
     min_snr_gamma: float | None = None
     zero_terminal_snr: bool = False

@@ -6,9 +6,7 @@ DDPM with SDXL's scaled-linear schedule. Recipe, section 6.
 import torch
 from torch import Tensor
 
-from trainer.config.schema import DiffusionConfig
-
-NUM_TIMESTEPS = 1000
+from trainer.config.schema import NUM_TIMESTEPS, DiffusionConfig
 
 
 def alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:

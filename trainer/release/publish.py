@@ -12,7 +12,6 @@ from pathlib import Path
 
 import yaml
 
-from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, write_json, write_text
@@ -26,23 +25,11 @@ from trainer.release.export import build_export, write_diffusers, write_single_f
 from trainer.release.export_check import check_export
 from trainer.release.folder import check_folder, read_sums, write_sums
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
+from trainer.release.request import Request, read_publish_config
 from trainer.sample.gallery import Sample, read_samples
 from trainer.train.run import Work, locate_from_run, read_work
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line says beside the config."""
-
-    run: Path
-    out: Path | None = None  # instead of RUN/published/<run's name>
-    license_files: Sequence[Path] = ()
-    acknowledged: str | None = None  # what the publisher says of the base's terms
-    base: str | None = None  # where the first base of the lineage lies now
-    samples: Path | None = None  # instead of RUN/export/samples
-    full_precision: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,19 +115,6 @@ def name_full_precision(config: Config, wanted: bool) -> str | None:
             raise UserError("--full-precision has no effect: publish.dtype is fp32")
         return f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else "unet"
     return f"{config.run.name}-fp32.safetensors" if wanted else None
-
-
-def read_publish_config(run: Path, overrides: Sequence[str]) -> Config:
-    """The run's config with ``publish.key=value`` over it.
-
-    Raises:
-        UserError: for words that would change what the run was.
-    """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run: it has no config.yaml")
-    if strange := [word for word in overrides if not word.startswith("publish.")]:
-        raise UserError(f"{strange[0]} has no effect on a run that is made: only publish.key=value can be set here")
-    return load_config([run / "config.yaml"], overrides)
 
 
 def find_weights(run: Path, config: Config) -> Weights:

@@ -10,10 +10,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from trainer.config.schema import SamplingConfig
+from trainer.config.schema import NUM_TIMESTEPS, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
-from trainer.model.diffusion import NUM_TIMESTEPS
 
 CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0
     (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344),

@@ -1,0 +1,35 @@
+"""What scripts/publish.py is asked for, and the config that it asks: both can be refused before torch is imported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says beside the config."""
+
+    run: Path
+    out: Path | None = None  # instead of RUN/published/<run's name>
+    license_files: Sequence[Path] = ()
+    acknowledged: str | None = None  # what the publisher says of the base's terms
+    base: str | None = None  # where the first base of the lineage lies now
+    samples: Path | None = None  # instead of RUN/export/samples
+    full_precision: bool = False
+
+
+def read_publish_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The run's config with ``publish.key=value`` over it.
+
+    Raises:
+        UserError: for words that would change what the run was.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run: it has no config.yaml")
+    if strange := [word for word in overrides if not word.startswith("publish.")]:
+        raise UserError(f"{strange[0]} has no effect on a run that is made: only publish.key=value can be set here")
+    return load_config([run / "config.yaml"], overrides)

@@ -1,0 +1,31 @@
+"""What one step sees, without a model: a line a sample, for scripts/explain_step.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.schema import Config
+from trainer.core.rng import philox_key
+from trainer.data.draws import draw_sample_caption, draw_sample_timestep
+from trainer.data.index import Index
+from trainer.data.plan import Plan
+from trainer.report.thresholds import find_thresholds
+
+
+def explain_step(config: Config, index: Index, plan: Plan, step: int) -> Iterator[dict[str, Any]]:
+    """What each sample of a step is and draws, in the order of its position in the global batch."""
+    seed, captions = config.run.seed, find_thresholds(config, index.table).captions
+    for sample in plan.step_samples(step):
+        record = index.row(sample.row)
+        key, width, height = record["key"], record["bucket_width"], record["bucket_height"]
+        yield {
+            "step": step,
+            "unit": sample.position // plan.unit_size,
+            "position": sample.position,
+            "key": key,
+            "bucket": f"{width}x{height}",
+            "epoch": sample.unit.epoch,
+            "pass": sample.pass_,
+            "caption": draw_sample_caption(record, sample.pass_, seed, captions),
+            "timestep": draw_sample_timestep(key, sample.pass_, seed, config.diffusion),
+            "noise_seed": f"{philox_key('noise', seed, sample.pass_, key):032x}",
+        }
