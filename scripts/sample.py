@@ -8,11 +8,14 @@ given. Nothing that lies in the folder of images is overwritten.
 """
 
 import argparse
+import dataclasses
+import sys
 
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
 from trainer.sample.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
+from trainer.sample.prompts import OF_COMMAND, check_prompts, read_negative, read_seed
 
 
 def parse() -> argparse.Namespace:
@@ -26,10 +29,12 @@ def parse() -> argparse.Namespace:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--size", nargs="+", default=["1024x1024"], metavar="WxH", help="default: 1024x1024")
     sizes.add_argument("--all-sizes", action="store_true", help="the card's nine sizes")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the first image; the next has N + 1 ...")
+    parser.add_argument(
+        "--seed", type=int, default=42, metavar="N", help="of the first image, -1: random; the next has N + 1 ..."
+    )
     parser.add_argument("--steps", type=int, default=card.num_inference_steps, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=card.guidance_scale, help="default: %(default)g; 1 is none")
-    parser.add_argument("--negative", default=card.negative_prompt, metavar="TEXT", help="default: the card's")
+    parser.add_argument("--negative", metavar="TEXT", help="default: the card's; at guidance 1 there is none")
     parser.add_argument(
         "--out", type=home_path, metavar="DIR", help="default: samples/ beside MODEL; of a hub id, here"
     )
@@ -49,16 +54,21 @@ def main() -> None:
     if not prompts:
         raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
     sizes = CARD_SIZES if arguments.all_sizes else [read_size(text) for text in arguments.size]
-    sampling = SamplingConfig(
-        negative_prompt=arguments.negative, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance
-    )
+    sampling = SamplingConfig(num_inference_steps=arguments.steps, guidance_scale=arguments.guidance)
     check_settings(sampling)
+    negative = read_negative(arguments.negative, sampling)
+    sampling = dataclasses.replace(sampling, negative_prompt=negative)
+    if note := check_prompts(prompts, negative, "prompts", OF_COMMAND):
+        print(note, file=sys.stderr)
+    seed = read_seed(arguments.seed)
+    if arguments.seed == -1:
+        print(f"random seed of the first image: {seed}")
     from trainer.sample.drawing import default_folder, draw, find_source  # torch takes seconds to import
 
     models = [arguments.model, *([arguments.compare] if arguments.compare else [])]
     sources = [find_source(model, arguments.tokenizer) for model in models]
     out = arguments.out or default_folder(sources)
-    pictures = plan_pictures(prompts, sizes, arguments.seed)
+    pictures = plan_pictures(prompts, sizes, seed)
     columns = len(sizes) if len(sizes) > 1 else min(4, len(prompts))
     grid = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype)
     print(f"{len(pictures) * len(sources)} image(s), each with its prompt and settings inside: {out}")

@@ -40,7 +40,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    pretrained: Place = free()  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
+    pretrained: Place = (
+        free()
+    )  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
     revision: str | None = free(None)  # branch, tag or commit of a hub id
     vae: Place | None = free(None)  # a separate VAE: folder, single file or hub id
     tokenizer: Place | None = free(None)  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none

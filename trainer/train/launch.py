@@ -32,6 +32,7 @@ from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state
 from trainer.model.lineage import describe_software, read_lineage
+from trainer.sample.prompts import check_config_prompts
 from trainer.train.run import run_path
 
 
@@ -168,9 +169,11 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     """Index, plan, base, tokenizers and VAE, found and checked; no model is built.
 
     Raises:
-        UserError: for missing or damaged files, or latents that another VAE made.
+        UserError: for missing or damaged files, latents that another VAE made, or settings of samples without effect.
     """
     software = describe_software()
+    if note := check_config_prompts(config.sampling):
+        accelerator.print(note)
     index = open_index(config.data.shards)
     with accelerator.main_process_first():  # one process downloads, the others find it there
         base = find_start(config)
