@@ -70,7 +70,8 @@ def test_nothing_and_quotes_mean_what_they_mean_in_yaml(minimal: Path) -> None:
 
 PLACES = [
     ("run.output_dir", "~/x"), ("model.pretrained", "~/x"), ("model.vae", "~/x"), ("model.tokenizer", "~/x"),
-    ("data.shards", "~/x"), ("data.images", "~/x"), ("checkpoint.resume", "~/x"), ("data.posts", "[~/x, a]"),
+    ("data.shards", "~/x"), ("data.images", "~/x"), ("checkpoint.resume", "~/x"), ("checkpoint.fork", "~/x"),
+    ("captions.thresholds_from", "~/x"), ("data.posts", "[~/x, a]"),
     ("data.sources", "[{kind: posts, path: ~/x, images: ~/x}]"),
 ]  # fmt: skip
 
@@ -81,7 +82,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     section, name = key.split(".")
-    config = load_config([minimal], [f"{key}={value}"])
+    percentiles = "captions.quality=[{tag: a, above_percentile: 50}]"  # for thresholds_from
+    config = load_config([minimal], [f"{key}={value}", percentiles])
     found = getattr(getattr(config, section), name)
     home = str(tmp_path / "x")
     match name:
@@ -93,7 +95,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(
             assert found == home
     assert "~/x" in str(config.written[section][name])  # a file never says where the home folder is
     file = write(tmp_path / "file.yaml", f"{section}: {{{name}: {value}}}")
-    assert getattr(getattr(load_config([minimal, file]), section), name) == found
+    assert getattr(getattr(load_config([minimal, file], [percentiles]), section), name) == found
 
 
 def test_the_paths_above_are_all_that_there_are() -> None:

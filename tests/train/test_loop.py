@@ -91,8 +91,9 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig) -> None:
     first = make_config("schedule.max_steps=2", "checkpoint.every_steps=1")
     train(first)
     chosen = folder_of(first) / "checkpoints" / "step-00000001"
-    with pytest.raises(UserError, match="newer checkpoints"):
-        train(make_config("schedule.max_steps=3", f"checkpoint.resume={chosen}"))
+    for name in (chosen, "step-00000001", "1"):  # a word alone is about this run
+        with pytest.raises(UserError, match="newer checkpoints"):
+            train(make_config("schedule.max_steps=3", f"checkpoint.resume={name}"))
     other = make_config("run.name=run", f"run.output_dir={first.run.output_dir}")
     moved = folder_of(other).with_name("kept")
     folder_of(other).rename(moved)
@@ -100,7 +101,9 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig) -> None:
     straight = read_train_state(moved / "checkpoints" / "step-00000002")["files"]
     again = read_train_state(folder_of(first) / "checkpoints" / "step-00000002")["files"]
     assert straight == again
-    with pytest.raises(UserError, match="not a complete checkpoint"):
+    train(make_config("schedule.max_steps=3", "checkpoint.resume=latest"))
+    assert find_newest(folder_of(first)).name == "step-00000003"
+    with pytest.raises(UserError, match="nowhere names no checkpoint here"):
         train(make_config("schedule.max_steps=9", "checkpoint.resume=nowhere"))
 
 
@@ -257,7 +260,7 @@ def test_samples_are_drawn_and_change_nothing(make_config: MakeConfig) -> None:
     again = make_config("run.name=again", *words)
     train(again)
     assert (folder_of(again) / "samples" / grids[1].name).read_bytes() == grids[1].read_bytes()
-    guided = make_config("run.name=guided", *words, "sampling.guidance_scale=1", "sampling.negative_prompt=x")
+    guided = make_config("run.name=guided", *words, "sampling.guidance_scale=3", "sampling.negative_prompt=x")
     train(guided)
     assert (folder_of(guided) / "samples" / grids[1].name).read_bytes() != grids[1].read_bytes()
 

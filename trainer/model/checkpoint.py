@@ -22,6 +22,9 @@ from trainer.model.sdxl import load_trained, trained_parameters
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "train_state.json"
+FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+SHOWN = 8  # checkpoints, or runs, in a message
+NEWEST = ("latest", "newest", "last")  # words for a run's newest checkpoint
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
 
 
@@ -44,6 +47,60 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The steps that a checkpoint of ours has made, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "") -> Path:
+    """The complete checkpoint that somebody means.
+
+    A checkpoint's folder or a file in it, a run's folder or its ``checkpoints`` (the newest), or ``latest`` and a step
+    (``step-00001000``, ``1000``): in ``run`` where these stand alone, else in the folder before them. ``key`` is the
+    config's, for messages.
+
+    Raises:
+        UserError: saying what the reference is instead, and which checkpoints there are.
+    """
+    path = Path(reference)
+    alone = len(path.parts) == 1 and not path.exists()
+    home = (run if alone else None) or (path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+    for folder in (path, path.parent if path.name in FILES else path):
+        if (folder / STATE_FILE).is_file():
+            return folder
+    if not path.exists():
+        found = find_newest(home) if path.name in NEWEST else None
+        if step := re.fullmatch(r"(?:step-)?(\d+)", path.name):
+            found = next((one for one in list_checkpoints(home / "checkpoints") if step_of(one) == int(step[1])), None)
+    else:
+        found = find_newest(path.parent if path.name == "checkpoints" else path)
+    if found is None:
+        raise UserError(f"{f'{key}: ' if key else ''}{reference} {describe_path(path)}. {tell_checkpoints(path, home)}")
+    return found
+
+
+def describe_path(path: Path) -> str:
+    """What something is that is no complete checkpoint and no run with one."""
+    if not path.exists():
+        return "names no checkpoint here"
+    if path.is_file():
+        return "is a file, not a checkpoint"
+    if (path / "model_index.json").is_file():
+        return "is a model in diffusers' folders, not a checkpoint"
+    if (path / MODEL_FILE).is_file() or re.match(r"step-\d", path.name):
+        return f"is not a complete checkpoint: {STATE_FILE} is missing"
+    if (path / "config.yaml").is_file() or path.name == "checkpoints" or (path / "checkpoints").is_dir():
+        return "has no complete checkpoint"
+    return "is neither a checkpoint nor a run"
+
+
+def tell_checkpoints(path: Path, home: Path) -> str:
+    """Which checkpoints there are: of the run that was meant, else which runs beside it have some."""
+    for run in (home, path, *path.parents):
+        if steps := [step.name for step in list_checkpoints(run / "checkpoints")]:
+            left_out = f"{len(steps) - SHOWN} older ones and " if len(steps) > SHOWN else ""
+            return f"There are, in {run / 'checkpoints'}: {left_out}{', '.join(steps[-SHOWN:])}"
+    for folder in (path, home, home.parent, Path("runs")):
+        if runs := sorted({state.parents[2] for state in folder.glob(f"*/checkpoints/step-*/{STATE_FILE}")}):
+            return f"Runs with checkpoints are: {', '.join(map(str, runs[:SHOWN]))}"
+    return "There is none; a run's lie in its checkpoints/step-XXXXXXXX"
 
 
 def read_train_state(checkpoint: Path) -> dict[str, Any]:

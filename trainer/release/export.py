@@ -35,7 +35,7 @@ from trainer.model.base import (
     read_state,
     read_vae,
 )
-from trainer.model.checkpoint import MODEL_FILE, STATE_FILE, find_newest, read_train_state, verify_checkpoint
+from trainer.model.checkpoint import MODEL_FILE, find_checkpoint, read_train_state, verify_checkpoint
 from trainer.model.hub import STEMS
 from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
@@ -89,14 +89,11 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
 
 
 def find_source(source: Path) -> tuple[Path, Path | None]:
-    """The checkpoint that ``source`` is, or the newest of the run that it is; and the run's folder, if there is one."""
-    if (source / STATE_FILE).is_file():
-        checkpoint = source.resolve()
-        return checkpoint, checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-    newest = find_newest(source)
-    if newest is None:
-        raise UserError(f"{source} is neither a checkpoint nor a run with a complete one in checkpoints/step-XXXXXXXX")
-    return newest, source
+    """The checkpoint that ``source`` means, and the run's folder, if it lies in one."""
+    checkpoint = find_checkpoint(source)
+    if checkpoint.parent.name != "checkpoints":
+        checkpoint = checkpoint.resolve()
+    return checkpoint, checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
 def read_run_config(run_folder: Path | None, state: Mapping[str, Any]) -> Config:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.core.errors import UserError
-from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state, verify_checkpoint
+from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state, verify_checkpoint
 from trainer.train.launch import Inputs, total_steps
 from trainer.train.run import run_path
 
@@ -49,7 +49,7 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
     newest = find_newest(path)
     if choice == "never" and newest is not None:
         raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
-    chosen = newest if choice in ("auto", "never") else Path(choice)
+    chosen = newest if choice in ("auto", "never") else find_checkpoint(choice, path, key="checkpoint.resume")
     if chosen is None:
         return None if inputs.config.checkpoint.fork is None else find_fork(inputs, inputs.config.checkpoint.fork)
     state = read_train_state(chosen)
@@ -69,10 +69,7 @@ def find_fork(inputs: Inputs, reference: str) -> Resumed:
     Raises:
         UserError: where there is no checkpoint, where it is this run's own, or where this run could not continue it.
     """
-    config, given = inputs.config, Path(reference).expanduser()
-    folder = given if (given / STATE_FILE).is_file() else find_newest(given)
-    if folder is None:
-        raise UserError(f"checkpoint.fork: {reference} is neither a checkpoint nor a run with one")
+    config, folder = inputs.config, find_checkpoint(reference, key="checkpoint.fork")
     state, last = read_train_state(folder), total_steps(config, inputs.data.plan)
     if state["run"] == config.run.name:
         raise UserError(f"checkpoint.fork: {folder} is of a run called {state['run']}: this one needs another name")
