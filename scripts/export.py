@@ -18,7 +18,9 @@ def main() -> None:
     parser.add_argument("--out", type=home_path, metavar="DIR", help="instead of RUN/export")
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="instead of the config's publish.dtype")
     arguments = parser.parse_args()
-    from trainer.release.export import export  # torch takes seconds to import
+    from trainer.model.base import find_base  # torch takes seconds to import
+    from trainer.release.export import export
+    from trainer.release.shapes import has_sdxl_shapes
 
     for path in export(arguments.source, arguments.out, arguments.dtype):
         if path.is_dir():
@@ -26,7 +28,8 @@ def main() -> None:
             print(f'  StableDiffusionXLPipeline.from_pretrained("{path}"), or as model.pretrained of the next stage')
         else:
             print(f"single file: {path}")
-            print("  for ComfyUI, Forge and others: into their folder of checkpoints")
+            if has_sdxl_shapes(find_base(str(path))):
+                print("  for ComfyUI, Forge and others: into their folder of checkpoints")
 
 
 if __name__ == "__main__":

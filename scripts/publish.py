@@ -34,9 +34,10 @@ def main() -> None:
 
     folder, release = publish(request, arguments.overrides)
     config = release.config.publish
-    tell(folder, release)
+    tell(folder, release, request)
     if not arguments.upload:
-        print("nothing was uploaded; to do that, add publish.repo_id=owner/name --upload")
+        missing = "--upload" if config.repo_id else "publish.repo_id=owner/name --upload"
+        print(f"nothing was uploaded; to do that, add {missing}")
         return
     if config.repo_id is None:
         raise UserError("--upload needs publish.repo_id=owner/name")
@@ -70,18 +71,19 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def tell(folder: Path, release: Release) -> None:
-    """Where it lies, and what may be missing."""
+def tell(folder: Path, release: Release, request: Request) -> None:
+    """Where it lies, and what may be missing; what was given is not asked for."""
     print(f"the folder: {folder}")
     print(f"  look at README.md first; cd {folder} && sha256sum --check SHA256SUMS")
     if not release.full_precision:
         print("  the licence's corresponding source includes the weights in full precision: the card offers them at "
-              "publish.source_url; --full-precision puts them into the folder")  # fmt: skip
+              f"{release.config.publish.source_url}; --full-precision puts them into the folder")  # fmt: skip
     if not release.samples:
         print("  no sample images: draw some with scripts/sample.py into RUN/export/samples, or give --samples DIR")
     if release.base_model is None:
+        way = "--base names one too" if request.base else "if it is on the Hub, --base owner/name says so"
         print("  no base_model in the card's header: the run found its base in a folder; CHANGES.md has its hash; "
-              "if it is on the Hub, --base owner/name says so")  # fmt: skip
+              + way)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -66,11 +66,11 @@ def test_a_word_alone_is_about_the_run_at_hand(
     ("reference", "what"),
     [
         ("runs/a/checkpoints/step-00002000", "is not a complete checkpoint: train_state.json is missing"),
-        ("runs/a/step-00000500", "names no checkpoint here"),
-        ("runs/a/checkpoints/500", "names no checkpoint here"),
+        ("runs/a/step-00000500", "names neither a checkpoint nor a run"),
+        ("runs/a/checkpoints/500", "names neither a checkpoint nor a run"),
         ("runs/a/export/a-step-00000400-fp16", "is a model in diffusers' folders, not a checkpoint"),
         ("runs/a/export/a-step-00000400-fp16.safetensors", "is a file, not a checkpoint"),
-        ("runs/a/samples", "names no checkpoint here"),
+        ("runs/a/samples", "names neither a checkpoint nor a run"),
     ],
 )
 def test_what_is_none_is_told_what_it_is_and_which_there_are(run: Path, reference: str, what: str) -> None:
@@ -81,8 +81,8 @@ def test_what_is_none_is_told_what_it_is_and_which_there_are(run: Path, referenc
 
 @pytest.mark.parametrize(
     ("reference", "what"),
-    [("latest", "names no checkpoint here"), ("runs", "is neither a checkpoint nor a run"),
-     ("runs/b", "has no complete checkpoint"), ("runs/c", "names no checkpoint here")],
+    [("latest", "names neither a checkpoint nor a run"), ("runs", "is neither a checkpoint nor a run"),
+     ("runs/b", "has no complete checkpoint"), ("runs/c", "names neither a checkpoint nor a run")],
 )  # fmt: skip
 def test_runs_that_have_some_are_told(run: Path, reference: str, what: str) -> None:
     write(Path("runs/b/config.yaml"))

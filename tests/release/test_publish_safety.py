@@ -202,13 +202,6 @@ def test_a_folder_alone_is_compared_with_the_checkpoint(run: Path, request_of: R
         publish(change(request_of, out=folder.parent / "b"), words)
 
 
-def test_without_a_checkpoint_a_title_cannot_be_changed(run: Path, request_of: Request) -> None:
-    export(run)
-    shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="gone, so that its title cannot be changed any more"):
-        publish(request_of, [SOURCE, "publish.title=Mine"])
-
-
 # --- what else is refused or left out
 
 

@@ -103,7 +103,7 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig) -> None:
     assert straight == again
     train(make_config("schedule.max_steps=3", "checkpoint.resume=latest"))
     assert find_newest(folder_of(first)).name == "step-00000003"
-    with pytest.raises(UserError, match="nowhere names no checkpoint here"):
+    with pytest.raises(UserError, match="nowhere names neither a checkpoint nor a run"):
         train(make_config("schedule.max_steps=9", "checkpoint.resume=nowhere"))
 
 

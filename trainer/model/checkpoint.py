@@ -79,7 +79,7 @@ def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "
 def describe_path(path: Path) -> str:
     """What something is that is no complete checkpoint and no run with one."""
     if not path.exists():
-        return "names no checkpoint here"
+        return "names neither a checkpoint nor a run"
     if path.is_file():
         return "is a file, not a checkpoint"
     if (path / "model_index.json").is_file():

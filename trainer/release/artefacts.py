@@ -64,6 +64,23 @@ def room_beside(path: Path, needed: int) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def copy_with_metadata(source: Path, target: Path, changes: Mapping[str, str | None]) -> None:
+    """A copy of a .safetensors file with other entries in its metadata, where None removes one; the same tensors.
+
+    The bytes are those that :func:`save_stamped` would write.
+    """
+    with source.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        said = {key: value for key, value in (header.pop("__metadata__", {}) | changes).items() if value is not None}
+        header = {"__metadata__": dict(sorted(said.items()))} | header
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        padded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8
+        with target.open("xb") as copy:
+            copy.write(struct.pack("<Q", len(padded)) + padded)
+            shutil.copyfileobj(file, copy)
+
+
 def check_stamp(path: Path) -> None:
     """Compare a file with the hash in its own header.
 

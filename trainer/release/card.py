@@ -40,6 +40,7 @@ class Release:
     samples: list[Sample]
     weights: str | None  # the single file, if there is one
     full_precision: str | None  # the fp32 file, if it is in the folder
+    sdxl_shapes: bool = True  # other programs read the single file only then
 
     @property
     def title(self) -> str:
@@ -122,7 +123,8 @@ def files(release: Release) -> Iterator[str]:
     publish = release.config.publish
     full = "The weights in full precision"
     lines_of = {
-        "single_file": f"`{release.weights}`: everything in one {publish.dtype} file, for ComfyUI, Forge and others",
+        "single_file": f"`{release.weights}`: everything in one {publish.dtype} file"
+        + (", for ComfyUI, Forge and others" if release.sdxl_shapes else ""),
         "diffusers": "`model_index.json` and the folders beside it: the same for diffusers",
     }
     lines = [

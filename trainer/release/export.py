@@ -4,7 +4,6 @@ Frozen parts come from the base, the VAE is the one that made the latents; both 
 that the checkpoint names by hash. The same checkpoint gives the same bytes, so that exporting twice changes nothing.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from trainer.config.schema import Config, DiffusionConfig, Dtype
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_file, write_json
 from trainer.model.base import (
-    CONFIGS_KEY,
     Base,
     LazyFile,
     config_file,
@@ -37,13 +35,13 @@ from trainer.model.base import (
 )
 from trainer.model.checkpoint import MODEL_FILE, find_checkpoint, read_train_state, verify_checkpoint
 from trainer.model.hub import STEMS
-from trainer.model.lineage import LINEAGE_FILE, LINEAGE_KEY, shorten_paths
+from trainer.model.lineage import LINEAGE_FILE, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.release.artefacts import count_bytes, hash_files, room_beside, save_stamped, write_tokenizer
+from trainer.release.metadata import build_metadata
 from trainer.train.run import locate_from_run
 
-RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
 Parts = dict[str, dict[str, Tensor]]
 Configs = dict[str, dict[str, Any]]
 
@@ -219,35 +217,6 @@ def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionCo
     index["force_zeros_for_empty_prompt"] = read_config(base, "model_index").get("force_zeros_for_empty_prompt", True)
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "EulerDiscreteScheduler")]
     return shorten_paths(configs | {"scheduler": scheduler, "model_index": index})
-
-
-def build_metadata(
-    config: Config, state: Mapping[str, Any], lineage: Mapping[str, Any], configs: Configs
-) -> dict[str, str]:
-    """What a single file's header says: ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec), and our own keys."""
-    publish, side = config.publish, config.buckets.base_resolution
-    described = (
-        f"Stage {state['stage']} of {state['run']}: {state['step']} steps of {config.data.global_batch_size} samples "
-        f"over {state['images']} images, from {lineage['base']['reference']}."
-    )
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": "stable-diffusion-xl-v1-base",
-        "implementation": "https://github.com/Stability-AI/generative-models",
-        "title": publish.title or state["run"],
-        "author": publish.author,
-        "description": described,
-        "date": lineage["written_at"],  # of the checkpoint: exporting it again gives the same bytes
-        "resolution": f"{side}x{side}",
-        "prediction_type": "v" if config.diffusion.prediction_type == "v_prediction" else "epsilon",
-        "license": publish.license_name,
-    }
-    ours = {LINEAGE_KEY: lineage, CONFIGS_KEY: configs, RECIPE_KEY: shorten_paths(state["config"])}
-    return (
-        {"format": "pt"}
-        | {f"modelspec.{name}": value for name, value in spec.items() if value is not None}
-        | {name: json.dumps(value, ensure_ascii=False) for name, value in ours.items()}
-    )
 
 
 def single_file_tensors(made: Export) -> dict[str, Tensor]:

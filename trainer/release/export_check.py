@@ -16,7 +16,7 @@ from trainer.release.artefacts import check_stamp
 
 
 def check_export(paths: Sequence[Path], lineage: Lineage, checkpoint: Path | None, config: Config) -> None:
-    """Refuse an export that is damaged or another checkpoint's, or that names another title, author or licence.
+    """Refuse an export that is damaged or another checkpoint's.
 
     ``paths``: the single file and the folder, one of them or both; ``checkpoint``: the one they came from, if it is
     still there.
@@ -24,8 +24,6 @@ def check_export(paths: Sequence[Path], lineage: Lineage, checkpoint: Path | Non
     Raises:
         UserError: naming what differs.
     """
-    publish = config.publish
-    wanted = {"title": publish.title or config.run.name, "author": publish.author, "license": publish.license_name}
     again = (
         "move that export away, and it is made anew from the checkpoint"
         if checkpoint
@@ -36,12 +34,8 @@ def check_export(paths: Sequence[Path], lineage: Lineage, checkpoint: Path | Non
             raise UserError(f"{path} was made from another checkpoint than {checkpoint or paths[0]}: {again}")
         if path.is_dir():
             check_folder(path, checkpoint, config, again)
-            continue
-        check_single_file(path, again)
-        for name, value in wanted.items():
-            if (found := LazyFile(path).metadata.get(f"modelspec.{name}")) != value:
-                way = again if checkpoint else f"its checkpoint is gone, so that its {name} cannot be changed any more"
-                raise UserError(f"{path} says {name} {found!r}, and {value!r} is to be published: {way}")
+        else:
+            check_single_file(path, again)
 
 
 def check_single_file(path: Path, again: str) -> None:

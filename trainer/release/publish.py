@@ -15,9 +15,10 @@ import yaml
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, write_json, write_text
+from trainer.model.base import LazyFile, find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
-from trainer.release.artefacts import hash_files, room_beside
+from trainer.release.artefacts import copy_with_metadata, hash_files, room_beside
 from trainer.release.base_terms import find_terms
 from trainer.release.card import Release, write_card
 from trainer.release.card_stages import Stage, write_changes
@@ -25,7 +26,9 @@ from trainer.release.export import build_export, write_diffusers, write_single_f
 from trainer.release.export_check import check_export
 from trainer.release.folder import check_folder, read_sums, write_sums
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
+from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
+from trainer.release.shapes import has_sdxl_shapes
 from trainer.sample.gallery import Sample, read_samples
 from trainer.train.run import Work, locate_from_run, read_work
 
@@ -191,6 +194,9 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
     folder.parent.mkdir(parents=True, exist_ok=True)
     with room_beside(folder, count_copied(release, weights)) as temporary:
         write_weights(temporary, release, weights)
+        if release.weights:
+            shapes = has_sdxl_shapes(find_base(str(temporary / release.weights)))
+            release = dataclasses.replace(release, sdxl_shapes=shapes)
         write_json(temporary / LINEAGE_FILE, weights.lineage)
         for stage in release.stages:
             settings = yaml.safe_dump(stage.lineage["config"], sort_keys=False, allow_unicode=True, width=120)
@@ -236,7 +242,7 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
                 shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
             else:
                 folder.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / str(release.weights), follow_symlinks=False)
+                copy_single_file(path, folder / str(release.weights), config)
     if weights.exported is not None and (not release.full_precision or config.publish.dtype == "fp32"):
         return
     if weights.checkpoint is None:
@@ -254,6 +260,16 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
         run_folder = weights.checkpoint.parent.parent
         made = build_export(weights.checkpoint, state, single, "fp32", run_folder)
         write_single_file(folder / release.full_precision, made)
+
+
+def copy_single_file(source: Path, target: Path, config: Config) -> None:
+    """An exported file, with the title, author and licence that are to be published now."""
+    said = LazyFile(source).metadata
+    changes = {key: value for key, value in publish_entries(config).items() if said.get(key) != value}
+    if changes:
+        copy_with_metadata(source, target, changes)
+    else:
+        shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def check_published(folder: Path, config: Config) -> None:
