@@ -38,7 +38,7 @@ def check_config_prompts(sampling: SamplingConfig) -> str | None:
         UserError: for settings without effect.
     """
     if sampling.guidance_scale == 1 and sampling.negative_prompt not in ("", NEGATIVE_PROMPT):
-        raise UserError("sampling.negative_prompt has no effect: sampling.guidance_scale is 1")
+        raise UserError("sampling.negative_prompt has no effect: sampling.guidance_scale is 1; set it to ''")
     return check_prompts(sampling.prompts, sampling.negative_prompt, "sampling.prompts", OF_CONFIG)
 
 
