@@ -98,6 +98,15 @@ def test_a_tilde_is_the_home_folder_in_every_path(
     assert getattr(getattr(load_config([minimal, file], [percentiles]), section), name) == found
 
 
+def test_a_tilde_alone_is_the_home_folder_where_nothing_is_no_path(
+    tmp_path: Path, minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path / "home.yaml", "run: {output_dir: ~}\nmodel: {vae: ~}")
+    for config in (load_config([minimal, file]), load_config([minimal], ["run.output_dir=~", "model.vae=~"])):
+        assert (config.run.output_dir, config.model.vae) == (str(tmp_path), None)
+
+
 def test_the_paths_above_are_all_that_there_are() -> None:
     places = {
         f"{section.name}.{field.name}"

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.schema import Config
+from trainer.config.schema import Config, Place
 from trainer.core.errors import UserError
 
 UNIONS = (types.UnionType, typing.Union)  # of int | None, and of Literal[...] | None
@@ -47,7 +47,7 @@ def read_override(word: str) -> Any:
     try:
         if is_text(hint) and text[:1] not in tuple("'\"[{"):
             mapping = OmegaConf.create({})
-            OmegaConf.update(mapping, key, None if text in NULLS else text)
+            OmegaConf.update(mapping, key, None if text in NULLS and not is_home(text, hint) else text)
             return mapping
         mapping = OmegaConf.from_dotlist([word])
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -61,11 +61,12 @@ def read_override(word: str) -> Any:
 
 def restore_text(value: Any, node: yaml.Node | None, hint: Any) -> Any:
     """``value``, which YAML made of ``node``, with the written characters wherever the annotation asks for text."""
-    hint = bare(hint)
     if is_text(hint):
-        if isinstance(node, yaml.ScalarNode) and node.style is None and isinstance(value, bool | int | float):
-            return node.value  # it stands there without quotes
-        return value
+        if not isinstance(node, yaml.ScalarNode) or node.style is not None:  # in quotes
+            return value
+        changed = isinstance(value, bool | int | float) or (value is None and is_home(node.value, hint))
+        return node.value if changed else value
+    hint = bare(hint)
     if isinstance(value, list) and isinstance(node, yaml.SequenceNode) and typing.get_origin(hint) is list:
         (inner,) = typing.get_args(hint)
         return [restore_text(item, below, inner) for item, below in zip(value, node.value, strict=True)]
@@ -111,6 +112,11 @@ def bare(hint: Any) -> Any:
     if typing.get_origin(hint) in UNIONS:
         hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def is_home(text: str, hint: Any) -> bool:
+    """Whether YAML's ~ means the home folder, in a path that cannot be null."""
+    return text == "~" and hint == Place
 
 
 def is_text(hint: Any) -> bool:
