@@ -53,6 +53,8 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     *[([f"run.name={name}"], "run.name", "names a folder")
       for name in ("''", "a/b", "..", ".hidden", "-x", "'a b'", '"a\\n"', "ä")],
     ([OFF, "optim.unet_lr=0"], "model.train_unet", "nothing is trained"),
+    *[([*words, "model.vae_revision=main"], "model.vae_revision", f"has no effect: model.vae is {what}")
+      for words, what in (([], "null"), (["model.vae=."], "a local file or folder"))],
     (["model.pretrained=.", "model.revision=main"], "model.revision", "has no effect: model.pretrained is a local"),
     (["optim.unet_lr=0"], "optim.unet_lr", "must be above 0, because model.train_unet is true"),
     *[([f"model.train_{part}=true"], f"optim.{part}_lr", f"must be above 0, because model.train_{part} is true")
@@ -162,6 +164,7 @@ def test_rules(words: list[str], key: str, part: str) -> None:
         ["data.num_workers=0", "run.num_processes=6", "run.seed=0"],
         ["buckets.step=32", "buckets.min_side=1024", "buckets.max_side=1024"],
         ["model.pretrained=owner/name", "model.revision=main", "run.name=_a.B-9"],
+        ["model.vae=owner/name", "model.vae_revision=main"],
         ["checkpoint.keep_every_steps=3000", "optim.weight_decay=0", "optim.betas=[0, 0]"],
         ["data.sources=[{kind: folder, path: a, repeats: 1}, {kind: tars, path: a, name: b, repeats: 3}]"],
         [

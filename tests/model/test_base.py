@@ -183,12 +183,15 @@ def test_a_revision_is_of_the_hub(folder):
 def test_a_bare_single_file_is_sdxl(tmp_path):
     """Without configs of its own; markers of the community say how it predicts."""
     path = tmp_path / "model.safetensors"
-    save_file({"model.diffusion_model.conv_in.weight": torch.zeros(1)}, path)
+    names = ["model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
+             "conditioner.embedders.1.model.logit_scale"]  # fmt: skip
+    tensors = {name: torch.zeros(1) for name in names}
+    save_file(tensors, path)
     base = find_base(str(path))
     assert read_config(base, "unet")["cross_attention_dim"] == 2048
     assert read_config(base, "model_index")["_class_name"] == "StableDiffusionXLPipeline"
     assert read_config(base, "scheduler")["prediction_type"] == "epsilon"
-    save_file({"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, path)
+    save_file(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, path)
     scheduler = read_config(base, "scheduler")
     assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
 

@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from trainer.core.errors import UserError
-from trainer.model.vae import build_vae, decode_latents, encode_raw_latents, scale_latents
+from trainer.model.latents import read_latent_scale, scale_latents
+from trainer.model.vae import build_vae, decode_latents, encode_raw_latents
 
 LEVELS = {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
           "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}  # fmt: skip
@@ -34,7 +35,7 @@ def test_scaling_and_back(shift: float | None) -> None:
     original = make(scaling_factor=0.13025, shift_factor=shift)
     vae = build_vae(original.config, original.state_dict(), torch.float32)
     raw_latents = torch.randn(1, 4, 4, 4)
-    latents = scale_latents(raw_latents, vae.config.scaling_factor, vae.config.shift_factor)
+    latents = scale_latents(raw_latents, read_latent_scale(vae.config))
     assert torch.allclose(latents, (raw_latents - (shift or 0)) * 0.13025)
     with torch.no_grad():
         expected = original.eval().decode(raw_latents).sample

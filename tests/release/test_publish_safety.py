@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from support.published_run import SOURCE, change, parts, request_of, run, stages, stand_in, write_png
 from trainer.core.errors import UserError
-from trainer.model.base import Base, LazyFile, find_base, hash_base
+from trainer.model.base import Base, find_base, hash_base
 from trainer.model.lineage import complete_lineage, shorten_paths
+from trainer.model.weights_file import LazyFile
 from trainer.release.artefacts import write_tokenizer
 from trainer.release.base_terms import find_terms, read_terms
 from trainer.release.export import export

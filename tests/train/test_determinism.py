@@ -10,6 +10,7 @@ from trainer.config.schema import Config, DiffusionConfig, MemoryConfig, ModelCo
 from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
+from trainer.model.latents import LatentScale
 from trainer.model.sdxl import SDXL, build_sdxl
 from trainer.model.text import add_rows_by_product, add_rows_in_order, join_chunks, repeat_rows
 from trainer.train.loop import train
@@ -63,7 +64,7 @@ def test_every_part_of_the_model(tiny_base: Path, threads: int) -> None:
         timesteps=torch.full((8,), 500), input_ids_1=ids, input_ids_2=ids, chunk_map=repeating_map(8, 3) % 7,
         time_ids=torch.full((8, 6), 64.0),
     )  # fmt: skip
-    objective = Objective(DiffusionConfig(min_snr_gamma=5.0), alphas_cumprod(), 0.5)
+    objective = Objective(DiffusionConfig(min_snr_gamma=5.0), alphas_cumprod(), LatentScale(0.5))
     leaves = [value for value in model.parameters() if value.requires_grad]
     assert_the_same_bits(lambda: (batch_losses(model, batch, objective).mean(), leaves))
 

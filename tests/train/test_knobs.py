@@ -17,6 +17,7 @@ from trainer.train.loop import train
 
 ENCODER_1 = ["model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1e-3"]
 ENCODER_2 = ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-3"]
+CONVERTED = ["diffusion.prediction_type=v_prediction", "diffusion.convert_prediction=true"]  # the base has epsilon
 # what each knob that training's numbers depend on is turned to, last, and before it what that needs
 KNOBS: dict[str, list[str]] = {
     "run.seed": ["run.seed=43"],
@@ -33,12 +34,12 @@ KNOBS: dict[str, list[str]] = {
     "captions.keep_underscore_max_length": ["captions.keep_underscore_max_length=99"],
     "captions.max_token_length": ["captions.max_token_length=150"],
     "captions.years": ["captions.years=[{first: 1990, last: 2050, tag: recent}]"],
-    "diffusion.prediction_type": ["diffusion.prediction_type=v_prediction"],
+    "diffusion.prediction_type": [*CONVERTED],
     "diffusion.min_timestep": ["diffusion.min_timestep=500"],
     "diffusion.max_timestep": ["diffusion.max_timestep=500"],
     "diffusion.noise_offset": ["diffusion.noise_offset=0.0357"],
     "diffusion.min_snr_gamma": ["diffusion.min_snr_gamma=5"],
-    "diffusion.zero_terminal_snr": ["diffusion.prediction_type=v_prediction", "diffusion.zero_terminal_snr=true"],
+    "diffusion.zero_terminal_snr": [*CONVERTED, "diffusion.zero_terminal_snr=true"],
     "optim.name": ["optim.name=adafactor", "optim.betas=null", "optim.eps=null"],
     "optim.betas": ["optim.betas=[0.5, 0.6]"],
     "optim.eps": ["optim.eps=1e-3"],
@@ -74,7 +75,8 @@ def test_a_training_knob_changes_the_weights(
 ) -> None:
     turned = KNOBS[knob]
     # some knobs need words behind them to be allowed at all; they are compared with the plain run
-    without = [] if knob.startswith("model.train_") or knob == "optim.name" else turned[:-1]
+    alone = knob.startswith("model.train_") or knob in ("optim.name", "diffusion.prediction_type")
+    without = [] if alone else turned[:-1]
     hashes = []
     for number, words in enumerate((turned, without)):
         name = tuple(words)

@@ -13,11 +13,12 @@ from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, Op
 from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
+from trainer.model.latents import LatentScale
 from trainer.model.sdxl import SDXL, build_sdxl, trained_parameters
 from trainer.train.optim import build_optimizer
 from trainer.train.step import Objective, StepResult, training_step
 
-OBJECTIVE = Objective(DiffusionConfig(), alphas_cumprod(), 0.5)
+OBJECTIVE = Objective(DiffusionConfig(), alphas_cumprod(), LatentScale(0.5))
 RATES = OptimConfig(unet_lr=1e-3, text_encoder_1_lr=1e-3, text_encoder_2_lr=1e-3)
 
 

@@ -11,8 +11,10 @@ RATINGS = ("g", "s", "q", "e")
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
 
 
-def find_broken_rules(config: Config) -> Iterator[Broken]:
-    """Every rule that a well-typed config breaks."""
+def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broken]:
+    """Every rule that a well-typed config breaks; a preparation needs neither rates nor a length."""
+    if not preparing:
+        yield from training_rules(config)
     yield from range_rules(config)
     yield from run_and_model_rules(config)
     yield from source_rules(config)
@@ -61,6 +63,15 @@ def range_rules(config: Config) -> Iterator[Broken]:
             yield (key,), f"must be above 0, not {number}"
 
 
+def training_rules(config: Config) -> Iterator[Broken]:
+    """What only a training needs."""
+    if config.schedule.epochs is None and config.schedule.max_steps is None:
+        yield ("schedule.epochs", "schedule.max_steps"), "set exactly one of schedule.epochs and schedule.max_steps"
+    for part in ("unet", "text_encoder_1", "text_encoder_2"):
+        if getattr(config.model, f"train_{part}") and not getattr(config.optim, f"{part}_lr") > 0:
+            yield (f"optim.{part}_lr", f"model.train_{part}"), f"must be above 0, because model.train_{part} is true"
+
+
 def run_and_model_rules(config: Config) -> Iterator[Broken]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
@@ -75,13 +86,12 @@ def run_and_model_rules(config: Config) -> Iterator[Broken]:
         yield ("model.train_unet", "model.train_text_encoder_1", "model.train_text_encoder_2"), "nothing is trained"
     if model.revision is not None and Path(model.pretrained).exists():
         yield ("model.revision", "model.pretrained"), "has no effect: model.pretrained is a local file or folder"
+    if model.vae_revision is not None and (model.vae is None or Path(model.vae).expanduser().exists()):
+        what = "null" if model.vae is None else "a local file or folder"
+        yield ("model.vae_revision", "model.vae"), f"has no effect: model.vae is {what}"
     for part in ("unet", "text_encoder_1", "text_encoder_2"):
-        trained, rate = getattr(model, f"train_{part}"), getattr(config.optim, f"{part}_lr")
-        keys = (f"optim.{part}_lr", f"model.train_{part}")
-        if trained and not rate > 0:
-            yield keys, f"must be above 0, because model.train_{part} is true"
-        if not trained and rate > 0:
-            yield keys, f"has no effect: model.train_{part} is false"
+        if not getattr(model, f"train_{part}") and getattr(config.optim, f"{part}_lr") > 0:
+            yield (f"optim.{part}_lr", f"model.train_{part}"), f"has no effect: model.train_{part} is false"
 
 
 ONLY_FOR = {  # fields of a source that only some kinds have
@@ -240,7 +250,7 @@ def optim_rules(config: Config) -> Iterator[Broken]:
 
 def schedule_rules(config: Config) -> Iterator[Broken]:
     schedule = config.schedule
-    if (schedule.epochs is None) == (schedule.max_steps is None):
+    if schedule.epochs is not None and schedule.max_steps is not None:
         yield ("schedule.epochs", "schedule.max_steps"), "set exactly one of schedule.epochs and schedule.max_steps"
     if schedule.lr == "constant" and schedule.min_lr_ratio:
         yield ("schedule.min_lr_ratio", "schedule.lr"), "has no effect with a constant rate"

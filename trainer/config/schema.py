@@ -45,6 +45,7 @@ class ModelConfig:
     )  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
     revision: str | None = free(None)  # branch, tag or commit of a hub id
     vae: Place | None = free(None)  # a separate VAE: folder, single file or hub id
+    vae_revision: str | None = free(None)  # branch, tag or commit of model.vae, where that is a hub id
     tokenizer: Place | None = free(None)  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
     train_unet: bool = True
     train_text_encoder_1: bool = False
@@ -206,6 +207,8 @@ class DiffusionConfig:
     noise_offset: float = 0.0
     min_snr_gamma: float | None = None
     zero_terminal_snr: bool = False
+    # train this although the base predicts something else, which is refused otherwise
+    convert_prediction: bool = free(False)
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,28 @@ missing or unknown is an error here, not a random weight later. Nothing pickled 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
-from trainer.model.hub import STEMS, fetch, find_weights, read_json, refuse_pickled
+from trainer.model.diffusion import Prediction, file_predictions, write_scheduler
+from trainer.model.exports import find_export, find_run, suggest_exports
+from trainer.model.hub import STEMS, fetch, find_cached, find_weights, read_json, refuse_pickled
+from trainer.model.latents import LatentScale, check_vae_config
+from trainer.model.recognise import check_file, check_folder
 from trainer.model.single_file import PREFIXES, check_names, from_single_file, is_extra, read_component, tensor_names
+from trainer.model.weights_file import LazyFile, check_finite
 
 CONFIGS_KEY = "trainer.configs"  # our single files carry their component configs under this metadata key, as JSON
+PARTS = tuple(STEMS)
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -40,40 +46,24 @@ class VaeWeights:
     config: dict[str, Any]
     state: dict[str, Tensor]
     sha256: str  # of the tensors: see hash_tensors
+    scale: LatentScale
 
 
-class LazyFile(Mapping[str, Tensor]):
-    """A .safetensors file whose tensors are read when they are asked for."""
+def find_base(
+    reference: str,
+    revision: str | None = None,
+    key: str = "model.pretrained",
+    *,
+    parts: Sequence[str] = PARTS,
+    runs: Path = Path("runs"),
+) -> Base:
+    """What ``model.pretrained`` names: a local folder or file, a run or checkpoint, else a hub id, which is downloaded.
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable .safetensors file: {error}") from error
-        self.names = dict.fromkeys(self.file.keys())
-        self.metadata: dict[str, str] = self.file.metadata() or {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        # a copy: the file is mapped, where tensors lie at odd addresses, on which the last bits of products depend
-        return self.file.get_tensor(name).clone()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def find_base(reference: str, revision: str | None = None, key: str = "model.pretrained") -> Base:
-    """What ``model.pretrained`` names: a local folder or file, a run, else a hub id, whose files are downloaded.
-
-    ``key`` is what messages call it.
+    ``key`` is what messages call it; ``parts`` are those whose weights are needed, which alone are fetched and looked
+    at; ``runs`` is the folder whose runs are suggested where the reference names nothing.
 
     Raises:
-        UserError: for anything else, pickled weights included.
+        UserError: for anything else, pickled weights and models of other kinds included, saying what it is.
     """
     path = Path(reference).expanduser()
     if path.exists() and revision is not None:
@@ -84,41 +74,17 @@ def find_base(reference: str, revision: str | None = None, key: str = "model.pre
         refuse_pickled(path)
         if path.suffix != ".safetensors":
             raise UserError(f"{reference} is neither a diffusers folder nor a .safetensors file")
+        check_file(path)
         return Base(reference, path, None)
     if path.is_dir():
-        if not (path / "model_index.json").is_file() and (path / "run.json").is_file():
-            path = find_export(path)
+        if not (path / "model_index.json").is_file() and (run := find_run(path)) is not None:
+            path = find_export(*run)
             reference = str(path)  # a later export must not take its place
-        check_folder(path)
+        check_folder(path, parts)
         return Base(reference, path, None)
-    folder = fetch(reference, revision, key)
-    check_folder(folder)
+    folder = fetch(reference, revision, key, parts, hint=suggest_exports(reference, runs))
+    check_folder(folder, parts)
     return Base(reference, folder, folder.name)
-
-
-def find_export(run: Path) -> Path:
-    """A run's newest exported diffusers folder, ``export/<run>-step-XXXXXXXX-<dtype>``.
-
-    Raises:
-        UserError: when there is none, or the newest step was exported in several dtypes.
-    """
-    found = sorted(path for path in run.glob("export/*-step-*") if (path / "model_index.json").is_file())
-    if not found:
-        raise UserError(f"{run} is a run without an exported diffusers folder: python scripts/export.py {run}")
-    newest = [path for path in found if path.name.rpartition("-")[0] == found[-1].name.rpartition("-")[0]]
-    if len(newest) > 1:
-        raise UserError(f"{run} has several exports of its newest step; name one: {', '.join(map(str, newest))}")
-    return newest[0]
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse what is not SDXL's diffusers layout with safetensors weights."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a diffusers folder: it has no model_index.json")
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        if not (folder / component / "config.json").is_file():
-            raise UserError(f"{folder} is not an SDXL model: {component}/config.json is missing")
-        find_weights(folder / component, STEMS[component])
 
 
 def config_file(component: str) -> str:
@@ -130,7 +96,7 @@ def config_file(component: str) -> str:
 def read_config(base: Base, component: str) -> dict[str, Any]:
     """The config of a component, of the "scheduler" or of the pipeline ("model_index").
 
-    A single file without configs of its own is SDXL; then ``v_pred`` and ``ztsnr`` tensors say how it predicts.
+    A single file without configs of its own is SDXL; then its markers and metadata say how it predicts.
     """
     if base.path.is_dir():
         return read_json(base.path / config_file(component))
@@ -139,10 +105,9 @@ def read_config(base: Base, component: str) -> dict[str, Any]:
     if component in carried:
         return carried[component]
     config = read_sdxl_config(component)
-    if component == "scheduler" and "v_pred" in file:
-        config["prediction_type"] = "v_prediction"
-        if "ztsnr" in file:
-            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if component == "scheduler":
+        said = file_predictions(file, file.metadata)
+        return write_scheduler(config, next(iter(said.values()), Prediction()))
     return config
 
 
@@ -157,13 +122,16 @@ def read_state(base: Base, component: str) -> dict[str, Tensor]:
     """A component's tensors under classic names, on the CPU, in the dtype as stored.
 
     Raises:
-        UserError: on missing or unknown tensors, naming a few.
+        UserError: on missing or unknown tensors, naming a few, and on values that are not finite.
     """
     config = read_config(base, component)
     try:
         if base.path.is_file():
-            return from_single_file(LazyFile(base.path), {component: config})[component]
-        return read_folder(base.path / component, component, config)
+            state = from_single_file(LazyFile(base.path), {component: config})[component]
+        else:
+            state = read_folder(base.path / component, component, config)
+        check_finite(state, component)
+        return state
     except UserError as error:
         raise UserError(f"{base.path}: {error}") from error
 
@@ -225,25 +193,68 @@ def find_tokenizers(base: Base, tokenizer: str | None, key: str = "model.tokeniz
     return first, second
 
 
-def read_vae(vae: str | None, base: Base) -> VaeWeights:
+def read_vae(vae: str | None, base: Base, revision: str | None = None) -> VaeWeights:
     """The VAE: of ``model.vae`` if given (folder, single file with or without prefix, hub id), else of the base.
 
+    ``revision`` is ``model.vae_revision``: the branch, tag or commit of a hub id.
+
     Raises:
-        UserError: when it is missing, incomplete or pickled.
+        UserError: when it is missing, incomplete or pickled, not finite, or has numbers that are not known here.
     """
-    if vae is None:
-        if not has_vae(base):
-            raise UserError(f"{base.reference} has no VAE: set model.vae")
-        config, state = read_config(base, "vae"), read_state(base, "vae")
-    else:
-        path = Path(vae).expanduser()
-        refuse_pickled(path)
-        path = path if path.exists() else fetch(vae, None, "model.vae", ("", "vae"))
-        try:
-            config, state = read_vae_file(path, base) if path.is_file() else read_vae_folder(path)
-        except UserError as error:
-            raise UserError(f"model.vae {vae}: {error}") from error
-    return VaeWeights(config, state, hash_tensors(state))
+    if vae is not None:
+        path = find_vae(vae, revision)
+        own = read_config(base, "vae") if path.is_file() and has_vae(base) else None
+        return load_vae(vae, path, own)
+    if not has_vae(base):
+        raise UserError(f"{base.reference} has no VAE: set model.vae")
+    config, state = read_config(base, "vae"), read_state(base, "vae")
+    try:
+        return VaeWeights(config, state, hash_tensors(state), check_vae_config(config))
+    except UserError as error:
+        raise UserError(f"{base.reference}: {error}") from error
+
+
+def read_vae_alone(model: ModelConfig) -> VaeWeights:
+    """The VAE for a preparation, which needs nothing else: of a base only its VAE is fetched or looked at.
+
+    Where ``model.vae`` names one, the base may be absent. A single file without a config of its own then takes the
+    base's as far as that lies here, else SDXL's.
+
+    Raises:
+        UserError: as ``read_vae``.
+    """
+    if model.vae is None:
+        return read_vae(None, find_base(model.pretrained, model.revision, parts=("vae",)))
+    path = find_vae(model.vae, model.vae_revision)
+    return load_vae(model.vae, path, find_vae_config(model) if path.is_file() else None)
+
+
+def find_vae_config(model: ModelConfig) -> dict[str, Any] | None:
+    """The config of the base's VAE, if it lies here; the hub is not asked."""
+    if Path(model.pretrained).expanduser().exists():
+        base = find_base(model.pretrained, model.revision, parts=())
+        return read_config(base, "vae") if has_vae(base) else None
+    cached = find_cached(model.pretrained, model.revision, config_file("vae"))
+    return None if cached is None else read_json(cached)
+
+
+def find_vae(vae: str, revision: str | None) -> Path:
+    """Where ``model.vae`` lies: a folder or a file."""
+    path = Path(vae).expanduser()
+    refuse_pickled(path)
+    if path.exists() and revision is not None:
+        raise UserError(f"model.vae_revision is {revision!r}, but {vae} is local: a revision is of a hub id; remove it")
+    return path if path.exists() else fetch(vae, revision, "model.vae", ("", "vae"))
+
+
+def load_vae(vae: str, path: Path, config: dict[str, Any] | None) -> VaeWeights:
+    """A separate VAE; ``config`` is for a single file that carries none."""
+    try:
+        config, state = read_vae_file(path, config) if path.is_file() else read_vae_folder(path)
+        check_finite(state, "the VAE")
+        return VaeWeights(config, state, hash_tensors(state), check_vae_config(config))
+    except UserError as error:
+        raise UserError(f"model.vae {vae}: {error}") from error
 
 
 def has_vae(base: Base) -> bool:
@@ -260,12 +271,10 @@ def read_vae_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, read_folder(folder, "vae", config)
 
 
-def read_vae_file(path: Path, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A VAE from a single file: its own config if it carries one, else the base's; any of the three namings."""
+def read_vae_file(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A VAE from a single file: its own config if it carries one, else ``config`` or SDXL's; any of three namings."""
     file = LazyFile(path)
-    config = json.loads(file.metadata.get(CONFIGS_KEY, "{}")).get("vae")
-    if config is None:
-        config = read_config(base, "vae") if has_vae(base) else read_sdxl_config("vae")
+    config = json.loads(file.metadata.get(CONFIGS_KEY, "{}")).get("vae") or config or read_sdxl_config("vae")
     if any(name.startswith(PREFIXES["vae"]) for name in file):
         return config, read_component("vae", file, config)
     if any(".mid_block." in name for name in file):

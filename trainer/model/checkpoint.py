@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.model.sdxl import load_trained, trained_parameters
+from trainer.model.weights_file import check_finite
 
 FORMAT_VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "train_state.json"
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 SHOWN = 8  # checkpoints, or runs, in a message
 NEWEST = ("latest", "newest", "last")  # words for a run's newest checkpoint
+OLDER = "move this checkpoint away to resume from the one before it"
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
 
 
@@ -137,11 +139,20 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 def restore_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into place, bit by bit."""
-    load_trained(model, load_file(checkpoint / MODEL_FILE))
+    tensors = load_file(checkpoint / MODEL_FILE)
+    check_finite(tensors, str(checkpoint / MODEL_FILE), OLDER)
+    load_trained(model, tensors)
     states: dict[str, dict[str, Any]] = {}
     for key, value in read_optimizer_state(checkpoint / OPTIMIZER_FILE):
         name, _, state = key.rpartition(".")
         states.setdefault(name, {})[state] = value
+    floats = {
+        f"{name}.{state}": value
+        for name, own in states.items()
+        for state, value in own.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    check_finite(floats, str(checkpoint / OPTIMIZER_FILE), OLDER)
     moved: dict[int, Tensor] = {}  # what was shared stays shared
     for name, parameter in trained_parameters(model).items():
         for state, value in states.get(name, {}).items():

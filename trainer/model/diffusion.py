@@ -1,12 +1,130 @@
-"""Noise schedule, noise, target, weighting and the loss of each sample. Noising and loss are computed in fp32.
+"""What a model predicts, and the loss: noise schedule, noise, target, weighting. Noising and loss are in fp32.
 
-DDPM with SDXL's scaled-linear schedule. Recipe, section 6.
+DDPM with SDXL's scaled-linear schedule: recipe, section 6. What files say of a prediction is read and written here.
 """
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainer.config.schema import NUM_TIMESTEPS, DiffusionConfig
+from trainer.core.errors import UserError
+
+SCHEDULE = {  # SDXL's, as a scheduler's config names it
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": NUM_TIMESTEPS,
+    "trained_betas": None,
+}  # fmt: skip
+V_MARKER, ZTSNR_MARKER = "v_pred", "ztsnr"  # empty tensors by which single files say what the model predicts
+MODELSPEC_KEY = "modelspec.prediction_type"
+MODELSPEC_WORDS: dict[str, Literal["epsilon", "v_prediction"]] = {
+    "epsilon": "epsilon", "eps": "epsilon",
+    "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "vpred": "v_prediction",
+}  # fmt: skip
+SILENT = "without a word on it"  # where an SDXL file says nothing of what it predicts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts, and from which noise schedule."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    zero_terminal_snr: bool | None = False  # None where what was read does not say
+
+    def __str__(self) -> str:
+        return self.prediction_type + (" with zero terminal SNR" if self.zero_terminal_snr else "")
+
+    def agrees(self, other: "Prediction") -> bool:
+        """Whether both may be said of one model."""
+        known = None not in (self.zero_terminal_snr, other.zero_terminal_snr)
+        same = self.zero_terminal_snr == other.zero_terminal_snr or not known
+        return self.prediction_type == other.prediction_type and same
+
+
+def trained_prediction(config: DiffusionConfig) -> Prediction:
+    """What a model trained under this config predicts."""
+    return Prediction(config.prediction_type, config.zero_terminal_snr)
+
+
+def scheduler_prediction(scheduler: Mapping[str, Any]) -> Prediction:
+    """What the config of a diffusers scheduler says.
+
+    Raises:
+        UserError: for another noise schedule than SDXL's, or a prediction of which nothing is known here.
+    """
+    kind, said = str(scheduler.get("_class_name", "")), scheduler.get("prediction_type", "epsilon")
+    if kind.startswith(("EDM", "FlowMatch")):
+        what = "EDM" if kind.startswith("EDM") else "flow matching"
+        raise UserError(f"its scheduler is {kind}: {what} predicts neither epsilon nor v of SDXL's schedule")
+    if said not in ("epsilon", "v_prediction"):
+        raise UserError(f"its scheduler says prediction_type {said!r}: only epsilon and v_prediction are known here")
+    for name, own in SCHEDULE.items():
+        if (value := scheduler.get(name, own)) != own:
+            raise UserError(f"its scheduler says {name} {value}, SDXL's noise schedule has {own}")
+    return Prediction(said, bool(scheduler.get("rescale_betas_zero_snr", False)))
+
+
+def file_predictions(names: Collection[str], metadata: Mapping[str, str]) -> dict[str, Prediction]:
+    """What a single file says, by where it says it, the strongest first: its marker tensors, ModelSpec's word.
+
+    Raises:
+        UserError: for a word of ModelSpec's that is neither epsilon nor v.
+    """
+    said: dict[str, Prediction] = {}
+    if markers := [name for name in (V_MARKER, ZTSNR_MARKER) if name in names]:
+        kind: Literal["epsilon", "v_prediction"] = "v_prediction" if V_MARKER in names else "epsilon"
+        said[f"by {' and '.join(markers)}"] = Prediction(kind, ZTSNR_MARKER in names)
+    if word := metadata.get(MODELSPEC_KEY):
+        if word.lower() not in MODELSPEC_WORDS:
+            raise UserError(f"its {MODELSPEC_KEY} is {word!r}: only epsilon and v are known here")
+        said[f"by {MODELSPEC_KEY}"] = Prediction(MODELSPEC_WORDS[word.lower()], None)
+    return said
+
+
+def write_scheduler(scheduler: Mapping[str, Any], prediction: Prediction) -> dict[str, Any]:
+    """A scheduler's config that says what the model predicts."""
+    said = {**scheduler, "prediction_type": prediction.prediction_type}
+    if prediction.zero_terminal_snr:  # sampling must begin at the last timestep (Lin et al. 2023)
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif said.get("rescale_betas_zero_snr"):
+        said["rescale_betas_zero_snr"] = False
+    return said
+
+
+def marker_names(prediction: Prediction) -> list[str]:
+    """The marker tensors by which other programs know what a single file predicts; none for epsilon."""
+    if prediction.prediction_type == "epsilon":
+        return []
+    return [V_MARKER, *([ZTSNR_MARKER] if prediction.zero_terminal_snr else [])]
+
+
+def modelspec_word(prediction: Prediction) -> str:
+    """ModelSpec's word for a prediction."""
+    return "epsilon" if prediction.prediction_type == "epsilon" else "v"
+
+
+def check_prediction(reference: str, said: Mapping[str, Prediction], config: DiffusionConfig) -> Prediction:
+    """Compare what a base says of itself with what is to be trained; returns what the base predicts.
+
+    A base that predicts something else is trained only where ``convert_prediction`` says that this is meant.
+
+    Raises:
+        UserError: naming both values.
+    """
+    wanted = trained_prediction(config)
+    others = {where: prediction for where, prediction in said.items() if not prediction.agrees(wanted)}
+    if others and not config.convert_prediction:
+        told = "; ".join(f"{prediction} {where}" for where, prediction in said.items())
+        raise UserError(
+            f"diffusion: this config trains {wanted}, and the base {reference} predicts something else: {told}. Set "
+            "diffusion.prediction_type and diffusion.zero_terminal_snr to what the base predicts; or, to teach it "
+            "another prediction, which takes far more steps, set diffusion.convert_prediction=true"
+        )
+    if config.convert_prediction and not others:
+        raise UserError(f"diffusion.convert_prediction has no effect: {reference} predicts {wanted} already; remove it")
+    return next(iter(said.values()))
 
 
 def alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:

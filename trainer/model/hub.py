@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from trainer.core.errors import UserError
@@ -26,31 +26,67 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_ERRORS: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError, HFValidationError)
 
 
-def fetch(reference: str, revision: str | None, key: str, folders: Sequence[str] = tuple(STEMS)) -> Path:
+def fetch(
+    reference: str, revision: str | None, key: str, folders: Sequence[str] = tuple(STEMS), hint: str = ""
+) -> Path:
     """Download a hub id's needed files, or find them in the cache; returns the snapshot's folder, named by commit.
 
-    ``key`` is the config's, for messages; ``folders`` are those with weights ("" the top, for a VAE alone).
+    ``key`` is the config's, for messages, to which ``hint`` is added where nothing was found; ``folders`` are those
+    with weights ("" the top, for a VAE alone).
 
     Raises:
         UserError: when it is no hub id, or neither the hub nor the cache has it.
     """
     if not HUB_ID.fullmatch(reference) or Path(reference).suffix in {".safetensors", *PICKLED}:
-        raise UserError(f"{key}: {reference} does not exist, and is not a hub id (owner/name) either")
+        raise UserError(f"{key}: {reference} does not exist, and is not a hub id (owner/name) either{hint}")
     try:
         names = [file.rfilename for file in HfApi().model_info(reference, revision=revision).siblings or []]
+        refuse_single_files(reference, key, names, folders)
         return Path(snapshot_download(reference, revision=revision, allow_patterns=choose_files(names, folders)))
     except HUB_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
     try:
-        return Path(snapshot_download(reference, revision=revision, local_files_only=True))
+        cached = Path(snapshot_download(reference, revision=revision, local_files_only=True))
     except HUB_ERRORS as error:
-        message = f"{key}: {reference} does not exist here, and could not be fetched from the hub: {reason}"
+        message = f"{key}: {reference} does not exist here, and could not be fetched from the hub: {reason}{hint}"
         raise UserError(message) from error
+    if absent := find_absent(cached, folders):
+        raise UserError(
+            f"{key}: of {reference} only a part is in the cache ({', '.join(absent)} is missing), and the rest could "
+            f"not be fetched from the hub: {reason}"
+        )
+    return cached
+
+
+def refuse_single_files(reference: str, key: str, names: Sequence[str], folders: Sequence[str]) -> None:
+    """Refuse a repository that holds no diffusers folder, naming the files that may be what is meant."""
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if "unet" in folders and "model_index.json" not in names:
+        what = f"it holds {', '.join(files[:6])}: download one and name the file" if files else "it holds no weights"
+        raise UserError(f"{key}: {reference} is not a model in diffusers layout (model_index.json is missing); {what}")
+
+
+def find_absent(snapshot: Path, folders: Sequence[str]) -> list[str]:
+    """The parts that an incomplete snapshot in the cache lacks: a preparation fetches no more than the VAE."""
+    if "" in folders:  # a VAE alone, at the top or in vae/
+        return [] if any((snapshot / folder / "config.json").is_file() for folder in folders) else ["config.json"]
+    needed = [folder for folder in folders if folder != "vae" or len(folders) == 1]  # a base may bring no VAE
+    return [folder for folder in needed if not pick_weights(list_names(snapshot / folder), STEMS[folder])]
+
+
+def find_cached(reference: str, revision: str | None, file: str) -> Path | None:
+    """One file of a hub id where it is in the cache; the hub is not asked."""
+    if not HUB_ID.fullmatch(reference):
+        return None
+    found = try_to_load_from_cache(reference, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def choose_files(names: list[str], folders: Sequence[str] = tuple(STEMS)) -> list[str]:
     """Of a repository's files, those that are needed: configs, tokenizers, and one set of weights a component."""
     chosen = [name for name in names if re.fullmatch(r"(scheduler/|tokenizer(_2)?/)?[\w.-]+\.(json|txt)", name)]
+    if folders:  # of the parts whose weights are not needed the configs, which say what the model is
+        chosen += [name for name in names if re.fullmatch(r"(unet|vae|text_encoder(_2)?)/config\.json", name)]
     for folder in folders:
         prefix = f"{folder}/" if folder else ""
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -85,7 +121,7 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
     Raises:
         UserError: when there are none, or only pickled ones.
     """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = list_names(folder)
     for name in pick_weights(names, stem):
         if not name.endswith(".json"):
             return [folder / name]
@@ -96,6 +132,11 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
     if pickled := sorted(name for name in names if Path(name).suffix in PICKLED):
         raise UserError(f"{folder} holds only pickled weights ({pickled[0]}), which could run code: convert them first")
     raise UserError(f"{folder} has no weights: {stem}.safetensors is missing")
+
+
+def list_names(folder: Path) -> list[str]:
+    """The names in a folder; none where there is no folder."""
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def refuse_pickled(path: Path) -> None:

@@ -81,6 +81,8 @@ def build_lineage(
             "reference": base["reference"],
             "revision": base["revision"],
             "sha256": base["sha256"],
+            # what it predicts; not recorded by version 0.2
+            **({"prediction": base["prediction"]} if "prediction" in base else {}),
             "lineage": base["lineage"] if "lineage" in base else read_lineage(Path(base["reference"]).expanduser()),
         },
     }

@@ -16,6 +16,7 @@ from trainer.config.schema import Dtype, MemoryConfig, ModelConfig, PrecisionCon
 from trainer.core.errors import UserError
 from trainer.model.base import Base, read_config, read_state
 from trainer.model.text import encode_prompts
+from trainer.model.weights_file import check_finite
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENTS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}  # part -> folder
@@ -80,6 +81,9 @@ def build_part(base: Base, part: str, dtype: torch.dtype) -> Any:
     component = COMPONENTS[part]
     module = build_empty(part, read_config(base, component))
     state = {name: tensor.to(dtype) for name, tensor in read_state(base, component).items()}
+    if dtype == torch.float16:  # bf16 and fp32 hold whatever the base does
+        remedy = "it does not hold the base's values: set precision.frozen (--dtype in sampling) to bf16 or fp32"
+        check_finite(state, f"{component} of {base.reference} in fp16", remedy)
     try:
         module.load_state_dict(rename_for(module, state), strict=True, assign=True)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Pixels <-> raw latents <-> scaled latents."""
+"""The autoencoder: pixels -> raw latents, and latents -> pixels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,20 +7,25 @@ import torch
 from diffusers import AutoencoderKL
 
 from trainer.core.errors import UserError
+from trainer.model.latents import check_vae_config, read_latent_scale, unscale_latents
+from trainer.model.weights_file import check_finite
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> AutoencoderKL:
     """The autoencoder of a diffusers config with exactly these weights, frozen, on the weights' device.
 
     Raises:
-        UserError: when the weights are not the config's, or not of SDXL's kind (4 channels, 1/8 of the side).
+        UserError: when the weights are not the config's, or not of SDXL's kind (4 channels, 1/8 of the side), when the
+            config says what is not known here, or the dtype cannot hold the weights.
     """
+    check_vae_config(config)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(config))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if (vae.config.latent_channels, factor) != (4, 8):
         raise UserError(f"the VAE makes {vae.config.latent_channels} channels at 1/{factor} of the side, not 4 at 1/8")
     weights = {name: value.to(dtype) for name, value in state.items()}
+    check_finite(weights, f"the VAE in {dtype}", "it does not hold them: set precision.vae to fp32 or bf16")
     try:
         vae.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
@@ -34,13 +39,8 @@ def encode_raw_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor
     return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
 
 
-def scale_latents(raw_latents: torch.Tensor, scaling_factor: float, shift_factor: float | None = None) -> torch.Tensor:
-    """Raw latents -> what the UNet sees, any shape; SDXL's VAE has 0.13025 and no shift."""
-    return (raw_latents - (shift_factor or 0.0)) * scaling_factor
-
-
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, 4, H/8, W/8) -> pixels, fp32 (B, 3, H, W), in [-1, 1] but for the decoder's overshoot."""
-    raw_latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    raw_latents = unscale_latents(latents, read_latent_scale(vae.config))
     return vae.decode(raw_latents.to(vae.device, vae.dtype)).sample.float()

@@ -10,9 +10,10 @@ import yaml
 from huggingface_hub import HfApi, snapshot_download
 
 from trainer.core.errors import UserError
-from trainer.model.base import LazyFile, find_base, hash_base
+from trainer.model.base import find_base, hash_base
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
+from trainer.model.weights_file import LazyFile
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
 from trainer.train.run import locate_from_run
 

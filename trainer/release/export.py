@@ -23,7 +23,6 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_file, write_json
 from trainer.model.base import (
     Base,
-    LazyFile,
     config_file,
     find_base,
     find_tokenizers,
@@ -34,12 +33,20 @@ from trainer.model.base import (
     read_vae,
 )
 from trainer.model.checkpoint import MODEL_FILE, find_checkpoint, read_train_state, verify_checkpoint
+from trainer.model.diffusion import (
+    marker_names,
+    scheduler_prediction,
+    trained_prediction,
+    write_scheduler,
+)
 from trainer.model.hub import STEMS
 from trainer.model.lineage import LINEAGE_FILE, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
+from trainer.model.weights_file import LazyFile
 from trainer.release.artefacts import count_bytes, hash_files, room_beside, save_stamped, write_tokenizer
 from trainer.release.metadata import build_metadata
+from trainer.release.trained_with import check_base_prediction, check_diffusion, check_vae
 from trainer.train.run import locate_from_run
 
 Parts = dict[str, dict[str, Tensor]]
@@ -112,12 +119,9 @@ def build_export(
     Relative paths of the config are looked for here and where ``run_folder`` says that training ran.
     """
     base = find_named_base(state["base"], config, run_folder)
-    vae = read_vae(config.model.vae and locate_from_run(run_folder, config.model.vae), base)
-    if vae.sha256 != state["vae_sha256"]:
-        raise UserError(
-            f"the VAE of {config.model.vae or base.reference} is not the one that made the latents of {checkpoint}: "
-            f"SHA-256 {vae.sha256}, not {state['vae_sha256']}. Set model.vae to that one"
-        )
+    check_diffusion(checkpoint, state, config)
+    vae = read_vae(config.model.vae and locate_from_run(run_folder, config.model.vae), base, config.model.vae_revision)
+    check_vae(checkpoint, state, vae, config.model.vae or base.reference)
     trained = LazyFile(checkpoint / MODEL_FILE)
     if strange := [name for name in trained if name.partition(".")[0] not in COMPONENTS]:
         raise UserError(f"{checkpoint} holds tensors of no known part: {some(strange)}")
@@ -153,6 +157,7 @@ def find_named_base(named: Mapping[str, Any], config: Config, run_folder: Path |
             f"{base.reference} is not the model that this checkpoint was trained from: SHA-256 {sha256}, not "
             f"{named['sha256']}. Put that model back, or point model.pretrained in the run's config.yaml to it"
         )
+    check_base_prediction(base, named)
     return base
 
 
@@ -208,11 +213,7 @@ def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionCo
     configs["vae"] = dict(vae_config)
     for config in configs.values():
         config.pop("_name_or_path", None)
-    scheduler = read_config(base, "scheduler") | {"prediction_type": diffusion.prediction_type}
-    if diffusion.zero_terminal_snr:  # sampling must begin at the last timestep (Lin et al. 2023)
-        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    elif scheduler.get("rescale_betas_zero_snr"):
-        scheduler["rescale_betas_zero_snr"] = False
+    scheduler = write_scheduler(read_config(base, "scheduler"), trained_prediction(diffusion))
     index = read_sdxl_config("model_index")
     index["force_zeros_for_empty_prompt"] = read_config(base, "model_index").get("force_zeros_for_empty_prompt", True)
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "EulerDiscreteScheduler")]
@@ -222,11 +223,8 @@ def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionCo
 def single_file_tensors(made: Export) -> dict[str, Tensor]:
     """All tensors in Stability's layout, with the markers by which other programs know what the model predicts."""
     tensors = to_single_file(made.parts, made.configs)
-    scheduler = made.configs["scheduler"]
-    if scheduler["prediction_type"] == "v_prediction":
-        tensors["v_pred"] = torch.tensor([])
-        if scheduler.get("rescale_betas_zero_snr"):
-            tensors["ztsnr"] = torch.tensor([])
+    for name in marker_names(scheduler_prediction(made.configs["scheduler"])):
+        tensors[name] = torch.tensor([])
     return tensors
 
 

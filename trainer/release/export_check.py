@@ -8,10 +8,11 @@ from torch import Tensor
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.model.base import LazyFile, find_base, has_vae, read_state
+from trainer.model.base import find_base, has_vae, read_state
 from trainer.model.checkpoint import MODEL_FILE, verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES
+from trainer.model.weights_file import LazyFile
 from trainer.release.artefacts import check_stamp
 
 

@@ -26,8 +26,9 @@ from trainer.data.shards import Row
 from trainer.data.sources import Reject, iterate_sources
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
+from trainer.model.latents import read_latent_scale, scale_latents
 from trainer.model.sdxl import DTYPES
-from trainer.model.vae import build_vae, decode_latents, scale_latents
+from trainer.model.vae import build_vae, decode_latents
 from trainer.report.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 
 THUMBNAIL_SIDE = 320  # pixels, the longer one
@@ -144,12 +145,12 @@ def find_models(config: Config, vae_sha256: str) -> Models:
     On a GPU the VAE has the config's dtype, on the CPU fp32.
     """
     try:
-        base = find_base(config.model.pretrained, config.model.revision)
+        base = find_base(config.model.pretrained, config.model.revision, parts=("vae",))
     except UserError as error:
         return Models(None, None, (f"no thumbnails of latents and no caption lengths: {error}",))
     vae, tokenizer, missing = None, None, []
     try:
-        weights = read_vae(config.model.vae, base)
+        weights = read_vae(config.model.vae, base, config.model.vae_revision)
         if weights.sha256 != vae_sha256:
             raise UserError("the latents were made by another VAE than the one that this config names")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +221,7 @@ def draw_original(post: Post, content_hash: str, size: Size) -> tuple[bytes | No
 
 def draw_latents(vae: AutoencoderKL, raw_latents: np.ndarray, size: Size) -> bytes:
     """What the VAE makes of stored latents (4, H/8, W/8), at a thumbnail's size."""
-    latents = scale_latents(torch.from_numpy(raw_latents).float(), vae.config.scaling_factor, vae.config.shift_factor)
+    latents = scale_latents(torch.from_numpy(raw_latents).float(), read_latent_scale(vae.config))
     pixels = decode_latents(vae, latents[None])[0].permute(1, 2, 0)  # (H, W, 3)
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     return to_jpeg(np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BOX)))

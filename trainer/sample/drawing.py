@@ -27,7 +27,16 @@ from trainer.config.schema import (
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.data.tokens import TextTokenizer, load_tokenizers
-from trainer.model.base import Base, find_base, find_tokenizers, has_vae, hash_base, read_config, read_vae
+from trainer.model.base import (
+    Base,
+    find_base,
+    find_tokenizers,
+    has_vae,
+    hash_base,
+    read_config,
+    read_vae,
+)
+from trainer.model.base_facts import read_predictions
 from trainer.model.lineage import Lineage, read_lineage, read_versions
 from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
@@ -43,8 +52,6 @@ from trainer.sample.pictures import (
     write_png,
 )
 from trainer.sample.sampling import build_pipeline, draw_image, make_grid
-
-PREDICTIONS = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -148,16 +155,13 @@ def find_source(reference: str, tokenizer: str | None = None) -> Source:
     if tokenizer is None and base.path.is_file():
         near = (base.path.with_suffix(""), base.path.parent)
         tokenizer = next((str(folder) for folder in near if (folder / "tokenizer").is_dir()), None)
-    scheduler = read_config(base, "scheduler")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise UserError(f"{reference} predicts {prediction!r}: only {' and '.join(PREDICTIONS)} can be drawn with")
+    prediction = next(iter(read_predictions(base).values()))
     return Source(
         name=name,
         base=base,
         tokenizers=find_tokenizers(base, tokenizer, "--tokenizer"),
         diffusion=DiffusionConfig(
-            prediction_type=prediction, zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr"))
+            prediction_type=prediction.prediction_type, zero_terminal_snr=bool(prediction.zero_terminal_snr)
         ),
         max_token_length=trained_token_length(read_lineage(base.path)),
     )

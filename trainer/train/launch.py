@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,10 @@ from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, re
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
+from trainer.model.base_facts import note_weights, read_predictions
 from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state
+from trainer.model.diffusion import check_prediction
+from trainer.model.latents import describe_numbers, find_other_numbers
 from trainer.model.lineage import describe_software, read_lineage
 from trainer.sample.prompts import check_config_prompts
 from trainer.train.run import run_path
@@ -177,14 +180,12 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     index = open_index(config.data.shards)
     with accelerator.main_process_first():  # one process downloads, the others find it there
         base = find_start(config)
-        vae = read_vae(config.model.vae, base)
+        prediction = check_prediction(base.reference, read_predictions(base), config.diffusion)
+        if note := note_weights(base):
+            accelerator.print(f"note: {note}")
+        vae = read_vae(config.model.vae, base, config.model.vae_revision)
         folders = find_tokenizers(base, config.model.tokenizer)
-    made_by = index.manifest["latents"]["vae_sha256"]
-    if made_by != vae.sha256:
-        raise UserError(
-            f"the latents in {config.data.shards} were made by another VAE (SHA-256 {made_by}) than the one that this "
-            f"config names ({vae.sha256}); set model.vae to that one, or build the shards again"
-        )
+    check_latents(config.data.shards, index.manifest["latents"], vae)
     tokenizers = load_tokenizers(*folders, vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
     wrote = config.written["model"]["pretrained"]
@@ -193,12 +194,14 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         "reference": wrote if "oc.env" in wrote else base.reference,
         "revision": base.revision,
         "sha256": broadcast_object_list(hashed)[0],
+        "prediction": asdict(prediction),
         "lineage": read_lineage(base.path),
     }
     facts = {
         "base": base_facts,
         "vae_sha256": vae.sha256,
         "tokenizers_sha256": hash_tokenizers(*folders),
+        "vae_numbers": describe_numbers(vae.scale),
         "index_fingerprint": index.fingerprint,
         "images": len(index),
     }
@@ -235,13 +238,31 @@ def find_start(config: Config) -> Base:
     """
     state, pretrained = read_resumed(config), Path(config.model.pretrained).expanduser()
     if state is None:
-        return find_base(config.model.pretrained, config.model.revision)
+        return find_base(config.model.pretrained, config.model.revision, runs=Path(config.run.output_dir))
     began = state["base"]
     export = pretrained / "export" / Path(began["reference"]).name
     if not (pretrained / "model_index.json").is_file() and (export / "model_index.json").is_file():
         return find_base(str(export))
     same_id = not pretrained.exists() and began["reference"] == config.model.pretrained
     return find_base(config.model.pretrained, config.model.revision or (began["revision"] if same_id else None))
+
+
+def check_latents(shards: str, made_by: dict[str, Any], vae: VaeWeights) -> None:
+    """Compare the VAE with the manifest's section of the one that made the latents.
+
+    Raises:
+        UserError: when it is another, or when its config scales latents otherwise.
+    """
+    if made_by["vae_sha256"] != vae.sha256:
+        raise UserError(
+            f"the latents in {shards} were made by another VAE (SHA-256 {made_by['vae_sha256']}) than the one that "
+            f"this config names ({vae.sha256}); set model.vae to that one, or build the shards again"
+        )
+    if differing := find_other_numbers(made_by, vae.scale):
+        raise UserError(
+            f"the latents in {shards} were made by a VAE with the same weights but other numbers in its config: "
+            f"{differing}; set model.vae to a folder whose config.json has the former"
+        )
 
 
 def vocab_sizes(base: Base) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def build_run(inputs: Inputs, model: Any, optimizer: Optimizer, resumed: Resumed
         flops_per_sample=training_flops(inputs.base, side, side, chunks, trained) if peak else None,
     )  # fmt: skip
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
-    objective = Objective(config.diffusion, cumulative, inputs.vae.config["scaling_factor"])
+    objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
     return Run(inputs, model, optimizer, objective, progress, tracker_run_id, fork)
 
 

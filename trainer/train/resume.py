@@ -15,7 +15,9 @@ from trainer.train.run import run_path
 GUARDED = (
     ("data set (index fingerprint)", ("index_fingerprint",)),
     ("base model (SHA-256)", ("base", "sha256")),
+    ("word of the base on what it predicts", ("base", "prediction")),
     ("VAE (SHA-256)", ("vae_sha256",)),
+    ("set of numbers in the VAE's config", ("vae_numbers",)),
     ("pair of tokenizers (SHA-256)", ("tokenizers_sha256",)),
 )
 

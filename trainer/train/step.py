@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from trainer.config.schema import DiffusionConfig
 from trainer.data.loader import Batch
 from trainer.model.diffusion import add_noise, loss_weights, make_target, sample_losses
-from trainer.model.vae import scale_latents
+from trainer.model.latents import LatentScale, scale_latents
 from trainer.train.optim import gated_step
 
 
@@ -29,7 +29,7 @@ class Objective:
 
     diffusion: DiffusionConfig
     cumulative: Tensor  # fp32 (1000,), on the device
-    scaling_factor: float  # of the VAE
+    scale: LatentScale  # of the VAE
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StepResult:
 
 def batch_losses(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
     """The loss of each sample of a micro-batch, fp32 (B,)."""
-    latents = scale_latents(batch.raw_latents.float(), objective.scaling_factor)  # (B, 4, H/8, W/8)
+    latents = scale_latents(batch.raw_latents.float(), objective.scale)  # (B, 4, H/8, W/8)
     noisy_latents = add_noise(latents, batch.noise, batch.timesteps, objective.cumulative)
     model_pred = model(
         noisy_latents, batch.timesteps, batch.input_ids_1, batch.input_ids_2, batch.chunk_map, batch.time_ids

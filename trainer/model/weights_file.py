@@ -1,0 +1,158 @@
+"""A .safetensors file: its header, its tensors, and, where it is none, what it is instead.
+
+What is downloaded is often something else: a Git LFS pointer, a web page, the first half. The library says only that a
+header cannot be read.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.core.errors import UserError
+
+PICKLED_BYTES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+ARCHIVE_BYTES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")
+PAGE_WORDS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
+
+
+class LazyFile(Mapping[str, Tensor]):
+    """A .safetensors file whose tensors are read when they are asked for.
+
+    Raises:
+        UserError: when it is none, or not whole, saying what it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable .safetensors file: {explain_unreadable(path, error)}") from error
+        self.path = path
+        self.names = dict.fromkeys(self.file.keys())
+        self.metadata: dict[str, str] = self.file.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        # a copy: the file is mapped, where tensors lie at odd addresses, on which the last bits of products depend
+        return self.file.get_tensor(name).clone()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape; nothing but the header is read."""
+        return tuple(self.file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as the format calls it, such as F16 or F8_E4M3; nothing but the header is read."""
+        return self.file.get_slice(name).get_dtype()
+
+
+def explain_unreadable(path: Path, error: Exception) -> str:
+    """What a file is that the library cannot open; the library's own words where that is not known."""
+    if isinstance(error, OSError) and not path.is_file():
+        return str(error)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if not size:
+        return "it is empty (0 bytes): download it again"
+    if start.startswith(b"version https://git-lfs"):
+        named = re.search(rb"\nsize (\d+)", start)
+        whole = f" of {int(named[1]):,} bytes" if named else ""
+        return f"it is a Git LFS pointer, which stands for a file{whole}: run git lfs pull, or download the file itself"
+    if start.lstrip().lower().startswith(PAGE_WORDS):
+        return (
+            "it is a web page: its download was answered by a page, such as one that asks for a login; download it "
+            "again, with the site's token where it wants one"
+        )
+    if start.lstrip().startswith(b"{"):
+        return f"it is JSON text, such as a server's answer to a failed download: {shorten(start)}"
+    if start.startswith(PICKLED_BYTES) or b"/data.pkl" in start:
+        return "it is a pickled checkpoint (.ckpt, .pt), which could run code when opened: convert it first"
+    if start.startswith(ARCHIVE_BYTES):
+        return "it is a compressed archive: unpack it"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file, whose weights are quantised and cannot be trained: take the .safetensors file"
+    return explain_frame(path, size) or str(error)
+
+
+def explain_frame(path: Path, size: int) -> str | None:
+    """Whether a file's length is not the one that its header names; None where that is not so, or there is no header.
+
+    The format: eight bytes of the header's length, the header as JSON, and the tensors behind it.
+    """
+    with path.open("rb") as file:
+        first = file.read(8)
+        if len(first) < 8:
+            return f"it has {size} bytes, too few for any weights: download it again"
+        (length,) = struct.unpack("<Q", first)
+        header = file.read(min(length, 100_000_000))
+    if not header.lstrip().startswith(b"{"):
+        return None
+    cut = "the download was cut off; download it again"
+    if length + 8 > size:
+        return f"it ends within its header: {cut}"
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    if size < whole:
+        return f"it has {size:,} of its {whole:,} bytes: {cut}"
+    return (
+        f"it has {size:,} bytes, its header names {whole:,}: it is damaged; download it again" if size > whole else None
+    )
+
+
+def shorten(text: bytes) -> str:
+    """The beginning of a text of unknown origin, on one line."""
+    return " ".join(text.decode("utf-8", errors="replace").split())[:120]
+
+
+def check_finite(state: Mapping[str, Tensor], where: str, remedy: str = "take a sound copy of the model") -> None:
+    """Refuse weights that no training can mend, before anything is computed with them.
+
+    ``where`` is what messages call the file or the part; ``remedy`` is what they advise.
+
+    Raises:
+        UserError: naming the first tensor with NaN or infinity, or with whole numbers, and how many there are.
+    """
+    whole = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if whole:
+        kind = str(state[whole[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: {whole[0]}{more(whole)} holds {kind} numbers: the weights are quantised, and cannot be trained; "
+            "take the model in fp16, bf16 or fp32"
+        )
+    if broken := [name for name, tensor in state.items() if not is_finite(tensor)]:
+        tensor = state[broken[0]].float()
+        bad = int((~tensor.isfinite()).sum())
+        kind = "NaN" if tensor.isnan().any() else "infinity"
+        raise UserError(
+            f"{where}: {broken[0]}{more(broken)} holds {kind} ({bad:,} of its {tensor.numel():,} values are not "
+            f"finite): {remedy}"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a floating-point tensor are finite."""
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # sums of fp8 do not exist
+    return math.isfinite(wide.sum(dtype=torch.float64))  # a sum that finite values of up to fp32 cannot overflow
+
+
+def more(names: list[str]) -> str:
+    """How many others there are beside the first of these names."""
+    return f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
