@@ -17,7 +17,7 @@ def main() -> None:
     arguments = parse_command_line(
         "Encode the images of data.posts and data.images, or of data.sources, into data.shards."
     )
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, preparing=True)
     from trainer.prepare.prepare import prepare  # after what can be refused at once: torch takes seconds to import
 
     summary = prepare(config)

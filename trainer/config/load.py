@@ -76,8 +76,10 @@ def is_override(word: str) -> bool:
     return not is_file
 
 
-def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = (), *, preparing: bool = False) -> Config:
     """Defaults, then the files in order, then ``key=value`` words.
+
+    ``preparing`` asks for nothing that only a training needs: its length and its rates.
 
     Raises:
         UserError: with all problems, each by its dotted name.
@@ -89,21 +91,21 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         resolved = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
-    if problems := sorted([*find_problems(resolved), *find_hidden_names(written)], key=str):
+    if problems := sorted([*find_problems(resolved, preparing), *find_hidden_names(written)], key=str):
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"{len(problems)} problem(s) in {', '.join(map(str, files)) or 'the config'}:\n{listed}")
     config = build_dataclass(Config, resolved)
     return dataclasses.replace(config, written=fill_in(written, dataclasses.asdict(config)))
 
 
-def find_problems(resolved: dict[str, Any]) -> Iterator[Problem]:
+def find_problems(resolved: dict[str, Any], preparing: bool = False) -> Iterator[Problem]:
     """All that is wrong with a resolved config: unknown and missing keys, wrong types, broken rules."""
     shape_problems = list(check_value(resolved, Config, ()))
     yield from shape_problems
     wrong_keys = [problem.key for problem in shape_problems]
     # rules judge the rest: what has a wrong shape is left at its default, and rules about it stay silent
     config = build_dataclass(Config, resolved, lenient=True)
-    for keys, message in find_broken_rules(config):
+    for keys, message in find_broken_rules(config, preparing):
         if not any(key == wrong or key.startswith(f"{wrong}.") for key in keys for wrong in wrong_keys):
             yield Problem(keys[0], message)
 

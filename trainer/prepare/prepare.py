@@ -26,7 +26,8 @@ from trainer.data.index import open_index
 from trainer.data.shards import MANIFEST_NAME, NOTES_NAME, QUARANTINE_NAME
 from trainer.data.sources import iterate_sources, name_sources
 from trainer.data.tables import read_table
-from trainer.model.base import VaeWeights, find_base, read_vae
+from trainer.model.base import VaeWeights, read_vae_alone
+from trainer.model.latents import describe_numbers
 from trainer.model.sdxl import DTYPES
 from trainer.model.vae import build_vae
 from trainer.prepare.decode import decoders
@@ -93,6 +94,7 @@ def prepare(config: Config, progress: bool = True) -> Summary:
     """
     folder = find_place(config.data.shards)
     work = Work(work_folder(folder))
+    check_paths(config)
     with join_team() as team, ExitStack() as stack:
         weights = read_weights(config, team)
         latents = describe_latents(config, weights)
@@ -124,6 +126,19 @@ def warn_of_fp16(config: Config) -> None:
               "overflows in fp16 (precision.vae=fp32)", file=sys.stderr)  # fmt: skip
 
 
+def check_paths(config: Config) -> None:
+    """Look for what the config names before anything is loaded or fetched.
+
+    Raises:
+        UserError: naming the key and the path that is not there.
+    """
+    for where, source in name_sources(config.data):
+        if source.kind != "dataset" and not Path(source.path).exists():  # of a data set it may be a hub id
+            raise UserError(f"{where}: {source.path} does not exist")
+        if source.images is not None and not Path(source.images).exists():
+            raise UserError(f"{where}: {source.images}, where its images are to be, does not exist")
+
+
 def find_place(shards: str) -> Path:
     """The folder of the set, behind links, so that the work beside it is on the same file system.
 
@@ -145,7 +160,7 @@ def read_weights(config: Config, team: Team) -> VaeWeights:
     """The VAE; the main process downloads it where it has to be, the others find it then."""
     if not team.is_main:
         team.wait()
-    weights = read_vae(config.model.vae, find_base(config.model.pretrained, config.model.revision))
+    weights = read_vae_alone(config.model)
     if team.is_main:
         team.wait()
     return weights
@@ -156,6 +171,8 @@ def describe_latents(config: Config, weights: VaeWeights) -> dict[str, Any]:
     return {
         "vae_sha256": weights.sha256,
         "vae_dtype": config.precision.vae,
+        **describe_numbers(weights.scale),
+        # as they are written: sets of version 0.2 have them so in their fingerprints
         "scaling_factor": weights.config["scaling_factor"],
         "shift_factor": weights.config.get("shift_factor"),
         "buckets": asdict(config.buckets),
