@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 Scalar = str | int | float | bool
@@ -44,6 +44,13 @@ class TableCell:
 ImagePlace = Path | TarMember | TableCell
 
 
+class Note(NamedTuple):
+    """What of a record could not be taken as it is, and did not cost the post."""
+
+    kind: str  # a few words to count by, the same for all posts with this fault: "unreadable score"
+    detail: str  # field and value
+
+
 @dataclass(frozen=True)
 class Post:
     """One image's record. Tags are the source's own strings: separated by spaces, underscores kept."""
@@ -64,6 +71,7 @@ class Post:
     extra: dict[str, Scalar] = field(default_factory=dict)  # the record's other small fields
     image: ImagePlace = Path()
     origin: str = ""  # file and line, for messages only
+    notes: tuple[Note, ...] = ()  # counted by source and kind; no part of what is prepared
 
 
 def read_post(
@@ -83,6 +91,7 @@ def read_post(
     own_key = read_key(record) or key
     if own_key is None:
         raise ValueError("neither id nor file: nothing to call this post by")
+    tags: dict[str, Any] = {f"tags_{category}": read_tags(record, category) for category in TAG_CATEGORIES}
     return Post(
         key=own_key,
         source=check_text("source", source),
@@ -90,7 +99,7 @@ def read_post(
         rating=read_rating(record.get("rating")),
         score=read_int(record, "score"),
         year=read_year(record),
-        **{f"tags_{category}": read_tags(record, category) for category in TAG_CATEGORIES},
+        **tags,
         stated_width=read_side(record, "image_width"),
         stated_height=read_side(record, "image_height"),
         extra=read_extra(record),

@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from trainer.core.files import sha256_json, write_file
 from trainer.data.images import BadImage, stat_image
 from trainer.data.post import ImagePlace, Post, TableCell, TarMember
 from trainer.data.shards import POST_FIELDS
-from trainer.data.sources.records import Reject
+from trainer.data.sources.records import Item, Reject, Remark
 from trainer.data.tables import read_table
+from trainer.prepare.remarks import Remarks
 
 BATCH_ROWS = 16384
 INPUTS_NAME = "inputs.arrow"
@@ -63,17 +64,18 @@ class Inputs:
     sha256: str  # of all that decides what is prepared
     set_aside: list[dict[str, Any]]  # rejects, as the quarantine lists them
     filtered: dict[str, int]  # by filter
+    remarks: Remarks = field(default_factory=Remarks)  # of filtered posts too
 
 
-def survey_inputs(items: Iterable[Post | Reject], filters: FiltersConfig, path: Path, progress: bool = False) -> Inputs:
-    """Read all posts once into the table ``path``; filtered ones are only counted, rejects are kept.
+def survey_inputs(items: Iterable[Item], filters: FiltersConfig, path: Path, progress: bool = False) -> Inputs:
+    """Read all posts once into the table ``path``; filtered ones and remarks are only counted, rejects are kept.
 
     Raises:
         UserError: when a key occurs twice, naming both places.
     """
     set_aside: list[dict[str, Any]] = []
     filtered: Counter[str] = Counter()
-    total, digest = 0, hashlib.sha256()
+    total, digest, remarks = 0, hashlib.sha256(), Remarks()
 
     def write(temporary: Path) -> None:
         nonlocal total
@@ -87,7 +89,12 @@ def survey_inputs(items: Iterable[Post | Reject], filters: FiltersConfig, path: 
 
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, INPUTS_SCHEMA) as writer:
             for item in tqdm(items, "read posts", unit="post", disable=not progress):
+                if isinstance(item, Remark):
+                    remarks.add(item)
+                    continue
                 total += 1
+                if isinstance(item, Post) and item.notes:
+                    remarks.add(item)
                 record = item if isinstance(item, Reject) else describe(item)
                 if isinstance(record, Reject):
                     set_aside.append(describe_reject(record))
@@ -103,8 +110,9 @@ def survey_inputs(items: Iterable[Post | Reject], filters: FiltersConfig, path: 
     write_file(path, write)
     refuse_double_keys(read_table(path))
     # what the filters let through is in the table; only the shorter side is judged later, by the image itself
-    decided = [digest.hexdigest(), set_aside, filters.min_side, filters.drop_duplicates]
-    return Inputs(total, sha256_json(decided), set_aside, dict(filtered))
+    decided: list[Any] = [digest.hexdigest(), set_aside, filters.min_side, filters.drop_duplicates]
+    decided += [remarks.counts] if remarks.counts else []  # so that a set that has none is known again
+    return Inputs(total, sha256_json(decided), set_aside, dict(filtered), remarks)
 
 
 def describe(post: Post) -> dict[str, Any] | Reject:

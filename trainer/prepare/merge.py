@@ -95,7 +95,7 @@ def merge_set(
         told = [tell(count_by(set_aside, "reason")), tell({f"removed by {name}": n for name, n in filtered.items()})]
         raise UserError(f"no sample is left of {inputs.total} inputs: {', '.join(filter(None, told))}")
     write_jsonl(work.set / QUARANTINE_NAME, set_aside)
-    write_jsonl(work.set / NOTES_NAME, notes)
+    write_jsonl(work.set / NOTES_NAME, notes + inputs.remarks.examples)
     write_table(work.set / LATENTS_NAME, stock.latents)
     counts = {
         "inputs": inputs.total,
@@ -103,6 +103,7 @@ def merge_set(
         "set_aside": count_by(set_aside, "reason"),
         "filtered": dict(filtered.most_common()),
         "notes": count_by(notes, "note"),
+        **({"by_source": inputs.remarks.counts} if inputs.remarks.counts else {}),
     }
     return write_index(
         work.set, table.select(SCHEMA.names), stock.shards, latents, counts=counts,

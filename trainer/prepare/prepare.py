@@ -7,7 +7,7 @@ whatever was encoded before, in a run that was killed or in a complete set, is n
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from trainer.prepare.decode import decoders
 from trainer.prepare.encode import Chunk, Encoder, encode_chunk
 from trainer.prepare.inputs import Inputs, survey_inputs
 from trainer.prepare.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
+from trainer.prepare.remarks import tell_remarks
 from trainer.prepare.work import (
     Todo,
     Work,
@@ -62,17 +63,19 @@ class Summary:
     filtered: dict[str, int]  # by filter
     notes: dict[str, int]
     encoded: int  # samples whose latents were made this time; 0 when there was nothing to encode
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)  # remarks by source and kind
 
     def __str__(self) -> str:
         lines = [f"{self.samples} samples in {self.shards} shards: {self.folder}"]
         lines += [f"  removed by filters.{name}: {count}" for name, count in self.filtered.items()]
         lines += [f"  set aside, {reason}: {count}" for reason, count in self.set_aside.items()]
         lines += [f"  noted, {reason}: {count}" for reason, count in self.notes.items()]
+        lines += [f"  noted in {line}" for line in tell_remarks(self.by_source)]
         if self.encoded < self.samples:
             what = f"{self.encoded} were left" if self.encoded else "nothing to do"
             lines.append(f"  {self.samples - self.encoded} of {self.samples} samples were encoded before, {what}")
         lines += [f"  see {self.folder / QUARANTINE_NAME}"] if self.set_aside else []
-        lines += [f"  see {self.folder / NOTES_NAME}"] if self.notes else []
+        lines += [f"  see {self.folder / NOTES_NAME}"] if self.notes or self.by_source else []
         return "\n".join(lines)
 
 
@@ -283,5 +286,5 @@ def finish(work: Work, folder: Path, begun: Begun, latents: dict[str, Any], conf
 def summarise(folder: Path, manifest: dict[str, Any], encoded: int) -> Summary:
     """What a set holds, and how much of it this run has made."""
     counts = manifest["counts"]
-    named = {name: counts.get(name, {}) for name in ("set_aside", "filtered", "notes")}
+    named = {name: counts.get(name, {}) for name in ("set_aside", "filtered", "notes", "by_source")}
     return Summary(folder, counts["samples"], len(manifest["shards"]), **named, encoded=encoded)

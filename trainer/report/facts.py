@@ -23,7 +23,7 @@ from trainer.data.index import Index, read_raw_latents
 from trainer.data.plan import Plan, Unit
 from trainer.data.post import Post
 from trainer.data.shards import Row
-from trainer.data.sources import Reject, iterate_sources
+from trainer.data.sources import iterate_sources
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.model.latents import read_latent_scale, scale_latents
@@ -92,6 +92,11 @@ class Report:
     @property
     def set_aside(self) -> dict[str, int]:
         return self.index.manifest.get("counts", {}).get("set_aside", {})
+
+    @property
+    def remarks(self) -> dict[str, dict[str, int]]:
+        """What sources said of inputs that were not set aside, by source and kind."""
+        return self.index.manifest.get("counts", {}).get("by_source", {})
 
 
 def walk_run(plan: Plan, steps: int) -> RunFacts:
@@ -199,7 +204,7 @@ def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[st
     found: dict[str, Post] = {}
     try:
         for item in tqdm(iterate_sources(config.data), "find images", unit="post", disable=not progress):
-            if not isinstance(item, Reject) and item.key in keys:
+            if isinstance(item, Post) and item.key in keys:
                 found[item.key] = item
                 if len(found) == len(keys):
                     break

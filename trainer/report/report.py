@@ -131,9 +131,17 @@ def summarise(report: Report) -> str:
         "enlarged": f"{count_enlarged(report) / images:.1%} of the images",
         "captions": tell_lengths_shortly(report),
         "set aside": ", ".join(f"{count:,} {reason}" for reason, count in report.set_aside.items()) or "none",
+        **({"noted": tell_remarks_shortly(report)} if report.remarks else {}),
         "duplicates": f"{report.duplicates.images:,} images in {report.duplicates.groups:,} groups",
     }
     return "\n".join(lines + [f"{name:>10}: {text}" for name, text in told.items()])
+
+
+def tell_remarks_shortly(report: Report) -> str:
+    """What sources said of their inputs, in one line."""
+    return ", ".join(
+        f"{count:,} {kind} ({source})" for source, kinds in report.remarks.items() for kind, count in kinds.items()
+    )
 
 
 def tell_lengths_shortly(report: Report) -> str:

@@ -258,14 +258,19 @@ def tell_sample(sample: Sample) -> Html:
 def tell_set_aside(report: Report) -> Iterator[Html]:
     """What preparation left out, noted or filtered, as the manifest counts it."""
     counts: dict[str, Any] = report.index.manifest.get("counts", {})
-    groups = {name: group for name, group in counts.items() if isinstance(group, dict) and group}
+    groups = {
+        name: group for name, group in counts.items() if isinstance(group, dict) and group and name != "by_source"
+    }
     if not report.set_aside:
         yield paragraph("Nothing was set aside.")
     for name, group in groups.items():
         yield bars("reason", list(group.items()), counts.get("inputs", 0), name.replace("_", " ").capitalize())
-    if groups:
+    for source, kinds in report.remarks.items():  # of what need not be an input: no share
+        yield bars("remark", list(kinds.items()), 0, f"Noted in {source}", "count")
+    if groups or report.remarks:
         yield paragraph(
-            f"{QUARANTINE_NAME} and {NOTES_NAME} beside the shards name each input. Shares are of "
+            f"{QUARANTINE_NAME} beside the shards names each input, {NOTES_NAME} each or, of what is noted in a "
+            f"source, the first of each kind. Shares are of "
             f"{number(counts.get('inputs', 0))} inputs."
         )
 

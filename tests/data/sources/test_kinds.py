@@ -22,7 +22,8 @@ from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import BadImage, read_bytes, read_header, stat_image
 from trainer.data.post import Post, TableCell, TarMember
-from trainer.data.sources import Reject, iterate_sources
+from trainer.data.sources import iterate_sources
+from trainer.data.sources.records import Reject
 
 DEMO = REPOSITORY / "demo"
 RECORDS = [json.loads(line) for line in (DEMO / "posts.jsonl").read_text().splitlines()][:12]

@@ -15,7 +15,8 @@ from trainer.config.schema import Config, DataConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.post import Post
-from trainer.data.sources import Reject, iterate_sources
+from trainer.data.sources import iterate_sources
+from trainer.data.sources.records import Reject
 from trainer.prepare.prepare import prepare
 from trainer.report.facts import draw_original, find_images
 

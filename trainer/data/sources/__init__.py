@@ -8,18 +8,17 @@ from pathlib import Path
 
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
-from trainer.data.post import Post
 from trainer.data.sources.folders import ImageFolder, list_images
 from trainer.data.sources.hub_datasets import iterate_dataset
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
-from trainer.data.sources.records import Reject
+from trainer.data.sources.records import Item
 from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
 
 
-def iterate_sources(data: DataConfig) -> Iterator[Post | Reject]:
-    """All posts of all sources, in order.
+def iterate_sources(data: DataConfig) -> Iterator[Item]:
+    """All posts of all sources, in order, and between them what sources say of other inputs.
 
     Raises:
         UserError: when a source cannot be read at all, naming its key in the config.
@@ -47,7 +46,7 @@ def name_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     return [("data.posts", SourceConfig("posts", file, data.images)) for file in data.posts]
 
 
-def iterate_source(source: SourceConfig, folders: dict[str, ImageFolder]) -> Iterator[Post | Reject]:
+def iterate_source(source: SourceConfig, folders: dict[str, ImageFolder]) -> Iterator[Item]:
     """The posts of one source, of whatever kind."""
     path = Path(source.path)
     match source.kind:

@@ -20,6 +20,24 @@ class Reject:
     detail: str
 
 
+@dataclass(frozen=True)
+class Remark:
+    """So many of a source's inputs that are neither a post nor set aside, such as files that no one reads.
+
+    A source yields as many as it likes; they are summed by source and kind. They are no inputs: neither
+    data.max_bad_fraction nor the number of inputs knows them.
+    """
+
+    source: str  # what its source is called
+    kind: str  # a few words to count by, without names or numbers of single inputs
+    count: int = 1
+    origin: str = ""  # an example: file and line, or relative path
+    detail: str = ""  # what is to be known of it
+
+
+Item = Post | Reject | Remark  # what sources yield
+
+
 class BadRecord(Exception):
     """Why a record is set aside: (reason, detail)."""
 

@@ -1,0 +1,41 @@
+"""What the sources say beside posts and rejects: each remark counted by source and kind, the first few of a kind kept.
+
+Two things make a remark. A ``Post`` carries ``notes``: what of its record could not be taken as it is, and did not cost
+the post. A source yields a ``Remark``: so many inputs that are neither a post nor set aside. The counts go into the
+manifest (``counts.by_source``, only where there are any), to the terminal and to the page; examples into notes.jsonl.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.data.post import Post
+from trainer.data.sources.records import Remark
+
+MAX_EXAMPLES = 20  # of one kind and source: a million posts may share one fault, and the count says so
+
+
+@dataclass
+class Remarks:
+    """What was said so far."""
+
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # source -> kind -> how many
+    examples: list[dict[str, Any]] = field(default_factory=list)  # lines of notes.jsonl
+
+    def add(self, item: Post | Remark) -> None:
+        """Count a remark, or all notes of a post."""
+        if isinstance(item, Remark):
+            self._count(item.source, item.kind, item.count, {"key": None, "origin": item.origin}, item.detail)
+            return
+        for note in item.notes:
+            self._count(item.source, note.kind, 1, {"key": item.key, "origin": item.origin}, note.detail)
+
+    def _count(self, source: str, kind: str, count: int, where: dict[str, Any], detail: str) -> None:
+        kinds = self.counts.setdefault(source, {})
+        if kinds.get(kind, 0) < MAX_EXAMPLES:
+            self.examples.append({**where, "note": kind, "source": source, "detail": detail})
+        kinds[kind] = kinds.get(kind, 0) + count
+
+
+def tell_remarks(counts: dict[str, dict[str, int]]) -> list[str]:
+    """Counts by source and kind, a line each."""
+    return [f"{source}: {kind}: {count}" for source, kinds in counts.items() for kind, count in kinds.items()]
