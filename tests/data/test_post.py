@@ -69,6 +69,8 @@ def test_what_is_missing_is_none() -> None:
         ({"created_at": "2021-01-01T00:00:00Z", "media_asset": {}}, 2021),
         ({"created_at": "2021-01-01T00:00:00Z", "media_asset": {"created_at": "soon"}}, 2021),
         ({"created_at": "the year 2021"}, None),
+        ({"created_at": "the year 2021", "date": "2008-06-12 15:29:13"}, 2008),  # gallery-dl's own
+        ({"create_date": "2008-06-13T00:29:13+09:00"}, 2008),  # pixiv's
     ],
 )
 def test_year(dates: dict, year: int | None) -> None:
@@ -83,27 +85,66 @@ def test_uncategorised_tags_count_as_general() -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"score": "12"}, "score"),
-        ({"score": True}, "score"),
-        ({"score": 2**31}, "score"),
         ({"rating": "x"}, "rating"),
-        ({"rating": 1}, "rating"),
-        ({"created_at": 1234567890}, "created_at"),
-        ({"media_asset": "x"}, "media_asset"),
-        ({"image_width": 0}, "image_width"),
+        ({"rating": 1}, "rating must be text"),
         ({"tag_string_general": 7}, "tag_string_general"),
-        ({"tags_general": ["long hair"]}, "tags_general"),
         ({"tags_general": [1]}, "tags_general"),
+        ({"tags": "['1girl', 'solo']"}, "a list written as text"),
         ({"caption": []}, "caption"),
         ({"tag_string_general": "\ud800"}, "tag_string_general"),
         ({"id": 1.5}, "id"),
         ({"id": True}, "id"),
         ({"id": ""}, "id"),
+        ({"id": float("inf")}, "id"),
     ],
 )
 def test_wrong_values_are_told_by_name(wrong: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         read({"id": 1, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"score": "many"}, "unreadable score"),
+        ({"score": True}, "unreadable score"),
+        ({"score": 5.5}, "unreadable score"),
+        ({"score": 2**31}, "unreadable score"),
+        ({"score": float("inf")}, "unreadable score"),
+        ({"score": {"total": []}}, "unreadable score.total"),
+        ({"created_at": "the year 2021"}, "unreadable created_at"),
+        ({"created_at": 12}, "unreadable created_at"),
+        ({"media_asset": "x"}, "unreadable media_asset"),
+        ({"media_asset": {"created_at": "soon"}}, "unreadable media_asset.created_at"),
+        ({"image_width": 0}, "unreadable image_width"),
+        ({"height": "tall"}, "unreadable height"),
+        ({"aesthetic": float("-inf")}, "unreadable aesthetic"),
+        ({"comment": "\ud800"}, "unreadable comment"),
+        ({"\ud800": 1}, "unreadable \\ud800"),
+    ],
+)
+def test_an_optional_field_never_costs_the_post(wrong: dict, kind: str) -> None:
+    post = read({"id": 1, "tags": "a", **wrong})
+    assert (post.key, post.tags_general, post.score, post.year, post.stated_width) == ("1", "a", None, None, None)
+    assert [note.kind for note in post.notes] == [kind] and post.extra == {"id": 1} | {
+        name: value for name, value in wrong.items() if name in ("created_at", "height") or value == "x"
+    }  # fmt: skip
+    (note,) = post.notes
+    assert (note.kind + note.detail).encode() and note.detail.startswith(kind.removeprefix("unreadable "))
+
+
+def test_what_tables_write_for_missing_is_missing() -> None:
+    nan = float("nan")
+    wrong = {"score": nan, "created_at": nan, "rating": nan, "caption": nan, "tags_general": nan, "image_width": "",
+             "aesthetic": nan, "media_asset": nan, "tags_artist": "x"}  # fmt: skip
+    post = read(wrong | {"id": nan, "score": "None"}, key="file")
+    assert (post.key, post.notes, post.extra, post.tags_artist) == ("file", (), {}, "x")
+    assert (post.score, post.year, post.rating, post.caption, post.tags_general) == (None, None, None, None, None)
+
+
+def test_whole_floats_are_whole() -> None:
+    post = read({"id": 5.0, "score": 7.0, "image_width": "128", "image_height": 64.0})
+    assert (post.key, post.score, post.stated_width, post.stated_height) == ("5", 7, 128, 64)
 
 
 @pytest.mark.parametrize("record", [[], "x", None, {}])

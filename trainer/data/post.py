@@ -1,26 +1,44 @@
-"""Post: one Danbooru-like record, as the site's JSON or gallery-dl spells it. Nothing in it is repaired.
+"""Post: one record of Danbooru or another site, as the site's JSON, a dump or gallery-dl spells it.
+
+Tags, caption and rating decide under which words an image is learnt: where one of them cannot be read, the post is set
+aside. Score, dates, sizes and all other fields are optional: where one cannot be read, it is left out and noted.
 
 Where its image lies is a small value that pickles: a file, a stretch of a tar, or a cell of an Arrow file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
+
+from trainer.data.fields import (
+    Note,
+    check_text,
+    holds_html,
+    is_missing,
+    is_nan,
+    is_unicode,
+    parse_int32,
+    parse_side,
+    parse_year,
+    read_optional,
+    read_text,
+    show_text,
+    show_value,
+)
+from trainer.data.sites import Site, find_site, has_several_files, read_id, read_rating
+from trainer.data.tag_fields import read_tags
 
 Scalar = str | int | float | bool
 SCALARS = (str, int, float, bool)  # a tuple: isinstance takes three times as long over a union
 
-TAG_CATEGORIES = ("general", "character", "copyright", "artist", "meta")
-TAG_FIELDS = [f"{stem}_{category}" for stem in ("tag_string", "tags") for category in TAG_CATEGORIES]
-RATINGS = {"general": "g", "sensitive": "s", "questionable": "q", "explicit": "e"}
 MAX_EXTRA_LENGTH = 200  # characters of a text kept in `extra`; longer ones are prose, which no rule of ours reads
 # fields that have a place of their own in Post, or repeat one
 TOLD_ELSEWHERE = {"caption", "rating", "score", "image_width", "image_height", "file", "tags", "tag_string"}
-INT32 = range(-(2**31), 2**31)  # what the index's columns hold
+DATE_FIELDS = ("created_at", "create_date", "date")  # Danbooru's and others'; pixiv's; gallery-dl's own
 
 
 @dataclass(frozen=True)
@@ -42,13 +60,6 @@ class TableCell:
 
 
 ImagePlace = Path | TarMember | TableCell
-
-
-class Note(NamedTuple):
-    """What of a record could not be taken as it is, and did not cost the post."""
-
-    kind: str  # a few words to count by, the same for all posts with this fault: "unreadable score"
-    detail: str  # field and value
 
 
 @dataclass(frozen=True)
@@ -80,46 +91,46 @@ def read_post(
     """The Post of one decoded JSON record.
 
     Args:
-        key: used where the record has no id.
+        key: used where the record has no id of its own.
         caption: a finished one from a sidecar; it wins over the record's own ``caption``.
 
     Raises:
-        ValueError: when a field has the wrong type or value; the caller sets the post aside.
+        ValueError: when there is nothing to call it by, or tags, caption or rating cannot be read; the caller sets the
+            post aside.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"a post must be a JSON object, not {type(record).__name__}")
     own_key = read_key(record) or key
     if own_key is None:
         raise ValueError("neither id nor file: nothing to call this post by")
-    tags: dict[str, Any] = {f"tags_{category}": read_tags(record, category) for category in TAG_CATEGORIES}
+    site = find_site(record)
+    notes: list[Note] = []
+    tags: dict[str, Any] = {f"tags_{category}": value for category, value in read_tags(record, notes).items()}
     return Post(
         key=own_key,
         source=check_text("source", source),
-        caption=caption if caption is not None else read_text(record, "caption"),
-        rating=read_rating(record.get("rating")),
-        score=read_int(record, "score"),
-        year=read_year(record),
+        caption=caption if caption is not None else read_caption(record, site, notes),
+        rating=read_rating(record),
+        score=read_score(record, site, notes),
+        year=read_year(record, notes),
         **tags,
-        stated_width=read_side(record, "image_width"),
-        stated_height=read_side(record, "image_height"),
-        extra=read_extra(record),
+        stated_width=read_side(record, "width", notes),
+        stated_height=read_side(record, "height", notes),
+        extra=read_extra(record, notes),
         image=image,
         origin=origin or source,
+        notes=tuple(notes),
     )
 
 
 def read_key(record: Mapping[str, Any]) -> str | None:
-    """The key of a record's ``id``, or None where it has none.
+    """The key of a record's ``id``; None where it has none, or where several files share it.
 
     Raises:
         ValueError: when the id is neither a whole number nor text.
     """
-    post_id = record.get("id")
-    if post_id is None:
-        return None
-    if isinstance(post_id, bool) or not isinstance(post_id, int | str) or post_id == "":
-        raise ValueError(f"id must be a whole number or text, not {post_id!r}")
-    return encode_key(check_text("id", str(post_id)))
+    post_id = read_id(record)
+    return None if post_id is None or has_several_files(record) else encode_key(post_id)
 
 
 def encode_key(name: str | bytes) -> str:
@@ -132,104 +143,67 @@ def encode_key(name: str | bytes) -> str:
     return quote(name, safe="").replace(".", "%2E")
 
 
-def read_rating(value: Any) -> str | None:
-    """g, s, q or e from a letter or a word; None stays None."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(f"rating must be text, not {value!r}")
-    letter = RATINGS.get(value, value)
-    if letter not in RATINGS.values():
-        raise ValueError(f"rating {value!r} is none of {', '.join(RATINGS.values())} or {', '.join(RATINGS)}")
-    return letter
+def read_caption(record: Mapping[str, Any], site: Site, notes: list[Note]) -> str | None:
+    """The record's finished caption; what an uploader wrote about the image is none."""
+    text = read_text("caption", record.get("caption"))
+    if not text or not (site.caption_is_prose or holds_html(text)):
+        return text
+    kind = "HTML, which is no caption" if holds_html(text) else "uploader's text, which is no caption"
+    notes.append(Note(kind, f"caption: {show_value(text)}"))
+    return None
 
 
-def read_year(record: Mapping[str, Any]) -> int | None:
-    """The year of ``media_asset.created_at``, else of ``created_at``; None where neither is a date."""
+def read_score(record: Mapping[str, Any], site: Site, notes: list[Note]) -> int | None:
+    """The score; of e621's, which has parts, the total, and of a site that has none what stands for it."""
+    value = record.get("score")
+    if isinstance(value, Mapping):
+        return read_optional(parse_int32, "score.total", value.get("total"), notes)
+    if is_missing(value) and site.score is not None and not is_missing(record.get(site.score)):
+        notes.append(Note(f"{site.score} taken as score", f"{site.score}: {show_value(record[site.score])}"))
+        return read_optional(parse_int32, site.score, record[site.score], notes)
+    return read_optional(parse_int32, "score", value, notes)
+
+
+def read_year(record: Mapping[str, Any], notes: list[Note]) -> int | None:
+    """The year of ``media_asset.created_at``, else of the first of DATE_FIELDS that is a date; None where none is."""
     asset = record.get("media_asset")
-    if asset is not None and not isinstance(asset, Mapping):
-        raise ValueError(f"media_asset must be an object, not {asset!r}")
-    for name, holder in (("media_asset.created_at", asset or {}), ("created_at", record)):
-        text = holder.get("created_at")
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{name} must be text, not {text!r}")
-        try:
-            return datetime.fromisoformat((text or "").removesuffix(" UTC")).year
-        except ValueError:
-            continue
+    nested = (
+        ("media_asset.created_at", asset.get("created_at")) if isinstance(asset, Mapping) else ("media_asset", asset)
+    )
+    for name, value in (nested, *((name, record.get(name)) for name in DATE_FIELDS)):
+        if (year := read_optional(parse_year, name, value, notes)) is not None:
+            return year
     return None
 
 
-def read_tags(record: Mapping[str, Any], category: str) -> str | None:
-    """One category's tags as a string: Danbooru's ``tag_string_*``, or gallery-dl's ``tags_*`` lists.
-
-    A record without any category has its uncategorised tags read as general ones.
-    """
-    names = [f"tag_string_{category}", f"tags_{category}"]
-    if category == "general" and not any(record.get(name) for name in TAG_FIELDS):
-        names += ["tag_string", "tags"]
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, list):
-            return join_tags(name, value)
-        if value is not None:
-            return read_text(record, name)
-    return None
+def read_side(record: Mapping[str, Any], side: str, notes: list[Note]) -> int | None:
+    """A stated width or height in pixels: Danbooru's ``image_width``, others' ``width``, e621's ``file.width``."""
+    for name in (f"image_{side}", side):
+        if not is_missing(record.get(name)):
+            return read_optional(parse_side, name, record[name], notes)
+    file = record.get("file")
+    return read_optional(parse_side, f"file.{side}", file.get(side), notes) if isinstance(file, Mapping) else None
 
 
-def join_tags(name: str, tags: list[Any]) -> str:
-    """A list of tags as Danbooru's string, each tag one word."""
-    for tag in tags:
-        if not isinstance(tag, str) or not tag or " " in tag:
-            raise ValueError(f"{name} must be a list of words (spaces written as _), but holds {tag!r}")
-    return check_text(name, " ".join(tags))
-
-
-def read_text(record: Mapping[str, Any], name: str) -> str | None:
-    """A text field, or None."""
-    value = record.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} must be text, not {value!r}")
-    return None if value is None else check_text(name, value)
-
-
-def check_text(name: str, text: str) -> str:
-    """The same text, if UTF-8 can hold it: JSON can spell half a surrogate pair, Arrow and tar cannot."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} is not valid Unicode: {text!r}") from error
-    return text
-
-
-def read_int(record: Mapping[str, Any], name: str) -> int | None:
-    """A whole number that an int32 column holds, or None."""
-    value = record.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value not in INT32:
-        raise ValueError(f"{name} must be a whole number of 32 bits, not {value!r}")
-    return value
-
-
-def read_side(record: Mapping[str, Any], name: str) -> int | None:
-    """A stated width or height in pixels, or None."""
-    side = read_int(record, name)
-    if side is not None and side <= 0:
-        raise ValueError(f"{name} must be above 0, not {side}")
-    return side
-
-
-def read_extra(record: Mapping[str, Any]) -> dict[str, Scalar]:
+def read_extra(record: Mapping[str, Any], notes: list[Note]) -> dict[str, Scalar]:
     """The small scalar fields that have no place of their own, by name in sorted order; links are left out."""
     extra: dict[str, Scalar] = {}
     for name in sorted(record):
         value = record[name]
         if not isinstance(value, SCALARS) or is_told_elsewhere(name) or len(str(value)) > MAX_EXTRA_LENGTH:
             continue
-        extra[check_text("a field's name", name)] = check_text(name, value) if isinstance(value, str) else value
+        if is_storable(name) and is_storable(value):
+            extra[name] = value
+        elif not is_nan(value):
+            notes.append(Note(f"unreadable {show_text(name)}", f"{show_text(name)}: {show_value(value)}"))
     return extra
+
+
+def is_storable(value: Scalar) -> bool:
+    """Whether JSON and UTF-8 can hold a value."""
+    if isinstance(value, str):
+        return is_unicode(value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @lru_cache(maxsize=1024)  # records of one source have the same names

@@ -10,7 +10,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import write_text
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
-from trainer.data.post import TAG_CATEGORIES
+from trainer.data.sites import TAG_CATEGORIES
 from trainer.report.facts import Report, find_models, show_samples, walk_run
 from trainer.report.page import GENERATOR, page
 from trainer.report.sections import (

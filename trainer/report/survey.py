@@ -16,8 +16,8 @@ from tqdm import tqdm
 from trainer.config.schema import CaptionsConfig
 from trainer.core.rng import rng
 from trainer.data.captions import column_tags, compose_caption, draw_caption, quality_tag, year_tag
-from trainer.data.post import TAG_CATEGORIES
 from trainer.data.shards import Row
+from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.tokens import TextTokenizer
 
 CAPTION_COLUMNS = ("caption", "rating", "score", "year", "extra", *(f"tags_{name}" for name in TAG_CATEGORIES))

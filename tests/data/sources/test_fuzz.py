@@ -165,10 +165,7 @@ def test_any_metadata_of_sd_scripts(fenced: Path, entries: dict[str, Any]) -> No
     (fenced / "images").mkdir(exist_ok=True)
     (fenced / "images" / "a.png").write_bytes(PNG)
     (fenced / "meta.json").write_text(json.dumps(entries))
-    try:
-        judge(iterate_kohya(fenced / "meta.json", list_images(fenced / "images"), "s"))
-    except UserError as error:
-        assert "is not JSON" in str(error)  # NaN
+    judge(iterate_kohya(fenced / "meta.json", list_images(fenced / "images"), "s"))
 
 
 def test_damaged_parquet(fenced: Path) -> None:

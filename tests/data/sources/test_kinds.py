@@ -127,21 +127,14 @@ def test_parquet_of_gallery_dl(tmp_path: Path) -> None:
     table = table.append_column("aesthetic", pa.array([0.5, None, 1.0, 1.0, 1.0]))
     pq.write_table(table, tmp_path / "p.parquet")
     items = iterate(SourceConfig("posts", str(tmp_path / "p.parquet"), str(DEMO / "images"), name="mine"))
-    assert told(items) == ["1", "2", "outside_folder", "bad_record", "bad_record"]
-    one, two, three, *_ = items
-    assert isinstance(one, Post) and isinstance(two, Post)
+    assert told(items) == ["1", "2", "outside_folder", "4", "bad_record"]
+    one, two, three, four, _ = items
+    assert isinstance(one, Post) and isinstance(two, Post) and isinstance(four, Post)
+    assert four.tags_general == "a_b"
     assert (one.year, one.tags_general, one.rating, one.source) == (2019, "1girl solo", "g", "mine")
     assert one.extra == {"aesthetic": 0.5, "id": 1, "created_at": "2019-05-01T12:00:00+00:00"}
     assert (two.year, two.tags_general, two.extra) == (None, None, {"id": 2})
     assert three.origin == "p.parquet row 3"
-
-
-def test_nan_in_parquet_is_set_aside(tmp_path: Path) -> None:
-    rows = {"id": [1, 2], "file": [FILES[0].name] * 2, "aesthetic": [float("nan"), 1.0]}
-    pq.write_table(pa.table(rows), tmp_path / "p.parquet")
-    items = iterate(SourceConfig("posts", str(tmp_path / "p.parquet"), str(DEMO / "images")))
-    assert told(items) == ["bad_record", "2"]
-    assert isinstance(items[0], Reject) and "aesthetic must be a finite number" in items[0].detail
 
 
 # --- sidecars
@@ -399,16 +392,18 @@ def test_metadata_of_sd_scripts(tmp_path: Path) -> None:
         "/etc/passwd": {"caption": "x"},
         "../secret": {"caption": "x"},
         "./a.png": {"caption": 5},
+        "c.png": {"tags": ["1girl", "long hair"]},
         "deep/b": "text",
     }
     (tmp_path / "meta.json").write_text(json.dumps(entries))
     items = iterate(SourceConfig("kohya", str(tmp_path / "meta.json"), str(images)))
     assert told(items) == [
         "a%2Epng", "deep%2Fb%2Epng", "image_ambiguous", "c%2Ewebp", "d%2Ee%2Epng", "deep%2Fc2%2Ejpg", "x%2Fy%2Epng",
-        "y%2Epng", "image_missing", "outside_folder", "outside_folder", "bad_record", "bad_record",
+        "y%2Epng", "image_missing", "outside_folder", "outside_folder", "bad_record", "c%2Epng", "bad_record",
     ]  # fmt: skip
     captions = [item.caption for item in items if isinstance(item, Post)]
-    assert captions == ["a girl,1girl, solo", "1girl, solo", "first line", "", "", "only", "two of them"]
+    assert captions == ["a girl,1girl, solo", "1girl, solo", "first line", "", "", "only", "two of them",
+                        "1girl, long hair"]  # fmt: skip
     assert items[0].origin == "meta.json: a" and all(item.stated_width is None for item in items[:1])
 
 

@@ -1,12 +1,13 @@
 """Folders of images: what lies in them, listed once, and what a name in a record leads to. No name leads out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from trainer.core.errors import UserError
+from trainer.data.sites import image_stems
 from trainer.data.sources.records import BadRecord, show_name
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -133,24 +134,24 @@ def check_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def find_image(record: dict[str, Any], key: str | None, images: ImageFolder) -> Path:
-    """A record's image: by its ``file``, a path relative to the folder, or else by its id.
+def find_image(record: dict[str, Any], images: ImageFolder) -> Path:
+    """A record's image: by its ``file``, a path relative to the folder, or else by its id or gallery-dl's filename.
 
     Raises:
         BadRecord: when there is none, more than one, or it lies outside the folder.
     """
     file = record.get("file")
-    if file is not None:
+    if file is not None and not isinstance(file, Mapping):  # e621 has facts of the file there
         if not isinstance(file, str) or not file:
             raise BadRecord("bad_record", f"file must be a path as text, not {file!r}")
         return images.place(file)
-    if key is None:
+    stems = image_stems(record)
+    if not stems:
         raise BadRecord("bad_record", "neither id nor file: no way to find its image")
-    found = images.find(str(record["id"]))
+    found = next((names for stem in stems if (names := images.find(stem))), [])
+    called = " or ".join(stems)
     if not found:
-        raise BadRecord("image_missing", f"no image is called {record['id']} and one of {', '.join(EXTENSIONS)}")
+        raise BadRecord("image_missing", f"no image is called {called} and one of {', '.join(EXTENSIONS)}")
     if len(found) > 1:
-        raise BadRecord(
-            "image_ambiguous", f"id {record['id']} has several images: {show_name(', '.join(sorted(found)))}"
-        )
+        raise BadRecord("image_ambiguous", f"{called} has several images: {show_name(', '.join(sorted(found)))}")
     return images.place(found[0])

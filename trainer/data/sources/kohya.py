@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
+from trainer.data.fields import read_text
 from trainer.data.post import Post, encode_key, read_post
 from trainer.data.sources.folders import ImageFolder, stem_or_id
 from trainer.data.sources.records import BadRecord, Reject, parse_record, show_name
@@ -50,12 +51,10 @@ def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: st
 
 def join_caption(entry: dict[str, Any]) -> str:
     """caption and tags joined by sd-scripts' separator; of several lines it trains on the first."""
-    parts = []
-    for name in ("caption", "tags"):
-        text = entry.get(name)
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{name} must be text, not {text!r}")
-        parts += [text] if text else []
+    tags = entry.get("tags")
+    if isinstance(tags, list):  # which sd-scripts does not write, but other taggers do
+        tags = ", ".join(text for tag in tags if (text := read_text("a tag", tag)))
+    parts = [text for text in (read_text("caption", entry.get("caption")), read_text("tags", tags)) if text]
     return CAPTION_SEPARATOR.join(parts).split("\n")[0].strip()
 
 

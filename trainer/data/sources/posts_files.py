@@ -1,9 +1,9 @@
 """Posts files, JSONL or Parquet, whose images lie in a folder."""
 
-import math
 import os
 from collections.abc import Iterator
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,8 +72,8 @@ def read_record(line: bytes | dict[str, Any], source: str, origin: str, images: 
     try:
         record = parse_record(line) if isinstance(line, bytes) else plain_values(line)
         key = read_key(record)
-        path = find_image(record, key, images)
-        # a file name is as good a key as an id
+        path = find_image(record, images)
+        # a file name is as good a key as an id, and the only one where several files are of one post
         own_key = key or encode_key(os.fsencode(path.relative_to(images.path)))
         return read_post(record, source=source, image=path, origin=origin, key=own_key)
     except BadRecord as error:
@@ -83,16 +83,16 @@ def read_record(line: bytes | dict[str, Any], source: str, origin: str, images: 
 
 
 def plain_values(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table as JSON would hold it: dates as ISO text, and no NaN, which JSON does not have."""
-    return {name: plain_value(name, value) for name, value in row.items()}
+    """A row of a table as JSON would hold it: dates as ISO text, decimals as numbers."""
+    return {name: plain_value(value) for name, value in row.items()}
 
 
-def plain_value(name: str, value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     match value:
         case date():  # a datetime is one
             return value.isoformat()
         case dict():
             return plain_values(value)
-        case float() if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number or null, not {value}")
+        case Decimal():
+            return int(value) if value == value.to_integral_value() else float(value)
     return value
