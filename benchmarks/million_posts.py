@@ -69,7 +69,7 @@ def read_only(folder: Path) -> str:
 def survey(folder: Path, filters: FiltersConfig) -> Inputs:
     work = Work(folder / "work")
     make_folders(work)
-    return survey_inputs(read_posts(folder), filters, work.inputs)
+    return survey_inputs(read_posts(folder), filters, "|||", work.inputs)
 
 
 def survey_filtered(folder: Path) -> str:

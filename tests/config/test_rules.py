@@ -86,6 +86,9 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["run.num_processes=4"], "run.num_processes", "4 processes x data.micro_batch_size 16 = 64 does not divide"),
     *[([f"captions.keep_tokens_separator='{text}'"], "captions.keep_tokens_separator", "some text without commas")
       for text in ("", "  ", "a,b")],
+    *[([f"captions.{words}"], "captions.keep_tokens_separator", "occurs in the tag") for words in (
+        "ratings={g: 'a ||| b'}", "quality=[{tag: 'a|||b'}]", "years=[{first: 2000, last: 2001, tag: 'a|||'}]",
+        "columns=[{column: a, tag: '|||', above: 1}]", "keep_tokens_separator=nsfw")],
     (["captions.keep_tokens=1", "captions.shuffle=false"], "captions.keep_tokens", "has no effect without"),
     (["captions.ratings={general: safe}"], "captions.ratings", "is g, s, q or e, never general"),
     (["captions.quality=[{tag: a, min_score: 5}, {tag: b, min_score: 5}]"], "captions.quality", "the same min_score"),

@@ -137,6 +137,23 @@ def test_underscores_and_parentheses() -> None:
     assert split_tags(None, RECIPE) == split_tags("", RECIPE) == []
 
 
+@pytest.mark.parametrize(
+    ("separator", "tag", "shown"),
+    [
+        ("|||", "a|||b", "a | | | b"), ("|||", "|||", "| | |"), ("|||", "|||||", "| | | ||"), ("|||", ":|", ":|"),
+        ("<sep>", "a_<sep>_b", "a < s e p > b"), ("|", "sad_:|", ""), ("a b", "x_a_b", ""), (" | ", "a_|_b", ""),
+    ],
+)  # fmt: skip
+def test_a_separator_inside_a_tag_does_not_cut_the_caption(separator: str, tag: str, shown: str) -> None:
+    rules = with_rules(keep_tokens_separator=separator, shuffle=False)
+    for field in ("tags_character", "tags_general"):
+        caption = compose(rules, **{"tags_artist": "zun", "tags_meta": "highres", field: tag})
+        assert caption.count(separator) == 1
+        drawn = draw(caption, rules).split(", ")
+        own = [shown] if shown else []
+        assert drawn == ([*own, "zun", "highres"] if field == "tags_character" else ["zun", *own, "highres"])
+
+
 @pytest.mark.parametrize("finished", ["a cat, on a mat", "x ||| y ||| z", ""])
 def test_a_finished_caption_wins(finished: str) -> None:
     assert compose(caption=finished, tags_general="1girl", rating="e", score=5) == finished

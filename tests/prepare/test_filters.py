@@ -101,6 +101,25 @@ def test_duplicates_are_reported_even_if_they_stay(config: Config, tmp_path: Pat
     assert note == {"key": "7", "origin": "posts.jsonl line 7", "note": "duplicate", "of": "2"}
 
 
+def test_filters_cut_finished_captions_at_the_configured_separator(config: Config, tmp_path: Path) -> None:
+    post = {"id": 6, "file": "6.png", "caption": "1girl <sep> long hair, a|||b <sep> comic"}
+    (tmp_path / "posts.jsonl").write_text(json.dumps(post))
+    data = replace(config.data, posts=[str(tmp_path / "posts.jsonl")], shards=str(tmp_path / "shards"))
+    config = replace(config, data=data, captions=replace(config.captions, keep_tokens_separator="<sep>"))
+    assert filtered(config, required_tags=["1girl", "long_hair", "comic", "a|||b"])[1] == "6"
+    with pytest.raises(UserError, match="1 removed by required_tags"):
+        filtered(config, required_tags=["b"])
+
+
+def test_a_separator_inside_a_tag_is_noted(config: Config, tmp_path: Path) -> None:
+    posts = [{"id": 1, "tag_string_general": "a|||b c", "tag_string_artist": "|||"}, {"id": 2, "tag_string_meta": "||"}]
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    data = replace(config.data, posts=[str(tmp_path / "posts.jsonl")], shards=str(tmp_path / "shards"))
+    assert run(replace(config, data=data)).by_source == {"posts.jsonl": {"separator inside a tag": 1}}
+    (note,) = read_jsonl(tmp_path / "shards" / "notes.jsonl")
+    assert note["key"] == "1" and note["detail"] == "tags_general, tags_artist: |||"
+
+
 def test_nothing_is_left(config: Config, tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, shards=str(tmp_path / "shards")))
     with pytest.raises(UserError, match=r"no sample is left of 7 inputs: 7 removed by min_score"):

@@ -177,6 +177,10 @@ def caption_rules(config: Config) -> Iterator[Broken]:
     captions = config.captions
     if not captions.keep_tokens_separator.strip() or "," in captions.keep_tokens_separator:
         yield ("captions.keep_tokens_separator",), "must be some text without commas"
+    tags = [*captions.ratings.values(), *(rule.tag for rule in captions.quality)]
+    tags += [*(rule.tag for rule in captions.years), *(rule.tag for rule in captions.columns)]
+    if held := [tag for tag in tags if captions.keep_tokens_separator in tag]:
+        yield ("captions.keep_tokens_separator",), f"occurs in the tag {held[0]!r}, which would cut captions there"
     if captions.keep_tokens and not captions.shuffle and not captions.tag_dropout:
         yield ("captions.keep_tokens", "captions.shuffle"), "has no effect without captions.shuffle or tag_dropout"
     if unknown := [rating for rating in captions.ratings if rating not in RATINGS]:

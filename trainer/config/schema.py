@@ -63,6 +63,7 @@ class SourceConfig:
     images: Place | None = free(None)  # posts and kohya: the folder of images
     name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
+    prefix_keys: bool = free(False)  # put the source's name before its keys, where two sites number their posts alike
     split: str | None = None  # dataset: null is train
     revision: str | None = None  # dataset: branch, tag or commit of a hub id
     image_column: str | None = None  # dataset: null is its only column of images
@@ -173,7 +174,8 @@ def default_people() -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    keep_tokens_separator: str = "|||"  # before it fixed, behind it shuffled, behind a second one fixed again
+    # before it fixed, behind it shuffled, behind a second one fixed again; inside a tag it is written with spaces
+    keep_tokens_separator: str = "|||"
     keep_tokens: int = 0  # leading tags kept in place where a caption has no separator
     shuffle: bool = True  # of the free part
     tag_dropout: float = 0.0  # probability of each free tag to be left out

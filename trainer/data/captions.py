@@ -44,8 +44,18 @@ def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
 
 def split_tags(tags: str | None, rules: CaptionsConfig) -> list[str]:
     """Tags at spaces; "_" becomes " " only in tags longer than ``keep_underscore_max_length`` (``^_^`` stays)."""
-    longest = rules.keep_underscore_max_length
-    return [tag if len(tag) <= longest else tag.replace("_", " ") for tag in (tags or "").split()]
+    longest, separator = rules.keep_underscore_max_length, rules.keep_tokens_separator
+    words = [tag if len(tag) <= longest else tag.replace("_", " ") for tag in (tags or "").split()]
+    return [tag if separator not in tag else hide_separator(tag, separator) for tag in words]
+
+
+def hide_separator(tag: str, separator: str) -> str:
+    """A tag that holds the separator, which would cut the caption there: spaces go between the separator's characters.
+
+    Where that does not part them, as with a separator of one character, no tag is left.
+    """
+    hidden = " ".join(tag.replace(separator, f" {' '.join(separator)} ").split())
+    return hidden if separator not in hidden else ""
 
 
 def year_tag(year: int | None, rules: CaptionsConfig) -> str:

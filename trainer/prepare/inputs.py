@@ -67,8 +67,14 @@ class Inputs:
     remarks: Remarks = field(default_factory=Remarks)  # of filtered posts too
 
 
-def survey_inputs(items: Iterable[Item], filters: FiltersConfig, path: Path, progress: bool = False) -> Inputs:
+def survey_inputs(
+    items: Iterable[Item], filters: FiltersConfig, separator: str, path: Path, progress: bool = False
+) -> Inputs:
     """Read all posts once into the table ``path``; filtered ones and remarks are only counted, rejects are kept.
+
+    Args:
+        separator: captions.keep_tokens_separator. It decides what a filter takes for a tag of a finished caption, and
+            nothing of what is prepared.
 
     Raises:
         UserError: when a key occurs twice, naming both places.
@@ -93,12 +99,13 @@ def survey_inputs(items: Iterable[Item], filters: FiltersConfig, path: Path, pro
                     remarks.add(item)
                     continue
                 total += 1
-                if isinstance(item, Post) and item.notes:
+                if isinstance(item, Post):
                     remarks.add(item)
+                    remarks.add_separator(item, separator)
                 record = item if isinstance(item, Reject) else describe(item)
                 if isinstance(record, Reject):
                     set_aside.append(describe_reject(record))
-                elif (name := find_filter(record, filters)) is not None:
+                elif (name := find_filter(record, filters, separator)) is not None:
                     filtered[name] += 1
                 else:
                     records.append(record)
@@ -165,7 +172,7 @@ def describe_reject(reject: Reject) -> dict[str, Any]:
     return asdict(reject) | {"detail": reject.detail.encode(errors="backslashreplace").decode()}
 
 
-def find_filter(row: dict[str, Any], filters: FiltersConfig) -> str | None:
+def find_filter(row: dict[str, Any], filters: FiltersConfig, separator: str) -> str | None:
     """The first filter that removes a post, by its name; ``min_side`` needs the image and is judged later."""
     if filters.min_score is not None and (row["score"] is None or row["score"] < filters.min_score):
         return "min_score"
@@ -176,7 +183,7 @@ def find_filter(row: dict[str, Any], filters: FiltersConfig) -> str | None:
     if filters.last_year is not None and (row["year"] is None or row["year"] > filters.last_year):
         return "last_year"
     if filters.required_tags or filters.forbidden_tags:
-        tags = list_tags(row)
+        tags = list_tags(row, separator)
         if not all(tag.replace("_", " ") in tags for tag in filters.required_tags):
             return "required_tags"
         if any(tag.replace("_", " ") in tags for tag in filters.forbidden_tags):
@@ -184,11 +191,13 @@ def find_filter(row: dict[str, Any], filters: FiltersConfig) -> str | None:
     return None
 
 
-def list_tags(row: dict[str, Any]) -> set[str]:
-    """All tags of a post, with spaces for underscores; of a finished caption what stands between its commas."""
+def list_tags(row: dict[str, Any], separator: str) -> set[str]:
+    """All tags of a post, with spaces for underscores; of a finished caption what stands between its commas, and
+    between the separators that captions are cut at.
+    """
     strings = [value for name, value in row.items() if name.startswith("tags_") and value]
     tags = {tag.replace("_", " ") for string in strings for tag in string.split()}
-    finished = (row["caption"] or "").replace("|||", ",").replace("_", " ").split(",")
+    finished = (row["caption"] or "").replace(separator, ",").replace("_", " ").split(",")
     return tags | {tag.strip() for tag in finished}
 
 
@@ -202,6 +211,11 @@ def refuse_double_keys(table: pa.Table) -> None:
     double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if len(double):
         key = double[0].as_py()
-        first, second, *_ = table.filter(pc.equal(table["key"], key))["origin"].to_pylist()
+        first, second, *_ = table.filter(pc.equal(table["key"], key)).select(["source", "origin"]).to_pylist()
         others = f" ({len(double) - 1} other keys do too)" if len(double) > 1 else ""
-        raise UserError(f"the key {key} occurs twice: {first} and {second}; remove one of the posts{others}")
+        advice = "remove one of the posts"
+        if first["source"] != second["source"]:
+            advice += (
+                f", or, where they are different ones, set prefix_keys: true for {second['source']} in data.sources"
+            )
+        raise UserError(f"the key {key} occurs twice: {first['origin']} and {second['origin']}; {advice}{others}")

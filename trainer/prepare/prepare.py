@@ -202,7 +202,8 @@ def begin(work: Work, folder: Path, latents: dict[str, Any], config: Config, pro
         refuse_others(f"data.shards: {folder}", old.manifest, {"latents": latents})
     sharding, joined = {"samples_per_shard": config.data.samples_per_shard}, old.fingerprint if old else None
     check_settings(work, {"latents": latents, "data": sharding, "joins": joined})
-    inputs = survey_inputs(iterate_sources(config.data), config.filters, work.inputs, progress)
+    separator = config.captions.keep_tokens_separator
+    inputs = survey_inputs(iterate_sources(config.data), config.filters, separator, work.inputs, progress)
     if old is not None and old.manifest["inputs"]["sha256"] == inputs.sha256:
         return summarise(folder, old.manifest, 0)
     if not inputs.total:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.data.post import Post
+from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources.records import Remark
 
 MAX_EXAMPLES = 20  # of one kind and source: a million posts may share one fault, and the count says so
@@ -28,6 +29,13 @@ class Remarks:
             return
         for note in item.notes:
             self._count(item.source, note.kind, 1, {"key": item.key, "origin": item.origin}, note.detail)
+
+    def add_separator(self, post: Post, separator: str) -> None:
+        """Count a post with the separator inside a tag: captions write it with spaces there."""
+        word = separator.replace(" ", "_")
+        if names := [f"tags_{name}" for name in TAG_CATEGORIES if word in (getattr(post, f"tags_{name}") or "")]:
+            where = {"key": post.key, "origin": post.origin}
+            self._count(post.source, "separator inside a tag", 1, where, f"{', '.join(names)}: {separator}")
 
     def _count(self, source: str, kind: str, count: int, where: dict[str, Any], detail: str) -> None:
         kinds = self.counts.setdefault(source, {})

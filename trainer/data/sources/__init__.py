@@ -4,15 +4,17 @@ What cannot be a Post comes out as a Reject, in place; nothing is raised over on
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
+from trainer.data.post import encode_key
 from trainer.data.sources.folders import ImageFolder, list_images
 from trainer.data.sources.hub_datasets import iterate_dataset
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
-from trainer.data.sources.records import Item
+from trainer.data.sources.records import Item, Remark
 from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
 
@@ -28,7 +30,8 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
         try:
             if source.images is not None and source.images not in folders:
                 folders[source.images] = list_images(check_folder(source.images))
-            yield from iterate_source(source, folders)
+            items = iterate_source(source, folders)
+            yield from prefix_keys(items, source.label) if source.prefix_keys else items
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 
@@ -62,6 +65,15 @@ def iterate_source(source: SourceConfig, folders: dict[str, ImageFolder]) -> Ite
         case "kohya":
             assert source.images is not None
             yield from iterate_kohya(path, folders[source.images], source.label)
+
+
+def prefix_keys(items: Iterator[Item], name: str) -> Iterator[Item]:
+    """Items whose keys begin with their source's name and a slash, as if the source were a folder."""
+    for item in items:
+        if isinstance(item, Remark) or item.key is None:
+            yield item
+        else:
+            yield replace(item, key=f"{encode_key(f'{name}/')}{item.key}")
 
 
 def check_folder(name: str) -> Path:
