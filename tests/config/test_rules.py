@@ -43,7 +43,8 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["schedule.lr=cosine_restarts", "schedule.num_cycles=0"], "schedule.num_cycles", "must be at least 1, not 0"),
     (["sampling.guidance_scale=0.5"], "sampling.guidance_scale", "must be at least 1, not 0.5"),
     *[([f"{key}={value}"], key, f"must lie between 0 and 1, not {value}")
-      for key in ("data.max_bad_fraction", "captions.tag_dropout", "captions.caption_dropout")
+      for key in ("data.max_bad_fraction", "data.max_empty_captions", "captions.tag_dropout",
+                  "captions.caption_dropout")
       for value in (-0.1, 1.1)],
     (["schedule.lr=cosine", "schedule.min_lr_ratio=1.1"], "schedule.min_lr_ratio", "between 0 and 1, not 1.1"),
     *[([f"{key}=0"], key, "must be above 0, not 0")
@@ -77,6 +78,9 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         ("kind: tars, path: a, split: train", "split", "has no effect: tars has no split"),
         ("kind: posts, path: a, images: b, revision: c", "revision", "has no effect: posts has no revision"),
         ("kind: tars, path: a, image_column: b", "image_column", "has no effect: tars has no image_column"),
+        ("kind: tars, path: a, strip_prefix: b", "strip_prefix", "has no effect: tars has no strip_prefix"),
+        ("kind: folder, path: a, missing_images: ignore", "missing_images", "has no effect: folder has no missing"),
+        ("kind: posts, path: a, images: b, strip_prefix: ''", "strip_prefix", "must be some text, or null"),
         ("kind: kohya, path: a, images: b, caption_column: c", "caption_column", "has no effect: kohya has no"),
         ("kind: posts, path: a", "images", "missing: posts needs the folder of its images"),
         ("kind: kohya, path: a", "images", "missing: kohya needs the folder of its images"),
@@ -172,7 +176,8 @@ def test_rules(words: list[str], key: str, part: str) -> None:
         ["data.sources=[{kind: folder, path: a, repeats: 1}, {kind: tars, path: a, name: b, repeats: 3}]"],
         [
             "data.sources=[{kind: dataset, path: owner/name, revision: main, split: test, image_column: a,"
-            " caption_column: b}, {kind: posts, path: p.jsonl, images: i}, {kind: kohya, path: m.json, images: i}]"
+            " caption_column: b}, {kind: posts, path: p.jsonl, images: i, missing_images: ignore, caption_column: c},"
+            " {kind: kohya, path: m.json, images: i, missing_images: set_aside, strip_prefix: /old}]"
         ],
         ["captions.years=[]", "captions.quality=[]", "captions.ratings={}", "captions.people=[]"],
         ["publish.repo_id=owner/name", "publish.private=false", "publish.source_url=https://example.org/a/b"],

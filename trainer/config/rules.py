@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from trainer.config.schema import CaptionsConfig, Config
+from trainer.config.schema import CaptionsConfig, Config, SourceConfig
 
 RATINGS = ("g", "s", "q", "e")
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
@@ -40,7 +40,9 @@ AT_LEAST = {
     "checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps "
     "sampling.every_steps sampling.num_inference_steps sampling.guidance_scale",
 }
-SHARES = "data.max_bad_fraction captions.tag_dropout captions.caption_dropout schedule.min_lr_ratio"
+SHARES = (
+    "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout schedule.min_lr_ratio"
+)
 ABOVE_ZERO = "diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"
 
 
@@ -96,10 +98,12 @@ def run_and_model_rules(config: Config) -> Iterator[Broken]:
 
 ONLY_FOR = {  # fields of a source that only some kinds have
     "images": ("posts", "kohya"),
+    "strip_prefix": ("posts", "kohya"),
+    "missing_images": ("posts", "kohya"),
     "split": ("dataset",),
     "revision": ("dataset",),
     "image_column": ("dataset",),
-    "caption_column": ("dataset",),
+    "caption_column": ("dataset", "posts"),
 }
 
 
@@ -124,10 +128,12 @@ def source_rules(config: Config) -> Iterator[Broken]:
             yield (f"{key}.name",), f"{source.label} is the name of data.sources.{other} too: give each its own"
         names.setdefault(source.label, number)
         for field, kinds in ONLY_FOR.items():
-            if getattr(source, field) is not None and source.kind not in kinds:
+            if getattr(source, field) != getattr(SourceConfig, field) and source.kind not in kinds:
                 yield (f"{key}.{field}", f"{key}.kind"), f"has no effect: {source.kind} has no {field}"
         if source.kind in ONLY_FOR["images"] and source.images is None:
             yield (f"{key}.images", f"{key}.kind"), f"missing: {source.kind} needs the folder of its images"
+        if source.strip_prefix == "":
+            yield (f"{key}.strip_prefix",), "must be some text, or null"
         if source.kind == "dataset" and source.revision is not None and Path(source.path).exists():
             yield (f"{key}.revision", f"{key}.path"), "has no effect: the path is a local file or folder"
 

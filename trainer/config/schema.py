@@ -60,14 +60,18 @@ class SourceConfig:
     # posts: a posts file, .jsonl or .parquet; folder: images with sidecars; tars: a webdataset tar or a folder of them;
     # dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
     path: Place = free()
-    images: Place | None = free(None)  # posts and kohya: the folder of images
+    images: Place | None = free(None)  # posts and kohya: the folder of images, or of tars that hold them
+    strip_prefix: str | None = free(None)  # posts and kohya: what file names begin with that is not here
+    # posts and kohya: ignore counts posts without an image apart from what is set aside
+    missing_images: Literal["set_aside", "ignore"] = free("set_aside")
     name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
     prefix_keys: bool = free(False)  # put the source's name before its keys, where two sites number their posts alike
     split: str | None = None  # dataset: null is train
     revision: str | None = None  # dataset: branch, tag or commit of a hub id
     image_column: str | None = None  # dataset: null is its only column of images
-    caption_column: str | None = None  # dataset: the column of finished captions; null is caption, if there is one
+    # dataset and posts: the column or field of finished captions; null: caption, or text or prompt where no tags are
+    caption_column: str | None = None
 
     @property
     def label(self) -> str:
@@ -83,6 +87,7 @@ class DataConfig:
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
     max_bad_fraction: float = free(0.01)  # preparation stops above this share of images set aside
+    max_empty_captions: float = free(0.25)  # and above this share of posts with neither a caption nor tags
     encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size

@@ -31,6 +31,7 @@ from trainer.data.shards import (
     write_index,
 )
 from trainer.data.tables import read_table, take_rows, write_table
+from trainer.prepare.empty_captions import note_empty_captions
 from trainer.prepare.inputs import Inputs
 from trainer.prepare.work import (
     LATENTS_SCHEMA,
@@ -88,7 +89,7 @@ def merge_set(
         filtered["drop_duplicates"] = len(doubles)
         rows, places = np.delete(rows, doubles), np.delete(places, doubles)
     table = join_columns(read_table(work.inputs), stock.latents, rows, places)
-    notes = note_sizes(table) + notes
+    notes = note_sizes(table) + note_empty_captions(table) + notes
     set_aside = inputs.set_aside + [line for each in done for line in each.set_aside]
     filtered = Counter({name: count for name, count in filtered.items() if count})
     if not len(table):

@@ -31,6 +31,7 @@ from trainer.model.latents import describe_numbers
 from trainer.model.sdxl import DTYPES
 from trainer.model.vae import build_vae
 from trainer.prepare.decode import decoders
+from trainer.prepare.empty_captions import check_empty_captions
 from trainer.prepare.encode import Chunk, Encoder, encode_chunk
 from trainer.prepare.inputs import Inputs, survey_inputs
 from trainer.prepare.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
@@ -204,6 +205,7 @@ def begin(work: Work, folder: Path, latents: dict[str, Any], config: Config, pro
     check_settings(work, {"latents": latents, "data": sharding, "joins": joined})
     separator = config.captions.keep_tokens_separator
     inputs = survey_inputs(iterate_sources(config.data), config.filters, separator, work.inputs, progress)
+    check_empty_captions(read_table(work.inputs), config.data.max_empty_captions, inputs.remarks)
     if old is not None and old.manifest["inputs"]["sha256"] == inputs.sha256:
         return summarise(folder, old.manifest, 0)
     if not inputs.total:
@@ -260,8 +262,16 @@ def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, 
     raise UserError(
         f"{len(set_aside)} of {total} inputs are set aside so far, above data.max_bad_fraction "
         f"{config.data.max_bad_fraction}: {tell(count_by(set_aside, 'reason'))}. {path} names each. Mend the inputs "
-        "and start again, or raise the fraction: what is encoded is kept"
+        f"and start again, or raise the fraction: what is encoded is kept{advise(set_aside)}"
     )
+
+
+def advise(set_aside: list[dict[str, Any]]) -> str:
+    """What a message adds where most inputs are posts without an image, as those of a dump of a whole site are."""
+    missing = sum(line["reason"] == "image_missing" for line in set_aside)
+    if 2 * missing <= len(set_aside):
+        return ""
+    return ". Where there are more posts than images, missing_images: ignore of a source counts those apart"
 
 
 def finish(work: Work, folder: Path, begun: Begun, latents: dict[str, Any], config: Config) -> Summary:

@@ -23,7 +23,7 @@ from trainer.core.errors import UserError
 from trainer.data.images import BadImage, read_bytes, read_header, stat_image
 from trainer.data.post import Post, TableCell, TarMember
 from trainer.data.sources import iterate_sources
-from trainer.data.sources.records import Reject
+from trainer.data.sources.records import Reject, Remark
 
 DEMO = REPOSITORY / "demo"
 RECORDS = [json.loads(line) for line in (DEMO / "posts.jsonl").read_text().splitlines()][:12]
@@ -31,7 +31,9 @@ FILES = [DEMO / "images" / record["file"] for record in RECORDS]
 
 
 def iterate(*sources: SourceConfig) -> list[Post | Reject]:
-    return list(iterate_sources(DataConfig("shards", sources=list(sources))))
+    """Posts and rejects of some sources."""
+    items = iterate_sources(DataConfig("shards", sources=list(sources)))
+    return [item for item in items if not isinstance(item, Remark)]
 
 
 def posts_of(*sources: SourceConfig) -> list[Post]:

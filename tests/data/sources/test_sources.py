@@ -16,14 +16,15 @@ from trainer.core.errors import UserError
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
-from trainer.data.sources.records import Reject
+from trainer.data.sources.records import Reject, Remark
 from trainer.prepare.prepare import prepare
 from trainer.report.facts import draw_original, find_images
 
 
 def iterate_posts(posts: list[str] | None, images: str | None) -> list[Post | Reject]:
     """The short form of sources: data.posts and data.images."""
-    return list(iterate_sources(DataConfig("shards", posts=posts, images=images)))
+    items = iterate_sources(DataConfig("shards", posts=posts, images=images))
+    return [item for item in items if not isinstance(item, Remark)]
 
 
 def put_image(path: Path) -> Path:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
-from trainer.data.post import encode_key
-from trainer.data.sources.folders import ImageFolder, list_images
+from trainer.data.post import Post, encode_key
 from trainer.data.sources.hub_datasets import iterate_dataset
+from trainer.data.sources.image_folders import ImageFolder, list_images
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
-from trainer.data.sources.records import Item, Remark
+from trainer.data.sources.records import Item, Reject, Remark
 from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
 
@@ -29,11 +29,33 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
     for where, source in name_sources(data):
         try:
             if source.images is not None and source.images not in folders:
-                folders[source.images] = list_images(check_folder(source.images))
+                folders[source.images] = list_images(check_folder(source.images), source.label)
+                yield from folders[source.images].damages
             items = iterate_source(source, folders)
+            items = ignore_missing(items, source) if source.missing_images == "ignore" else items
             yield from prefix_keys(items, source.label) if source.prefix_keys else items
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+    for folder in folders.values():
+        yield from folder.tell_unused()
+
+
+def ignore_missing(items: Iterator[Item], source: SourceConfig) -> Iterator[Item]:
+    """A source whose posts without an image are counted apart.
+
+    Raises:
+        UserError: when no post has an image.
+    """
+    found, missing = 0, 0
+    for item in items:
+        if isinstance(item, Reject) and item.reason == "image_missing":
+            missing += 1
+            yield Remark(source.label, "posts without an image", origin=item.origin, detail=item.detail)
+        else:
+            found += isinstance(item, Post)
+            yield item
+    if missing and not found:
+        raise UserError(f"no post of {source.path} has an image in {source.images or 'it'}: {missing} have none")
 
 
 def name_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
@@ -52,10 +74,11 @@ def name_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
 def iterate_source(source: SourceConfig, folders: dict[str, ImageFolder]) -> Iterator[Item]:
     """The posts of one source, of whatever kind."""
     path = Path(source.path)
+    images = None if source.images is None else folders[source.images].of_source(source.strip_prefix)
     match source.kind:
         case "posts":
-            assert source.images is not None
-            yield from iterate_posts_file(path, folders[source.images], source.label)
+            assert images is not None
+            yield from iterate_posts_file(path, images, source.label, source.caption_column)
         case "folder":
             yield from iterate_folder(check_folder(source.path), source.label)
         case "tars":
@@ -63,8 +86,10 @@ def iterate_source(source: SourceConfig, folders: dict[str, ImageFolder]) -> Ite
         case "dataset":
             yield from iterate_dataset(source)
         case "kohya":
-            assert source.images is not None
-            yield from iterate_kohya(path, folders[source.images], source.label)
+            assert images is not None
+            yield from iterate_kohya(path, images, source.label)
+    if images is not None:
+        images.judge_names()
 
 
 def prefix_keys(items: Iterator[Item], name: str) -> Iterator[Item]:

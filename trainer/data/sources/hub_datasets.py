@@ -16,7 +16,8 @@ import pyarrow as pa
 from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
-from trainer.data.post import ImagePlace, Post, TableCell, encode_key, read_post
+from trainer.data.post import ImagePlace, Post, TableCell, encode_key
+from trainer.data.sources.caption_fields import check_columns, read_captioned
 from trainer.data.sources.posts_files import plain_values
 from trainer.data.sources.records import BadRecord, Reject
 
@@ -43,6 +44,7 @@ def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
         try:
             table = open_arrow(file)
             image = find_image_column(source, table.schema)
+            check_columns(table.schema, source.caption_column, f"the dataset {source.path}")
             for row, (values, place) in enumerate(iterate_rows(table, image)):
                 yield read_row(source, number, values, TableCell(file, row, image) if place is True else place, split)
                 number += 1
@@ -80,10 +82,10 @@ def find_split(source: SourceConfig) -> Split:
 
 def find_image_column(source: SourceConfig, schema: pa.Schema) -> str:
     """The column of images: the one that the config names, or the only one."""
-    for wanted in (source.image_column, source.caption_column):
-        if wanted is not None and wanted not in schema.names:
-            raise UserError(f"the dataset {source.path} has no column {wanted}, only {', '.join(schema.names)}")
     if source.image_column is not None:
+        if source.image_column not in schema.names:
+            there = ", ".join(schema.names)
+            raise UserError(f"the dataset {source.path} has no column {source.image_column}, only {there}")
         if not holds_bytes(schema.field(source.image_column).type):
             raise UserError(f"the column {source.image_column} of {source.path} holds no images")
         return source.image_column
@@ -126,10 +128,8 @@ def read_row(
     key, origin = encode_key(f"{source.label}/{number}"), f"{source.label} row {number}"
     try:
         record = plain_values(values)
-        if source.caption_column is not None:
-            record["caption"] = record.pop(source.caption_column)
         image = place if isinstance(place, TableCell) else place_file(place, split.images)
-        return read_post(record, source=source.label, image=image, origin=origin, key=key)
+        return read_captioned(record, source.caption_column, source=source.label, image=image, origin=origin, key=key)
     except BadRecord as error:
         return Reject(key, origin, *error.args)
     except ValueError as error:

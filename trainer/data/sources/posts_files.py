@@ -11,23 +11,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.core.errors import UserError
-from trainer.data.post import Post, encode_key, read_key, read_post
-from trainer.data.sources.folders import ImageFolder, find_image
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Reject, parse_record
+from trainer.data.post import Post, encode_key, read_key
+from trainer.data.sources.caption_fields import NO_FIELD, check_columns, read_captioned
+from trainer.data.sources.image_folders import ImageFolder, find_image
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, parse_record
 
 BATCH_ROWS = 1024  # rows of a Parquet file that are decoded at a time
 
 
-def iterate_posts_file(file: Path, images: ImageFolder, source: str) -> Iterator[Post | Reject]:
+def iterate_posts_file(file: Path, images: ImageFolder, source: str, column: str | None = None) -> Iterator[Item]:
     """The posts of one file, in order.
 
+    Args:
+        column: the field of finished captions that the source names.
+
     Raises:
-        UserError: when the file cannot be read at all, or a part of a Parquet file cannot be decoded.
+        UserError: when the file cannot be read at all, a part of a Parquet file cannot be decoded, or it is not clear
+            which column holds the captions.
     """
     if file.suffix.lower() == ".parquet":
-        for number, row in enumerate(iterate_parquet(file), start=1):
-            yield read_record(row, source, f"{file.name} row {number}", images)
+        for number, row in enumerate(iterate_parquet(file, column), start=1):
+            yield read_record(row, source, f"{file.name} row {number}", images, column)
         return
+    yield from refuse_unused_column(iterate_json_lines(file, images, source, column), column, file.name)
+
+
+def refuse_unused_column(items: Iterator[Item], column: str | None, file: str) -> Iterator[Item]:
+    """The items of a file without columns, of which some must have the field that the config names.
+
+    Raises:
+        UserError: after the last one, where none has.
+    """
+    posts, without = 0, 0
+    for item in items:
+        if isinstance(item, Post):
+            posts += 1
+            without += any(note.kind == NO_FIELD for note in item.notes)
+        yield item
+    if posts and posts == without:
+        raise UserError(f"caption_column {column} has no effect: no record of {file} has a field of that name")
+
+
+def iterate_json_lines(file: Path, images: ImageFolder, source: str, column: str | None) -> Iterator[Item]:
+    """The posts of a file of one JSON object a line."""
     try:
         lines = file.open("rb")
     except OSError as error:
@@ -37,7 +63,7 @@ def iterate_posts_file(file: Path, images: ImageFolder, source: str) -> Iterator
             if len(line) > MAX_SIDECAR:
                 yield Reject(None, f"{file.name} line {number}", "bad_record", f"longer than {MAX_SIDECAR} bytes")
             elif line.strip():
-                yield read_record(line, source, f"{file.name} line {number}", images)
+                yield read_record(line, source, f"{file.name} line {number}", images, column)
 
 
 def iterate_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -49,7 +75,7 @@ def iterate_lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def iterate_parquet(file: Path) -> Iterator[dict[str, Any]]:
+def iterate_parquet(file: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as the values of its columns, but for columns of bytes.
 
     Raises:
@@ -59,6 +85,7 @@ def iterate_parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(file) as table:
             columns = [each.name for each in table.schema_arrow if not pa.types.is_large_binary(each.type)]
+            check_columns(table.schema_arrow, column, str(file))
             columns = [name for name in columns if not pa.types.is_binary(table.schema_arrow.field(name).type)]
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                 yield from batch.to_pylist()
@@ -66,16 +93,19 @@ def iterate_parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def read_record(line: bytes | dict[str, Any], source: str, origin: str, images: ImageFolder) -> Post | Reject:
+def read_record(
+    line: bytes | dict[str, Any], source: str, origin: str, images: ImageFolder, column: str | None
+) -> Post | Reject:
     """One line or row of a posts file."""
     key = None
     try:
         record = parse_record(line) if isinstance(line, bytes) else plain_values(line)
         key = read_key(record)
-        path = find_image(record, images)
+        name = find_image(record, images)
+        image = images.place(name)
         # a file name is as good a key as an id, and the only one where several files are of one post
-        own_key = key or encode_key(os.fsencode(path.relative_to(images.path)))
-        return read_post(record, source=source, image=path, origin=origin, key=own_key)
+        own_key = key or encode_key(os.fsencode(name))
+        return read_captioned(record, column, source=source, image=image, origin=origin, key=own_key)
     except BadRecord as error:
         return Reject(key, origin, *error.args)
     except ValueError as error:

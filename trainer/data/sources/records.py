@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.data.post import ImagePlace, Post, read_post
+from trainer.data.post import ImagePlace, Post
+from trainer.data.sources.caption_fields import read_captioned
 
 MAX_SIDECAR = 2**22  # bytes of a post or caption: more is none
 
@@ -63,7 +64,7 @@ def read_sidecars(
     """
     decoded = parse_record(record) if record is not None else {}
     text = None if caption is None else caption.decode("utf-8-sig").strip()
-    return read_post(decoded, source=source, image=image, origin=origin, key=key, caption=text)
+    return read_captioned(decoded, source=source, image=image, origin=origin, key=key, caption=text)
 
 
 def show_name(name: str) -> str:

@@ -5,6 +5,7 @@ Read by a walk of our own. Only sidecars are read; an image is a stretch of its 
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -45,7 +46,7 @@ def iterate_tars(path: Path, source: str) -> Iterator[Post | Reject]:
         return
     tars = 0
     for found in walk_files(path):
-        if found.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        if is_compressed(found.name):
             refuse_compressed(path / found.name)
         if found.name.lower().endswith(".tar"):
             tars += 1
@@ -54,12 +55,22 @@ def iterate_tars(path: Path, source: str) -> Iterator[Post | Reject]:
         raise UserError(f"{path} holds no .tar files")
 
 
+def is_compressed(name: str) -> bool:
+    """Whether a file's name is a compressed tar's."""
+    return name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+
+
 def refuse_compressed(file: Path) -> None:
     raise UserError(f"{file} is compressed: images are read at their place in the tar, so decompress it first")
 
 
-def iterate_tar(file: Path, name: str, source: str) -> Iterator[Post | Reject]:
-    """The samples of one tar, whose relative path is ``name``."""
+@contextmanager
+def open_tar(file: Path) -> Iterator[BinaryIO]:
+    """A tar file opened for reading.
+
+    Raises:
+        UserError: when it is no regular file, cannot be read or is compressed.
+    """
     if not file.is_file():  # a pipe would wait for ever
         raise UserError(f"{file} is neither a tar file nor a folder")
     try:
@@ -69,6 +80,12 @@ def iterate_tar(file: Path, name: str, source: str) -> Iterator[Post | Reject]:
     with opened as tar:
         if any(tar.read(8).startswith(magic) for magic in COMPRESSED for _ in [tar.seek(0)]):
             refuse_compressed(file)
+        yield tar
+
+
+def iterate_tar(file: Path, name: str, source: str) -> Iterator[Post | Reject]:
+    """The samples of one tar, whose relative path is ``name``."""
+    with open_tar(file) as tar:
         for item in judge_damage(group_members(walk_tar(tar))):
             if isinstance(item, Damage):
                 reason = "bad_tar" if item.name is None else "refused_member"

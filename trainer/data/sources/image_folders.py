@@ -1,0 +1,307 @@
+"""Folders of images: listed once, and then asked for the image that a record names. No name leads out.
+
+Images are files, or members of tars that lie in the folder; those are read at their place. A file comes before a
+member, so that a folder with its own tars beside it is what it was.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.core.errors import UserError
+from trainer.data.post import ImagePlace, TarMember
+from trainer.data.sites import image_stems
+from trainer.data.sources.folders import EXTENSIONS, check_inside, is_image_name, walk_files
+from trainer.data.sources.image_names import (
+    md5_in,
+    plain_path,
+    prefix_before,
+    read_md5,
+    read_site,
+    relative_path,
+    site_in,
+    stem_or_id,
+    strip_start,
+)
+from trainer.data.sources.records import BadRecord, Reject, Remark, show_name
+from trainer.data.sources.tar_headers import Damage, walk_tar
+from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed
+
+FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
+
+
+class InTar(NamedTuple):
+    """An image in a tar: the tar's path below the folder, the member's path in it, and its bytes."""
+
+    tar: str
+    member: str
+    offset: int
+    length: int
+
+
+@dataclass
+class NameCounts:
+    """What became of the file names of one source."""
+
+    names: int = 0
+    stripped: int = 0  # names that began with strip_prefix
+    prefixes: Counter[str] = field(default_factory=Counter)  # without which names that lead nowhere would be found
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder by the name that a record may give: the file's stem, or the id in gallery-dl's name."""
+
+    path: Path
+    by_stem: dict[str, str | list[str]] = field(default_factory=dict)  # stem or id -> name, or several
+    links: set[str] = field(default_factory=set)  # names that are no plain files
+    members: dict[str, InTar] = field(default_factory=dict)  # by name: the tar's path, a slash and the member's
+    by_md5: dict[str, list[str]] = field(default_factory=dict)  # made when it is first asked for
+    source: str = ""  # what the first source that asks is called
+    used: set[str] = field(default_factory=set)  # names that records led to
+    damages: list[Reject | Remark] = field(default_factory=list)  # what of its tars cannot be read
+    strip_prefix: str | None = None  # the source's
+    counts: NameCounts = field(default_factory=NameCounts)
+
+    def of_source(self, strip_prefix: str | None) -> "ImageFolder":
+        """The same images, asked by one source."""
+        return replace(self, strip_prefix=strip_prefix and plain_path(strip_prefix), counts=NameCounts())
+
+    def add(self, name: str, stem: str) -> None:
+        before = self.by_stem.setdefault(stem, name)
+        if isinstance(before, list):
+            before.append(name)
+        elif before is not name:
+            self.by_stem[stem] = [before, name]
+
+    def all_of(self, stem: str) -> list[str]:
+        """The names of all images of this stem or id."""
+        found = self.by_stem.get(stem, [])
+        return [found] if isinstance(found, str) else found
+
+    def find(self, stem: str) -> list[str]:
+        """The names of the images of this stem or id; of members of tars only where there is no file."""
+        return self.prefer_files(self.all_of(stem))
+
+    def find_md5(self, md5: str) -> list[str]:
+        """The names of the images whose own name ends with this md5 sum."""
+        if not self.by_md5:
+            self.by_md5[""] = []  # made, even where no name has one
+            for names in self.by_stem.values():
+                for name in [names] if isinstance(names, str) else names:
+                    if (sum_ := md5_in(name)) is not None:
+                        self.by_md5.setdefault(sum_, []).append(name)
+        return self.prefer_files(self.by_md5.get(md5, []))
+
+    def prefer_files(self, names: list[str]) -> list[str]:
+        return [name for name in names if name not in self.members] or names if self.members else names
+
+    def inner(self, name: str) -> str:
+        """An image's path in its folder or in its tar."""
+        return self.members[name].member if name in self.members else name
+
+    def place(self, name: str) -> ImagePlace:
+        """The image of this name, which must stay inside the folder.
+
+        Raises:
+            BadRecord: image_missing or outside_folder.
+        """
+        self.used.add(name)
+        if name in self.members:
+            tar, _, offset, length = self.members[name]
+            return TarMember(self.path / tar, offset, length)
+        if name in self.links or name not in self.all_of(stem_or_id(name)):
+            return check_inside(self.path, name)
+        return self.path / name
+
+    def locate(self, path: str, *, bare: bool = False) -> str:
+        """The name of the image that a path leads to, as another machine may have written it.
+
+        Args:
+            bare: the path may lack its extension, and a name without folder may lie in any.
+
+        Raises:
+            BadRecord: when there is none, more than one, or it lies outside the folder; the detail says which prefix
+                would have to go.
+        """
+        self.counts.names += 1
+        if path in self.all_of(stem_or_id(path)):  # also a file whose own name holds a backslash
+            return path
+        plain = plain_path(path)
+        try:
+            inner = relative_path(self.strip(plain), self.path)
+            found = self.match(inner, bare)
+            if len(found) > 1:
+                raise BadRecord("image_ambiguous", f"{path!r} may be {show_name(', '.join(found))}")
+            if not found and bare:
+                raise BadRecord("image_missing", f"no image in the folder is called {path!r}")
+            if not found:
+                check_inside(self.path, inner)
+            return found[0] if found else inner
+        except BadRecord as error:
+            raise BadRecord(error.args[0], error.args[1] + self.suggest(plain, bare)) from error
+
+    def strip(self, path: str) -> str:
+        """The path without the source's strip_prefix, where it begins with it."""
+        rest = strip_start(path, self.strip_prefix) if self.strip_prefix else None
+        self.counts.stripped += rest is not None
+        return path if rest is None else rest
+
+    def match(self, inner: str, bare: bool) -> list[str]:
+        """The images that a path below the folder, or below a tar in it, may mean."""
+        near = self.near(inner, bare)
+        found = [name for name in near if inner in (name, self.inner(name))]
+        if not bare or found:
+            return self.prefer_files(found)
+        found = [name for name in near if without_extension(self.inner(name)) == inner]
+        if not found and "/" not in inner:
+            found = [name for name in near if without_extension(self.inner(name)).endswith("/" + inner)]
+        return self.prefer_files(found)
+
+    def near(self, path: str, bare: bool) -> list[str]:
+        """Images with a path's last part, sorted. A bare one's last dot need not begin an extension."""
+        stems = {stem_or_id(path), stem_or_id(path + ".x")} if bare else {stem_or_id(path)}
+        return sorted({name for stem in stems for name in self.all_of(stem)})
+
+    def suggest(self, path: str, bare: bool) -> str:
+        """Which folders before a path would have to go for its image to be found, counted and in words."""
+        prefixes = {prefix_before(path, self.inner(name), bare) for name in self.near(path, bare)} - {None, ""}
+        self.counts.prefixes.update(str(prefix) for prefix in prefixes)
+        return f"; strip_prefix: {min(prefixes, key=len)!r} would find it" if prefixes else ""  # type: ignore[arg-type]
+
+    def tell_unused(self) -> Iterator[Remark]:
+        """After the last post of all sources: the images that no record led to."""
+        names = [name for found in self.by_stem.values() for name in ([found] if isinstance(found, str) else found)]
+        if unused := [name for name in names if name not in self.used]:
+            yield Remark(self.source, "images without a post", len(unused), show_name(unused[0]))
+
+    def judge_names(self) -> None:
+        """After a source's last post: refuse a strip_prefix without effect, and names that all come from elsewhere.
+
+        Raises:
+            UserError: with the prefix that would be right.
+        """
+        counts = self.counts
+        best = min(counts.prefixes, key=lambda each: (-counts.prefixes[each], len(each)), default=None)
+        if best is not None and 2 * counts.prefixes[best] > counts.names:
+            raise UserError(
+                f"{counts.prefixes[best]} of {counts.names} names of images begin with {show_name(best)!r}, which is "
+                f"not in {self.path}, where the rest of each is found: set strip_prefix: {show_name(best)!r} for this "
+                "source in data.sources"
+            )
+        if self.strip_prefix and not counts.stripped:
+            told = (
+                f"none of {counts.names} names of images begins with it" if counts.names else "no record names a file"
+            )
+            raise UserError(f"strip_prefix {self.strip_prefix!r} has no effect: {told}")
+
+
+def without_extension(name: str) -> str:
+    return name[: name.rfind(".")]
+
+
+def list_images(folder: Path, source: str = "") -> ImageFolder:
+    """List a folder of images once; after that no name of a plain file in it costs another look at the disk.
+
+    Args:
+        source: what remarks on it are counted under.
+
+    Raises:
+        UserError: when the folder or a tar in it cannot be read, or its tars are compressed.
+    """
+    listed, compressed = ImageFolder(folder, source=source), []
+    for found in walk_files(folder):
+        if is_image_name(found.name[len(found.parent) :]):
+            if not found.plain:
+                listed.links.add(found.name)
+            listed.add(found.name, stem_or_id(found.name))
+        elif found.name.lower().endswith(".tar"):
+            list_tar(listed, found.name)
+        elif is_compressed(found.name):
+            compressed.append(found.name)
+    if compressed and not listed.by_stem:
+        refuse_compressed(folder / compressed[0])
+    if compressed:
+        name, kind = show_name(compressed[0]), "compressed tars, not read"
+        listed.damages.append(Remark(source, kind, len(compressed), name))
+    return listed
+
+
+def list_tar(listed: ImageFolder, tar: str) -> None:
+    """Add the images of a tar, and what else is in it."""
+    others: list[str] = []
+    with open_tar(listed.path / tar) as file:
+        for item in walk_tar(file):
+            if isinstance(item, Damage):
+                reason, where = (
+                    ("bad_tar", f"byte {item.offset}") if item.name is None else ("refused_member", item.name)
+                )
+                listed.damages.append(Reject(None, show_name(f"{tar}: {where}"), reason, show_name(item.detail)))
+            elif is_image_name(item.name[item.name.rfind("/") + 1 :]):
+                name = f"{tar}/{plain_path(item.name)}"
+                listed.members[name] = InTar(tar, name[len(tar) + 1 :], item.offset, item.length)
+                listed.add(name, stem_or_id(name))
+            elif not item.name.endswith("/"):
+                others.append(item.name)
+    if others:
+        origin = show_name(f"{tar}: {others[0]}")
+        listed.damages.append(Remark(listed.source, "members of tars that are no images", len(others), origin))
+
+
+def find_image(record: Mapping[str, Any], images: ImageFolder) -> str:
+    """The name of a record's image: by its ``file``, a path relative to the folder, else by its id or gallery-dl's
+    filename, else by its md5.
+
+    Raises:
+        BadRecord: when there is none, more than one, or it lies outside the folder.
+    """
+    for name in FILE_FIELDS:
+        file = record.get(name)
+        if file is not None and not isinstance(file, Mapping):  # e621 has facts of the file there
+            if not isinstance(file, str) or not file:
+                raise BadRecord("bad_record", f"{name} must be a path as text, not {file!r}")
+            return images.locate(file)
+    stems, md5 = image_stems(record), read_md5(record)
+    if not stems and md5 is None:
+        there = show_name(", ".join(record)) or "none"
+        raise BadRecord("bad_record", f"no id, file, file_name or md5 by which to find its image; its fields: {there}")
+    found = next((names for stem in stems if (names := find_stem(stem, record, md5, images))), [])
+    if not found and md5 is not None:
+        found = images.find(md5) or images.find_md5(md5)
+    found = choose(found, record, md5) if len(found) > 1 else found
+    called = " or ".join([*stems, *([] if md5 is None or md5 in stems else [md5])])
+    if not found:
+        raise BadRecord("image_missing", f"no image is called {called} and one of {', '.join(EXTENSIONS)}")
+    if len(found) > 1:
+        raise BadRecord("image_ambiguous", f"{called} has several images: {show_name(', '.join(sorted(found)))}")
+    return found[0]
+
+
+def find_stem(stem: str, record: Mapping[str, Any], md5: str | None, images: ImageFolder) -> list[str]:
+    """The images of a stem or id that may be the record's."""
+    return [name for name in images.find(stem) if agrees(name, record, md5)]
+
+
+def agrees(name: str, record: Mapping[str, Any], md5: str | None) -> bool:
+    """Whether a file found by the id may be the post's: ids of different sites are different posts."""
+    site, stated = site_in(name), md5_in(name)
+    if site is None or (stated is not None and stated == md5):
+        return True
+    if (own := read_site(record)) is not None:
+        return own == site
+    # an image may have been replaced since, but of an unknown site only the sum tells that it is this post's
+    return site == "danbooru" or md5 is None
+
+
+def choose(found: list[str], record: Mapping[str, Any], md5: str | None) -> list[str]:
+    """Of several images those that the record means: by its md5, by its site, or called by the id alone."""
+    for fits in (
+        lambda name: md5 is not None and md5_in(name) == md5,
+        lambda name: site_in(name) is not None and site_in(name) == read_site(record),
+        lambda name: site_in(name) is None,
+    ):
+        if some := [name for name in found if fits(name)]:
+            return some
+    return found

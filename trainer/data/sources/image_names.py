@@ -1,0 +1,110 @@
+"""What a name says: which post and site an image's file is of, and where a path from another machine leads here."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from trainer.data.sources.records import BadRecord
+
+GALLERY_DL_PREFIX = "danbooru_"  # gallery-dl's file names: danbooru_<id>_<md5>.<ext>
+# the same of its other sites: gelbooru_<id>_<md5>
+SITE_NAME = re.compile(r"(?P<site>[a-z0-9][a-z0-9.-]*)_(?P<id>[0-9]+)_(?P<md5>[0-9a-f]{32})")
+MD5 = re.compile(r"[0-9a-f]{32}")
+MD5_AT_END = re.compile(r"(?:^|[_-])([0-9a-f]{32})$")  # Danbooru's downloads: __tags_drawn_by_someone__<md5>
+DRIVE = re.compile(r"[A-Za-z]:/")
+
+
+def stem_of(name: str) -> str:
+    """A path's last part without its extension."""
+    last = name[name.rfind("/") + 1 :]
+    dot = last.rfind(".")
+    return last[:dot] if dot > 0 else last
+
+
+def stem_or_id(name: str) -> str:
+    """A path's last part without its extension, or the id where gallery-dl named the file."""
+    stem = stem_of(name)
+    if stem.startswith(GALLERY_DL_PREFIX):
+        number = stem[len(GALLERY_DL_PREFIX) :].split("_", 1)[0]
+        return number if number.isdecimal() else stem
+    # a quick look first: most names are short
+    matched = SITE_NAME.fullmatch(stem) if len(stem) > 34 and stem[-33] == "_" else None
+    return matched["id"] if matched else stem
+
+
+def md5_in(name: str) -> str | None:
+    """The md5 sum at the end of a file's stem."""
+    matched = MD5_AT_END.search(stem_of(name))
+    return matched[1] if matched else None
+
+
+def site_in(name: str) -> str | None:
+    """The site in the name that gallery-dl gives a file."""
+    stem = stem_of(name)
+    matched = SITE_NAME.fullmatch(stem)
+    if matched:
+        return matched["site"]
+    return GALLERY_DL_PREFIX.removesuffix("_") if stem_or_id(name) != stem else None
+
+
+def read_md5(record: Mapping[str, Any]) -> str | None:
+    """The md5 sum that a record states of its image, at its top or as Danbooru and e621 nest it."""
+    for holder in (record, record.get("media_asset"), record.get("file")):
+        md5 = holder.get("md5") if isinstance(holder, Mapping) else None
+        if isinstance(md5, str) and MD5.fullmatch(md5.lower()):
+            return md5.lower()
+    return None
+
+
+def read_site(record: Mapping[str, Any]) -> str | None:
+    """The site of a record that gallery-dl wrote: its ``category``, which elsewhere may mean anything."""
+    site = record.get("category")
+    return site if isinstance(site, str) and "subcategory" in record else None
+
+
+def plain_path(name: str) -> str:
+    """A path as this machine writes it: slashes, and no ``./`` at its beginning."""
+    plain = name.replace("\\", "/")
+    while plain.startswith("./"):
+        plain = plain[2:].lstrip("/")
+    return plain
+
+
+def strip_start(path: str, prefix: str) -> str | None:
+    """What follows whole leading folders of a path; None where it does not begin with them.
+
+    Both are as ``plain_path`` gives them. On a Windows drive upper and lower case are the same.
+    """
+    start = prefix.rstrip("/") + "/"
+    if path.startswith(start):
+        return path[len(start) :].lstrip("/")
+    if DRIVE.match(start) and path[: len(start)].casefold() == start.casefold():
+        return path[len(start) :].lstrip("/")
+    return None
+
+
+def relative_path(name: str, folder: Path) -> str:
+    """A plain path relative to the folder, which it must not leave.
+
+    Raises:
+        BadRecord: outside_folder.
+    """
+    if name.startswith("/"):
+        for start in (folder.absolute(), folder.resolve()):
+            if PurePosixPath(name).is_relative_to(start):
+                name = str(PurePosixPath(name).relative_to(start))
+                break
+    if "\0" in name or name.startswith("/") or DRIVE.match(name) or ".." in name.split("/"):
+        raise BadRecord("outside_folder", f"{name!r} does not stay inside {folder}")
+    return str(PurePosixPath(name))
+
+
+def prefix_before(path: str, inner: str, bare: bool) -> str | None:
+    """The folders that lead to ``inner``, a path below some folder, in ``path``; None where it ends otherwise.
+
+    Args:
+        bare: a path without extension counts too.
+    """
+    ends = [inner, inner[: inner.rfind(".")]] if bare else [inner]
+    return next((path[: -len(end) - 1] for end in ends if path.endswith("/" + end)), None)
