@@ -159,7 +159,7 @@ def spoil(folder: Path) -> dict[str, str]:
     bomb = Image.new("1", (10_000, 9_000))
     bomb.save(images / "105.png")
     lines: list[Any] = [{"id": number} for number in (101, 102, 103, 104, 105, 106)]
-    lines += [{"id": 107, "file": "../posts.jsonl"}, {"id": 108, "file": "1.png", "score": "high"}, "{broken"]
+    lines += [{"id": 107, "file": "../posts.jsonl"}, {"id": 108, "file": "1.png", "rating": "high"}, "{broken"]
     draw(images / "ünïcode 名前.png", 3)
     lines += [{"id": 109, "file": "ünïcode 名前.png", "image_width": 5, "image_height": 5}]
     with (folder / "posts.jsonl").open("a", encoding="utf-8") as file:
