@@ -30,7 +30,8 @@ def say(monkeypatch: pytest.MonkeyPatch, folder: Path, *remarks: Remark, noted: 
         yield from remarks[:1]
         for number in range(30):
             notes = (Note("unreadable score", f"score 'x{number}'"),) if number < noted else ()
-            yield Post(str(number), source="a", image=folder / f"{number}.png", origin=f"line {number}", notes=notes)
+            image, origin = folder / f"{number}.png", f"line {number}"
+            yield Post(str(number), source="a", tags_general="1girl", image=image, origin=origin, notes=notes)
         yield from remarks[1:]
 
     monkeypatch.setattr(prepare, "iterate_sources", iterate)

@@ -15,7 +15,8 @@ from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources.caption_fields import NO_CAPTION
 from trainer.prepare.remarks import Remarks
 
-NO_WORDS = " \t\r\n,|"  # what stands between tags, the usual separator included
+SPACE = " \t\r\n"
+NO_WORDS = SPACE + ",|"  # what stands between the tags of a finished caption, the usual separator included
 NOTE = "empty_caption"
 MAX_EXAMPLES = 3
 
@@ -53,10 +54,10 @@ def find_empty(table: pa.Table) -> pa.ChunkedArray:
     """Which rows of posts have no words: bool (n,)."""
     without_tags = pa.chunked_array([pa.array(np.ones(len(table), dtype=bool))])
     for category in TAG_CATEGORIES:
-        without_tags = pc.and_(without_tags, has_no_words(table[f"tags_{category}"]))
+        without_tags = pc.and_(without_tags, has_only(table[f"tags_{category}"], SPACE))
     caption = table["caption"]
-    return pc.if_else(pc.is_valid(caption), has_no_words(caption), without_tags)
+    return pc.if_else(pc.is_valid(caption), has_only(caption, NO_WORDS), without_tags)
 
 
-def has_no_words(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.equal(pc.utf8_trim(pc.fill_null(texts, ""), NO_WORDS), "")
+def has_only(texts: pa.ChunkedArray, characters: str) -> pa.ChunkedArray:
+    return pc.equal(pc.utf8_trim(pc.fill_null(texts, ""), characters), "")
