@@ -18,6 +18,9 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from trainer.data.buckets import Fit, Size
+from trainer.data.formats import load_formats, suggest_plug_in
+from trainer.data.jxl_header import read_jxl_size
+from trainer.data.png_chunks import find_exif, leave_out_text
 from trainer.data.post import ImagePlace, TableCell, TarMember
 
 # everything that decides pixels, besides the bucket: part of what names a set of latents
@@ -29,7 +32,6 @@ PIXEL_SETTINGS: dict[str, Any] = {
     "crop": "center",
     "range": [-1, 1],
 }
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # a gif or an animated webp gives its first frame
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it merely warns
 MAX_BYTES = 2**30  # above what MAX_PIXELS take up uncompressed in 16 bits and four channels
 TRANSPOSES = {  # EXIF orientation -> what undoes it
@@ -165,6 +167,15 @@ def read_header(data: bytes) -> Size:
         return image.size[::-1] if read_orientation(image, data) in SWAPS_SIDES else image.size
 
 
+def has_frames(data: bytes) -> bool:
+    """Whether an image has several frames or pages, of which ``read_pixels`` gives the first."""
+    with open_image(data) as image:
+        try:
+            return bool(getattr(image, "is_animated", False))
+        except Exception:
+            return False  # damage behind a good first frame
+
+
 def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
     """The bucket's pixels, RGB uint8 (H, W, 3): oriented, on white, resized to cover, centre cropped.
 
@@ -182,7 +193,8 @@ def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
         with naming_errors("undecodable"):  # palettes and the like are read as late as in the conversion
             image.load()
             rgb = to_rgb(image)
-    if (method := TRANSPOSES.get(orientation)) is not None:  # a mirrored image's method is 0
+    # a mirrored image's method is 0; a TIFF is transposed by Pillow when it is loaded
+    if (method := TRANSPOSES.get(orientation)) is not None and image.format != "TIFF":
         rgb = rgb.transpose(method)
     if rgb.size != fit.resized:
         shrinks = fit.resized[0] < rgb.width or fit.resized[1] < rgb.height
@@ -210,10 +222,12 @@ def naming_errors(reason: str) -> Iterator[None]:
 
 def identify(data: bytes) -> Image.Image:
     """The image with its header read. Pillow's own message would hold an address, another one each time."""
+    formats = load_formats()
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(leave_out_text(data)), formats=formats)
     except UnidentifiedImageError as error:
-        raise BadImage("not_an_image", f"the content is none of {', '.join(FORMATS)}") from error
+        detail = f"the content is none of {', '.join(formats)}{suggest_plug_in(data)}"
+        raise BadImage("not_an_image", detail) from error
 
 
 @contextmanager
@@ -221,6 +235,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     """The image with its header read, of an allowed format and size."""
     if not data:
         raise BadImage("empty", "0 bytes")
+    if (size := read_jxl_size(data)) is not None:  # whose plug-in decodes before Pillow looks at the size
+        refuse_bomb(size)
     try:
         with naming_errors("not_an_image"):
             image = identify(data)
@@ -230,15 +246,23 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise
     with image:
         # Pillow only warns up to twice this size, and its warnings filter is not safe in threads
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage("bomb", f"{image.width}x{image.height} is above {MAX_PIXELS} pixels")
+        refuse_bomb(image.size)
         yield image
+
+
+def refuse_bomb(size: Size) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImage("bomb", f"{size[0]}x{size[1]} is above {MAX_PIXELS} pixels")
 
 
 def read_orientation(image: Image.Image, data: bytes) -> int:
     """The EXIF (or XMP) orientation, 1 where there is none; read without decoding."""
-    if image.format == "PNG" and "exif" not in image.info and (late := find_late_exif(data)):
+    if image.format == "PNG" and "exif" not in image.info and (late := find_exif(data)):
         image.info["exif"] = b"Exif\x00\x00" + late
+    if image.format == "TIFF" and ExifTags.Base.Orientation in image.tag_v2:  # type: ignore[attr-defined]
+        return 1  # its size is the oriented one already
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # the codestream's own orientation, which its decoder applies, is the only one that counts
     try:
         # PngImageFile's own getexif decodes the image first, hence the base class's
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -247,26 +271,23 @@ def read_orientation(image: Image.Image, data: bytes) -> int:
     return orientation if orientation in TRANSPOSES else 1
 
 
-def find_late_exif(data: bytes) -> bytes | None:
-    """A PNG's eXIf chunk wherever it lies: it may follow the pixels, where reading the header does not get."""
-    start = 8
-    while len(head := data[start : start + 8]) == 8 and head[4:] != b"IEND":
-        length = int.from_bytes(head[:4], "big")
-        if head[4:] == b"eXIf":
-            return data[start + 8 : start + 8 + length]
-        start += length + 12  # head, chunk, checksum
-    return None
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits: 16-bit greys scaled rather than clipped, transparency composited on white before any resizing."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        refuse_unknown_range(image)
         return grey_to_rgb(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     layer = image.convert("RGBA")
     white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def refuse_unknown_range(image: Image.Image) -> None:
+    """Greys are those of 16 bits; a TIFF's of 12 or 32 bits and those with a point do not say what is white."""
+    bits = image.tag_v2.get(258, (1,)) if image.format == "TIFF" else (16,)  # type: ignore[attr-defined]
+    if image.mode == "F" or tuple(bits) != (16,):
+        raise BadImage("undecodable", f"greys that are not of 8 or 16 bits (mode {image.mode}): save them as 16 bits")
 
 
 def grey_to_rgb(image: Image.Image) -> Image.Image:

@@ -94,6 +94,7 @@ def decoders(processes: int) -> Iterator["Decoders"]:
     with warnings.catch_warnings():
         # the processes inherit it when they are forked: such an image is set aside, which says more
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module="PIL")  # damaged metadata around an image that is good or set aside
         pool = Decoders(processes)
         try:
             yield pool
