@@ -122,5 +122,5 @@ def test_a_separator_inside_a_tag_is_noted(config: Config, tmp_path: Path) -> No
 
 def test_nothing_is_left(config: Config, tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, shards=str(tmp_path / "shards")))
-    with pytest.raises(UserError, match=r"no sample is left of 7 inputs: 7 removed by min_score"):
+    with pytest.raises(UserError, match=r"no sample is left of 7 inputs: 7 removed by filters.min_score$"):
         filtered(config, min_score=1000)

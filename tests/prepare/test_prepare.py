@@ -203,6 +203,7 @@ def test_too_many_bad_ones_stop_it(done: tuple[Config, Summary], tmp_path: Path)
         and "1 undecodable" in str(caught.value)
         and "max_bad_fraction" in str(caught.value)
     )
+    assert "undecodable, such as" in str(caught.value)
     quarantine = Path(f"{config.data.shards}.unfinished") / "quarantine.jsonl"
     assert str(quarantine) in str(caught.value) and len(read_jsonl(quarantine)) == 6
     assert not Path(config.data.shards).exists()
@@ -213,9 +214,13 @@ def test_too_many_bad_ones_stop_it(done: tuple[Config, Summary], tmp_path: Path)
 
 def test_only_bad_ones(base: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "posts.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(UserError, match="no sample is left of 1 inputs: 1 image_missing"):
+    (tmp_path / "posts.jsonl").write_text('{"id": 1}\nnot\n{"id": 2}\n')
+    with pytest.raises(UserError, match="no sample is left of 3 inputs: 2 image_missing, 1 bad_json") as caught:
         run(make_config(base, tmp_path, max_bad_fraction=1.0))
+    assert "image_missing, such as posts.jsonl line 1: no image is called 1" in str(caught.value)
+    assert "bad_json, such as posts.jsonl line 2: Expecting value" in str(caught.value)
+    quarantine = tmp_path / "shards.unfinished" / "quarantine.jsonl"
+    assert str(quarantine) in str(caught.value) and len(read_jsonl(quarantine)) == 3
     (tmp_path / "posts.jsonl").write_text("\n")
     shutil.rmtree(tmp_path / "shards.unfinished")
     with pytest.raises(UserError, match="no posts in"):

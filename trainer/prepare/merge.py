@@ -33,6 +33,7 @@ from trainer.data.shards import (
 from trainer.data.tables import read_table, take_rows, write_table
 from trainer.prepare.empty_captions import note_empty_captions
 from trainer.prepare.inputs import Inputs
+from trainer.prepare.remarks import tell_remarks
 from trainer.prepare.work import (
     LATENTS_SCHEMA,
     SETTINGS_NAME,
@@ -47,6 +48,8 @@ from trainer.prepare.work import (
     read_stock,
 )
 
+MAX_REASONS = 5  # that a message shows with an example each
+MAX_DETAIL = 300  # characters of such an example
 LAST = (INDEX_NAME, MANIFEST_NAME)  # of a set's files, those that are put in place last, in this order
 
 
@@ -93,8 +96,7 @@ def merge_set(
     set_aside = inputs.set_aside + [line for each in done for line in each.set_aside]
     filtered = Counter({name: count for name, count in filtered.items() if count})
     if not len(table):
-        told = [tell(count_by(set_aside, "reason")), tell({f"removed by {name}": n for name, n in filtered.items()})]
-        raise UserError(f"no sample is left of {inputs.total} inputs: {', '.join(filter(None, told))}")
+        refuse_empty(work, inputs, set_aside, filtered)
     write_jsonl(work.set / QUARANTINE_NAME, set_aside)
     write_jsonl(work.set / NOTES_NAME, notes + inputs.remarks.examples)
     write_table(work.set / LATENTS_NAME, stock.latents)
@@ -111,6 +113,38 @@ def merge_set(
         inputs={"total": inputs.total, "sha256": inputs.sha256},
         latents_sha256=sha256_file(work.set / LATENTS_NAME),
     )  # fmt: skip
+
+
+def refuse_empty(work: Work, inputs: Inputs, set_aside: list[dict[str, Any]], filtered: Counter[str]) -> None:
+    """Say where all inputs went; the quarantine is written all the same.
+
+    Raises:
+        UserError: always.
+    """
+    removed = tell({f"removed by filters.{name}": count for name, count in filtered.items()})
+    told = ", ".join(filter(None, [tell(count_by(set_aside, "reason")), removed]))
+    lines = [f"no sample is left of {inputs.total} inputs: {told}"]
+    if set_aside:
+        path = work.folder / QUARANTINE_NAME
+        write_jsonl(path, set_aside)
+        lines += [*show_examples(set_aside), f"  {path} names each"]
+    lines += [f"  noted in {line}" for line in tell_remarks(inputs.remarks.counts)]
+    raise UserError("\n".join(lines))
+
+
+def show_examples(set_aside: list[dict[str, Any]]) -> list[str]:
+    """The commonest reasons, each with the first input that it concerns."""
+    first: dict[str, dict[str, Any]] = {}
+    for line in set_aside:
+        first.setdefault(line["reason"], line)
+    shown = [first[reason] for reason in list(count_by(set_aside, "reason"))[:MAX_REASONS]]
+    return [f"  {line['reason']}, such as {line['origin']}: {shorten(line['detail'])}" for line in shown]
+
+
+def shorten(text: str) -> str:
+    """A detail on one line of a message."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= MAX_DETAIL else flat[:MAX_DETAIL] + " ..."
 
 
 def choose_samples(

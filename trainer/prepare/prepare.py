@@ -34,7 +34,7 @@ from trainer.prepare.decode import decoders
 from trainer.prepare.empty_captions import check_empty_captions
 from trainer.prepare.encode import Chunk, Encoder, encode_chunk
 from trainer.prepare.inputs import Inputs, survey_inputs
-from trainer.prepare.merge import count_by, merge_set, place_set, read_complete, tell, write_jsonl
+from trainer.prepare.merge import count_by, merge_set, place_set, read_complete, show_examples, tell, write_jsonl
 from trainer.prepare.remarks import tell_remarks
 from trainer.prepare.work import (
     Todo,
@@ -209,7 +209,9 @@ def begin(work: Work, folder: Path, latents: dict[str, Any], config: Config, pro
     if old is not None and old.manifest["inputs"]["sha256"] == inputs.sha256:
         return summarise(folder, old.manifest, 0)
     if not inputs.total:
-        raise UserError(f"no posts in {', '.join(source.path for _, source in name_sources(config.data))}")
+        noted = [f"\n  noted in {line}" for line in tell_remarks(inputs.remarks.counts)]
+        paths = ", ".join(source.path for _, source in name_sources(config.data))
+        raise UserError(f"no posts in {paths}{''.join(noted)}")
     check_bad_fraction(work, inputs.set_aside, inputs.total, config)
     stock = read_complete(old) if old else read_stock(work.folder / "none")
     todo = plan_todo(work, read_table(work.inputs), stock, inputs.sha256, config.data.samples_per_shard)
@@ -259,11 +261,12 @@ def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, 
         return
     path = work.folder / QUARANTINE_NAME
     write_jsonl(path, set_aside)
-    raise UserError(
+    message = (
         f"{len(set_aside)} of {total} inputs are set aside so far, above data.max_bad_fraction "
         f"{config.data.max_bad_fraction}: {tell(count_by(set_aside, 'reason'))}. {path} names each. Mend the inputs "
         f"and start again, or raise the fraction: what is encoded is kept{advise(set_aside)}"
     )
+    raise UserError("\n".join([message, *show_examples(set_aside)]))
 
 
 def advise(set_aside: list[dict[str, Any]]) -> str:
