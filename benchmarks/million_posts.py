@@ -97,6 +97,7 @@ def write_latents(folder: Path) -> None:
         "offset": pa.array(numbers % 2000 * 131_072),
         "bucket_width": pa.array(sides[:, 0]),
         "bucket_height": pa.array(sides[:, 1]),
+        "several_frames": pa.nulls(count),
     } | {name: inputs[name].combine_chunks() for name in STAT}
     filler = pa.array(np.full(count, 2048))
     table = pa.table([columns.get(field.name, filler).cast(field.type) for field in LATENTS_SCHEMA], LATENTS_SCHEMA)

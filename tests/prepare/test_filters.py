@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from support.posts_on_disk import draw, make_base, make_config, read_jsonl, run
 from trainer.config.schema import Config, FiltersConfig
@@ -118,6 +119,39 @@ def test_a_separator_inside_a_tag_is_noted(config: Config, tmp_path: Path) -> No
     assert run(replace(config, data=data)).by_source == {"posts.jsonl": {"separator inside a tag": 1}}
     (note,) = read_jsonl(tmp_path / "shards" / "notes.jsonl")
     assert note["key"] == "1" and note["detail"] == "tags_general, tags_artist: |||"
+
+
+def test_of_two_copies_the_one_with_words_is_kept(config: Config, tmp_path: Path) -> None:
+    for name, words in (("a", "  "), ("b", "1girl"), ("c", "1girl, smile")):
+        draw(tmp_path / "images" / f"{name}.png", 1) if name != "a" else (tmp_path / "images").mkdir()
+        (tmp_path / "images" / f"{name}.txt").write_text(words)
+    (tmp_path / "images" / "a.png").write_bytes((tmp_path / "images" / "b.png").read_bytes())
+    config = make_config(Path(config.model.pretrained), tmp_path, posts=None)
+    summary, keys = filtered(config, drop_duplicates=True)
+    assert (summary.filtered, keys) == ({"drop_duplicates": 2}, "b%2Epng")
+    notes = read_jsonl(tmp_path / "shards" / "notes.jsonl")
+    assert [(note["key"], note["of"]) for note in notes if note["note"] == "duplicate"] == [
+        ("a%2Epng", "b%2Epng"), ("c%2Epng", "b%2Epng")]  # fmt: skip
+
+
+def test_several_frames_are_noted_and_stay_so(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    drawn = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green")]
+    drawn[0].save(tmp_path / "images" / "a.gif", save_all=True, append_images=drawn[1:])
+    drawn[0].save(tmp_path / "images" / "b.gif")
+    drawn[1].save(tmp_path / "images" / "c.tiff", save_all=True, append_images=drawn[:1])
+    for name in "abcd":
+        (tmp_path / "images" / f"{name}.txt").write_text("a caption")
+    config = make_config(Path(config.model.pretrained), tmp_path, posts=None)
+    assert run(config).notes == {"several_frames": 2}
+    notes = read_jsonl(tmp_path / "shards" / "notes.jsonl")
+    assert [note["key"] for note in notes if note["note"] == "several_frames"] == ["a%2Egif", "c%2Etiff"]
+    draw(tmp_path / "images" / "d.png", 1)  # only this is looked at again
+    assert (run(config).encoded, run(config).notes) == (1, {"several_frames": 2})
+    verify_shards(tmp_path / "shards", progress=False)
+    for name in ("a.gif", "c.tiff"):
+        (tmp_path / "images" / name).unlink()
+    assert run(config).notes == {}
 
 
 def test_nothing_is_left(config: Config, tmp_path: Path) -> None:

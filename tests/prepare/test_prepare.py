@@ -185,8 +185,8 @@ def test_broken_inputs_are_set_aside_and_the_rest_goes_on(done: tuple[Config, Su
     notes = read_jsonl(folder / "notes.jsonl")
     assert [(n["key"], n["note"], n["stated"], n["file"]) for n in notes if n["note"] == "stated_size"] == [
         ("109", "stated_size", [5, 5], [200, 50])]  # fmt: skip
-    # 109's drawing is number 3's
-    assert [(n["key"], n["of"]) for n in notes if n["note"] == "duplicate"] == [("3", "109")]
+    # 109's drawing is number 3's, and it has no tags
+    assert [(n["key"], n["of"]) for n in notes if n["note"] == "duplicate"] == [("109", "3")]
     assert summary.notes == {"stated_size": 1, "empty_caption": 2, "duplicate": 1}
     for text in ("25 samples", "undecodable: 1", "stated_size: 1", "quarantine.jsonl", "notes.jsonl"):
         assert text in str(summary)

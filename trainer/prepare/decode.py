@@ -24,7 +24,7 @@ from trainer.config.schema import BucketsConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes
 from trainer.data.buckets import Fit, Size, fit_image
-from trainer.data.images import BadImage, read_bytes, read_header, read_pixels
+from trainer.data.images import BadImage, has_frames, read_bytes, read_header, read_pixels
 from trainer.data.post import ImagePlace
 from trainer.data.sources.records import Reject
 
@@ -51,6 +51,7 @@ class Decoded:
     fit: Fit
     pixels: np.ndarray  # uint8 (H, W, 3)
     content_hash: str
+    several_frames: bool = False  # of which pixels are the first
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def look(task: Task) -> Outcome:
         if task.min_side is not None and min(size) < task.min_side:
             return Filtered("min_side")
         fit = fit_image(size, **asdict(task.buckets))
-        return Decoded(size, fit, read_pixels(data, fit), content_hash)
+        return Decoded(size, fit, read_pixels(data, fit), content_hash, has_frames(data))
     except BadImage as error:
         return Reject(task.key, task.origin, error.reason, error.detail)
     except UserError as error:

@@ -75,7 +75,8 @@ class Chunk:
                 continue
             self.writer = self.writer or ShardWriter(self.work.set, self.number)
             written = self.writer.add(row | place_image(image), latents)
-            self.latents.append({name: written.get(name, row.get(name)) for name in LATENTS_SCHEMA.names})
+            made = {name: written.get(name, row.get(name)) for name in LATENTS_SCHEMA.names}
+            self.latents.append(made | {"several_frames": image.several_frames or None})
 
     def finish(self) -> Done:
         """Encode what still waits for a full batch, and end the shard."""

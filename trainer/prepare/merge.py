@@ -43,6 +43,8 @@ from trainer.prepare.work import (
     Stock,
     Todo,
     Work,
+    add_frames,
+    drop_frames,
     find_last,
     join_stock,
     read_stock,
@@ -65,10 +67,11 @@ def read_complete(index: Index) -> Stock:
         columns = [index.table[name] for name in (field.name for field in LATENT_FIELDS)]
         unknown = pa.array(np.full(len(index), UNKNOWN))
         places = pa.array([""] * len(index))
-        return Stock(pa.table([*columns, unknown, unknown, places], schema=LATENTS_SCHEMA), shards)
+        return Stock(pa.table([*columns, unknown, unknown, places, pa.nulls(len(index), pa.bool_())],
+                              schema=LATENTS_SCHEMA), shards)  # fmt: skip
     if not path.is_file() or sha256_file(path) != named:
         raise UserError(f"{path} is missing or damaged: restore it from a copy, or move {index.folder} away")
-    return Stock(read_table(path), shards)
+    return Stock(add_frames(read_table(path)), shards)
 
 
 def merge_set(
@@ -85,21 +88,23 @@ def merge_set(
     stock = join_stock([read_stock(work.store), *(each.stock for each in done)])
     rows, places, filtered = choose_samples(read_table(work.inputs), stock, todo, done, filters.min_side)
     filtered = Counter(inputs.filtered) + sum((Counter(each.filtered) for each in done), filtered)
-    first = find_first_of_bytes(stock.latents["content_hash"].take(pa.array(places)))
+    first = find_first_of_bytes(
+        stock.latents["content_hash"].take(pa.array(places)), has_words(read_table(work.inputs), rows)
+    )
     doubles = np.flatnonzero(first != np.arange(len(first)))
     notes = note_duplicates(read_table(work.inputs), rows, first, doubles)
     if filters.drop_duplicates:
         filtered["drop_duplicates"] = len(doubles)
         rows, places = np.delete(rows, doubles), np.delete(places, doubles)
     table = join_columns(read_table(work.inputs), stock.latents, rows, places)
-    notes = note_sizes(table) + note_empty_captions(table) + notes
+    notes = note_sizes(table) + note_empty_captions(table) + note_frames(table) + notes
     set_aside = inputs.set_aside + [line for each in done for line in each.set_aside]
     filtered = Counter({name: count for name, count in filtered.items() if count})
     if not len(table):
         refuse_empty(work, inputs, set_aside, filtered)
     write_jsonl(work.set / QUARANTINE_NAME, set_aside)
     write_jsonl(work.set / NOTES_NAME, notes + inputs.remarks.examples)
-    write_table(work.set / LATENTS_NAME, stock.latents)
+    write_table(work.set / LATENTS_NAME, drop_frames(stock.latents))
     counts = {
         "inputs": inputs.total,
         "samples": len(table),
@@ -182,11 +187,27 @@ def join_columns(inputs: pa.Table, latents: pa.Table, rows: np.ndarray, places: 
     return pa.concat_tables(batches)
 
 
-def find_first_of_bytes(content_hashes: pa.ChunkedArray) -> np.ndarray:
-    """For each sample the first one, by key, whose image has the same bytes: int64 (n,)."""
+def find_first_of_bytes(content_hashes: pa.ChunkedArray, worded: np.ndarray) -> np.ndarray:
+    """For each sample the one of those whose image has the same bytes that counts: int64 (n,).
+
+    That is the first by key of those that have a caption or tags (``worded``, bool (n,)), else the first of all.
+    """
     codes = content_hashes.combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    return first[inverse]
+    order = np.lexsort((~worded, codes))  # stable: by key among equals
+    _, first, inverse = np.unique(codes[order], return_index=True, return_inverse=True)
+    found = np.empty(len(codes), dtype=np.int64)
+    found[order] = order[first[inverse]]
+    return found
+
+
+def has_words(inputs: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """Whether each of some posts has a caption or tags: bool (n,)."""
+    names = ["caption", *(name for name in inputs.schema.names if name.startswith("tags_"))]
+    texts = take_rows(inputs.select(names), rows)
+    worded = np.zeros(len(rows), dtype=bool)
+    for name in names:
+        worded |= pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(texts[name])), 0).fill_null(False).to_numpy()
+    return worded
 
 
 def note_duplicates(inputs: pa.Table, rows: np.ndarray, first: np.ndarray, doubles: np.ndarray) -> list[dict[str, Any]]:
@@ -213,6 +234,12 @@ def note_sizes(table: pa.Table) -> list[dict[str, Any]]:
         }
         for row in table.select(names).filter(pc.fill_null(differs, False)).to_pylist()
     ]
+
+
+def note_frames(table: pa.Table) -> list[dict[str, Any]]:
+    """A note where an image has several frames or pages, of which the first was taken."""
+    several = table.select(["key", "origin"]).filter(pc.fill_null(table["several_frames"], False))
+    return [{**row, "note": "several_frames"} for row in several.to_pylist()]
 
 
 def place_set(work: Work, folder: Path) -> None:

@@ -25,7 +25,8 @@ from trainer.data.tables import read_table, read_told, write_table
 from trainer.prepare.inputs import INPUTS_NAME, STAT_FIELDS
 
 # every sample that a tar holds, and the size and time of the image file that it was made from
-LATENTS_SCHEMA = pa.schema([*LATENT_FIELDS, *STAT_FIELDS])
+FRAMES_FIELD = pa.field("several_frames", pa.bool_())  # true, or null where an image has one or it is not known
+LATENTS_SCHEMA = pa.schema([*LATENT_FIELDS, *STAT_FIELDS, FRAMES_FIELD])
 STAT = tuple(field.name for field in STAT_FIELDS)
 SETTINGS_NAME = "settings.json"
 MAIN_BYTE, OTHERS_BYTE = 0, 1  # of the lock file: held by the main process, and shared by the others
@@ -240,7 +241,20 @@ def read_stock(path: Path) -> Stock:
     if not path.exists():
         return Stock(LATENTS_SCHEMA.empty_table(), [])
     table = read_table(path)
-    return Stock(table.replace_schema_metadata(), [ShardFile(**shard) for shard in read_told(table)["shards"]])
+    shards = [ShardFile(**shard) for shard in read_told(table)["shards"]]
+    return Stock(add_frames(table.replace_schema_metadata()), shards)
+
+
+def add_frames(latents: pa.Table) -> pa.Table:
+    """Latents with FRAMES_FIELD, which tables of version 0.2 and those without such an image lack."""
+    if FRAMES_FIELD.name in latents.schema.names:
+        return latents
+    return latents.append_column(FRAMES_FIELD, pa.nulls(len(latents), pa.bool_()))
+
+
+def drop_frames(latents: pa.Table) -> pa.Table:
+    """The inverse, so that a set that has no such image is the same bytes as before there was this field."""
+    return latents if pc.any(latents[FRAMES_FIELD.name]).as_py() else latents.drop_columns([FRAMES_FIELD.name])
 
 
 TODO_FACTS = ("first_shard", "samples_per_shard", "inputs_sha256", "store_sha256")

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from trainer.core.errors import UserError
 from trainer.data.sources.records import BadRecord
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff")
 
 
 @dataclass(frozen=True)
