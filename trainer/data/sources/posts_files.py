@@ -1,11 +1,11 @@
-"""Posts files, JSONL or Parquet, whose images lie in a folder."""
+"""Posts files, of text or Parquet, whose images lie in a folder."""
 
 import os
 from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,8 @@ from trainer.core.errors import UserError
 from trainer.data.post import Post, encode_key, read_key
 from trainer.data.sources.caption_fields import NO_FIELD, check_columns, read_captioned
 from trainer.data.sources.image_folders import ImageFolder, find_image
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, parse_record
+from trainer.data.sources.record_files import is_parquet, iterate_records
+from trainer.data.sources.records import BadRecord, Item, Reject, parse_record
 
 BATCH_ROWS = 1024  # rows of a Parquet file that are decoded at a time
 
@@ -26,14 +27,16 @@ def iterate_posts_file(file: Path, images: ImageFolder, source: str, column: str
         column: the field of finished captions that the source names.
 
     Raises:
-        UserError: when the file cannot be read at all, a part of a Parquet file cannot be decoded, or it is not clear
-            which column holds the captions.
+        UserError: when the file cannot be read at all, a part of it costs the rest, or it is not clear which column
+            holds the captions.
     """
-    if file.suffix.lower() == ".parquet":
+    if is_parquet(file):
         for number, row in enumerate(iterate_parquet(file, column), start=1):
             yield read_record(row, source, f"{file.name} row {number}", images, column)
         return
-    yield from refuse_unused_column(iterate_json_lines(file, images, source, column), column, file.name)
+    records = iterate_records(file)
+    posts = (read_record(record, source, f"{file.name} {where}", images, column) for where, record in records)
+    yield from refuse_unused_column(posts, column, file.name)
 
 
 def refuse_unused_column(items: Iterator[Item], column: str | None, file: str) -> Iterator[Item]:
@@ -50,29 +53,6 @@ def refuse_unused_column(items: Iterator[Item], column: str | None, file: str) -
         yield item
     if posts and posts == without:
         raise UserError(f"caption_column {column} has no effect: no record of {file} has a field of that name")
-
-
-def iterate_json_lines(file: Path, images: ImageFolder, source: str, column: str | None) -> Iterator[Item]:
-    """The posts of a file of one JSON object a line."""
-    try:
-        lines = file.open("rb")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    with lines:
-        for number, line in enumerate(iterate_lines(lines), start=1):
-            if len(line) > MAX_SIDECAR:
-                yield Reject(None, f"{file.name} line {number}", "bad_record", f"longer than {MAX_SIDECAR} bytes")
-            elif line.strip():
-                yield read_record(line, source, f"{file.name} line {number}", images, column)
-
-
-def iterate_lines(file: BinaryIO) -> Iterator[bytes]:
-    """A file's lines; of one that is too long only so much that it is seen to be."""
-    while line := file.readline(MAX_SIDECAR + 1):
-        rest = line
-        while len(rest) > MAX_SIDECAR and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_SIDECAR + 1)
-        yield line
 
 
 def iterate_parquet(file: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
@@ -94,11 +74,13 @@ def iterate_parquet(file: Path, column: str | None = None) -> Iterator[dict[str,
 
 
 def read_record(
-    line: bytes | dict[str, Any], source: str, origin: str, images: ImageFolder, column: str | None
+    line: bytes | dict[str, Any] | BadRecord, source: str, origin: str, images: ImageFolder, column: str | None
 ) -> Post | Reject:
     """One line or row of a posts file."""
     key = None
     try:
+        if isinstance(line, BadRecord):
+            raise line
         record = parse_record(line) if isinstance(line, bytes) else plain_values(line)
         key = read_key(record)
         name = find_image(record, images)

@@ -1,0 +1,220 @@
+"""Records of text files: one JSON object a line, an array of them, or a table (CSV, TSV); compressed or not.
+
+What a file is, its content says. What is none of these is named once, and not line by line.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from trainer.core.errors import UserError
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord
+
+# a line's bytes, a decoded record, or why there is none
+Record = tuple[str, bytes | dict[str, Any] | BadRecord]  # after where it stands in its file, such as "line 3"
+OPENERS: dict[bytes, Callable[[Path], Any]] = {  # by a file's first bytes
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+FOREIGN = {  # what people have instead, by its first bytes
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"SQLite format 3\0": "an SQLite database",
+    b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file",
+    b"\x89HDF": "an HDF5 file",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull)",
+    b"<": "a page of HTML or XML, such as a failed download leaves",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+TAR_MAGIC = slice(257, 262)  # where a tar says "ustar"
+READ = "posts files are .jsonl, .json (an array of posts), .csv, .tsv (also as .gz, .bz2, .xz or .zst) and .parquet"
+START = 4096  # bytes of which a file's kind is seen
+CHUNK = 2**20  # characters of an array that are read at a time
+MAX_DOCUMENT = 2**26  # bytes up to which a file is looked at as a whole
+BETWEEN = re.compile(r"[\s,]*")
+
+
+def is_parquet(file: Path) -> bool:
+    """Whether a file is Parquet, by its name or its content."""
+    return file.suffix.lower() == ".parquet" or read_start(file).startswith(b"PAR1")
+
+
+class Damaged(Exception):
+    """Why the rest of a file is lost."""
+
+
+def iterate_records(file: Path) -> Iterator[Record]:
+    """The records of a file in order.
+
+    Raises:
+        UserError: when it cannot be read, is of another kind, or is damaged, so that the rest of it is lost.
+    """
+    where = "its beginning"
+    opener = find_opener(file)
+    try:
+        with opener(file) as probe:
+            start = probe.read(START)
+        refuse_foreign(file, start)
+        with opener(file) as content:
+            for where, record in choose_reader(file, content, start):
+                yield where, record
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error, Damaged) as error:
+        raise UserError(f"{file} is damaged after {where}: {error}") from error
+
+
+def find_opener(file: Path) -> Callable[[Path], Any]:
+    """What opens a file without its compression.
+
+    Raises:
+        UserError: when it cannot be opened.
+    """
+    start = read_start(file)
+    return next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), lambda path: path.open("rb"))
+
+
+def read_start(file: Path) -> bytes:
+    """A file's first bytes."""
+    try:
+        if file.exists() and not file.is_file():  # a pipe would wait for ever
+            raise UserError(f"{file} cannot be read: it is not a regular file")
+        with file.open("rb") as opened:
+            return opened.read(START)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def refuse_foreign(file: Path, start: bytes) -> None:
+    """Name a file of another kind.
+
+    Raises:
+        UserError: naming it.
+    """
+    kind = next((kind for magic, kind in FOREIGN.items() if start.startswith(magic)), None)
+    kind = "a tar archive" if start[TAR_MAGIC] == b"ustar" else kind
+    if kind is not None:
+        raise UserError(f"{file} is {kind}: {READ}")
+
+
+def choose_reader(file: Path, content: BinaryIO, start: bytes) -> Iterator[Record]:
+    """The records of a file's content, which begins with ``start``."""
+    name = file.name.lower()
+    while name.endswith(COMPRESSED):
+        name = name[: name.rfind(".")]
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if name.endswith((".csv", ".tsv")):
+        return iterate_rows(content, "\t" if name.endswith(".tsv") else ",")
+    if text.startswith(b"[") and (name.endswith(".json") or text[1:].lstrip()[:1] in (b"{", b"]")):
+        return iterate_array(content)
+    refuse_document(file, start)
+    return iterate_lines(content)
+
+
+def iterate_lines(file: BinaryIO) -> Iterator[Record]:
+    """A file's lines that are not blank; of one that is too long only so much that it is seen to be."""
+    number = 0
+    while line := file.readline(MAX_SIDECAR + 1):
+        number += 1
+        rest = line
+        while len(rest) > MAX_SIDECAR and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_SIDECAR + 1)
+        if len(line) > MAX_SIDECAR:
+            yield f"line {number}", BadRecord("bad_record", f"longer than {MAX_SIDECAR} bytes")
+        elif line.strip():
+            yield f"line {number}", line
+
+
+def refuse_document(file: Path, start: bytes) -> None:
+    """Refuse one JSON value over several lines, of which each line would be set aside for itself.
+
+    Raises:
+        UserError: with the names in it.
+    """
+    first, end, _ = start.partition(b"\n")
+    if not end or not first.startswith(b"{"):
+        return
+    try:
+        json.loads(first)
+    except ValueError:
+        pass
+    else:
+        return
+    try:
+        with find_opener(file)(file) as content:
+            whole = json.loads(content.read(MAX_DOCUMENT))
+    except (ValueError, RecursionError):
+        return
+    names = ", ".join(list(whole)[:10])
+    raise UserError(f"{file} is one JSON object (of {names}), not one post a line or an array of posts: {READ}")
+
+
+def iterate_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
+    """The rows of a table by the names in its first line; an empty cell is a field that the row does not have.
+
+    Raises:
+        Damaged: when the first line is no line of names.
+    """
+    csv.field_size_limit(MAX_SIDECAR)
+    rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+    names = [name.strip() for name in next(rows, [])]
+    if not all(names) or len(set(names)) != len(names):
+        raise Damaged(f"the first line of a table names its columns, each once, not {', '.join(names)!r}")
+    for number, row in enumerate(rows, start=1):
+        if row:
+            yield f"row {number}", read_row(names, row)
+
+
+def read_row(names: list[str], row: list[str]) -> dict[str, Any] | BadRecord:
+    """One row of a table."""
+    if len(row) != len(names):
+        return BadRecord("bad_record", f"{len(row)} cells, but the table has {len(names)} columns")
+    for name, value in zip(names, row, strict=True):
+        if value.startswith(("['", '["')):
+            return BadRecord("bad_record", f"{name} holds a list as text: keep lists in .jsonl or .parquet")
+    return {name: value for name, value in zip(names, row, strict=True) if value}
+
+
+def iterate_array(file: BinaryIO) -> Iterator[Record]:
+    """The items of one JSON array, read piece by piece.
+
+    Raises:
+        Damaged: where it makes no sense any more.
+    """
+    decoder = json.JSONDecoder()
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
+    buffer, number, ended = text.read(CHUNK).lstrip(), 0, False
+    at = 1  # behind the bracket
+    while True:
+        at = BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+        if buffer[at : at + 1] == "]":
+            if (buffer[at + 1 :] + text.read(CHUNK)).strip():
+                raise Damaged("something follows the end of the array")
+            return
+        try:
+            item, end = decoder.raw_decode(buffer, at)
+        except (ValueError, RecursionError) as error:
+            if ended or len(buffer) - at > MAX_SIDECAR:
+                raise Damaged("the array ends too early" if ended else str(error)) from error
+            end = len(buffer)
+        if end == len(buffer) and not ended:  # there may be more of this item
+            more = text.read(CHUNK)
+            buffer, at, ended = buffer[at:] + more, 0, not more
+            continue
+        at, number = end, number + 1
+        kind = type(item).__name__
+        fault = BadRecord("bad_record", f"a post must be a JSON object, not {kind}")
+        yield f"post {number}", item if isinstance(item, dict) else fault
