@@ -82,6 +82,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         ("kind: folder, path: a, missing_images: ignore", "missing_images", "has no effect: folder has no missing"),
         ("kind: posts, path: a, images: b, strip_prefix: ''", "strip_prefix", "must be some text, or null"),
         ("kind: kohya, path: a, images: b, caption_column: c", "caption_column", "has no effect: kohya has no"),
+        ("kind: dataset, path: a, follow_links: true", "follow_links", "has no effect: dataset has no follow_links"),
         ("kind: posts, path: a", "images", "missing: posts needs the folder of its images"),
         ("kind: kohya, path: a", "images", "missing: kohya needs the folder of its images"),
         ("kind: dataset, path: ., name: here, revision: main", "revision", "has no effect: the path is a local"))],
@@ -174,6 +175,10 @@ def test_rules(words: list[str], key: str, part: str) -> None:
         ["model.vae=owner/name", "model.vae_revision=main"],
         ["checkpoint.keep_every_steps=3000", "optim.weight_decay=0", "optim.betas=[0, 0]"],
         ["data.sources=[{kind: folder, path: a, repeats: 1}, {kind: tars, path: a, name: b, repeats: 3}]"],
+        [
+            "data.sources=[{kind: folder, path: a, lines: variants, follow_links: true},"
+            " {kind: dataset, path: b/c, lines: tags}]"
+        ],
         [
             "data.sources=[{kind: dataset, path: owner/name, revision: main, split: test, image_column: a,"
             " caption_column: b}, {kind: posts, path: p.jsonl, images: i, missing_images: ignore, caption_column: c},"

@@ -247,6 +247,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
             read_header(read_bytes(tmp_path / "image"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "avif"])
 def test_damaged_bytes_give_an_image_or_a_bad_image(tmp_path: Path, suffix: str) -> None:
     good = save(tmp_path / f"a.{suffix}", quarters()).read_bytes()

@@ -156,5 +156,5 @@ def test_several_frames_are_noted_and_stay_so(config: Config, tmp_path: Path) ->
 
 def test_nothing_is_left(config: Config, tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, shards=str(tmp_path / "shards")))
-    with pytest.raises(UserError, match=r"no sample is left of 7 inputs: 7 removed by filters.min_score$"):
+    with pytest.raises(UserError, match=r"no sample is left of 7 inputs: 7 removed by min_score$"):
         filtered(config, min_score=1000)

@@ -60,6 +60,20 @@ def test_remarks_reach_manifest_terminal_and_page(
     assert "Noted in a" in page and "unreadable score" in page and "Noted in b" in page
 
 
+def test_a_set_beside_its_images_is_no_input_of_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for number in range(3):
+        draw(tmp_path / "sub" / f"{number}.png", number)
+        (tmp_path / "sub" / f"{number}.txt").write_text("a caption")
+    (tmp_path / "film.mp4").write_bytes(b"x")
+    base = make_base(tmp_path.with_name(tmp_path.name + "_base"))
+    config = make_config(base, tmp_path, posts=None, images=str(tmp_path))
+    first = run(config)
+    assert first.by_source == {tmp_path.name: {"unread file: .mp4": 1}}
+    before = open_index(config.data.shards).manifest
+    assert run(config).encoded == 0 and open_index(config.data.shards).manifest == before
+
+
 def test_remarks_alone_are_a_change_of_the_set(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, tmp_path)
     run(config)

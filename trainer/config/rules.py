@@ -104,6 +104,7 @@ ONLY_FOR = {  # fields of a source that only some kinds have
     "revision": ("dataset",),
     "image_column": ("dataset",),
     "caption_column": ("dataset", "posts"),
+    "follow_links": ("posts", "folder", "tars", "kohya"),
 }
 
 

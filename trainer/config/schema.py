@@ -57,8 +57,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class SourceConfig:
     kind: Literal["posts", "folder", "tars", "dataset", "kohya"]
-    # posts: a posts file, .jsonl or .parquet; folder: images with sidecars; tars: a webdataset tar or a folder of them;
-    # dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
+    # posts: a posts file, .jsonl, .json, .csv, .tsv or .parquet; folder: images with sidecars; tars: a webdataset tar
+    # or a folder of them; dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
     path: Place = free()
     images: Place | None = free(None)  # posts and kohya: the folder of images, or of tars that hold them
     strip_prefix: str | None = free(None)  # posts and kohya: what file names begin with that is not here
@@ -67,6 +67,9 @@ class SourceConfig:
     name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
     prefix_keys: bool = free(False)  # put the source's name before its keys, where two sites number their posts alike
+    # what a caption of several lines is: its first, all of them as tags, or variants, of which each pass draws one
+    lines: Literal["first", "tags", "variants"] = "first"
+    follow_links: bool = free(False)  # enter folders that are links, and read files that are; not for datasets
     split: str | None = None  # dataset: null is train
     revision: str | None = None  # dataset: branch, tag or commit of a hub id
     image_column: str | None = None  # dataset: null is its only column of images

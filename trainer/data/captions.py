@@ -13,6 +13,9 @@ import numpy as np
 
 from trainer.config.schema import CaptionsConfig
 
+# between the variants of one caption, of which each draw takes one: ASCII's own record separator, which no text has
+VARIANT_SEPARATOR = "\x1e"
+
 
 def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
     """The caption of one sample, before any shuffling.
@@ -93,14 +96,17 @@ def column_tags(extra: str | None, rules: CaptionsConfig) -> list[str]:
 
 
 def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Generator) -> str:
-    """What the model sees of a caption this time: free tags dropped and shuffled, without any separator.
+    """What the model sees of a caption this time: one of its variants, free tags dropped and shuffled, no separator.
 
     Text behind a second separator is a fixed tail. A caption without separator is free as a whole but for its
-    ``keep_tokens`` leading tags. Recipe, section 2.
+    ``keep_tokens`` leading tags. Recipe, section 2. Only a caption with variants has a draw for them.
     """
     # all is drawn always and in this order, so that turning one knob leaves the draws of the others as they were
     if generator.random() < rules.caption_dropout:
         return ""
+    if VARIANT_SEPARATOR in caption:
+        variants = caption.split(VARIANT_SEPARATOR)
+        caption = variants[int(generator.integers(len(variants)))]
     parts = caption.split(rules.keep_tokens_separator)
     if len(parts) == 1:
         tags = split_caption(caption)

@@ -7,6 +7,7 @@ plug-ins for Pillow are installed.
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from PIL import features
 
@@ -19,20 +20,29 @@ BUILT_IN: dict[str, tuple[str, ...]] = {  # Pillow's name of a format -> extensi
     "TIFF": ("tif", "tiff"),
     "AVIF": ("avif",),
 }
-PLUG_INS: dict[str, dict[str, tuple[str, ...]]] = {  # the package's module -> what it adds to Pillow
-    "pillow_heif": {"HEIF": ("heic", "heif")},
-    "pillow_jxl": {"JXL": ("jxl",)},
-}
-PACKAGES = {"HEIC": "pillow-heif", "JPEG XL": "pillow-jxl-plugin"}
+
+
+class PlugIn(NamedTuple):
+    """A package that adds a format to Pillow."""
+
+    module: str
+    package: str
+    kind: str  # in words
+    format: str  # Pillow's name of it
+    extensions: tuple[str, ...]
+
+
+PLUG_INS = (
+    PlugIn("pillow_heif", "pillow-heif", "HEIC", "HEIF", ("heic", "heif")),
+    PlugIn("pillow_jxl", "pillow-jxl-plugin", "JPEG XL", "JXL", ("jxl",)),
+)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 
 
 def list_formats() -> dict[str, tuple[str, ...]]:
     """The formats that can be read here, with their extensions."""
     formats = {name: ends for name, ends in BUILT_IN.items() if name != "AVIF" or features.check("avif")}
-    for module, added in PLUG_INS.items():
-        if find_spec(module):
-            formats |= added
-    return formats
+    return formats | {each.format: each.extensions for each in PLUG_INS if find_spec(each.module)}
 
 
 @cache
@@ -44,19 +54,21 @@ def image_extensions() -> tuple[str, ...]:
 @cache
 def load_formats() -> tuple[str, ...]:
     """Pillow's names of the formats that may be opened; plug-ins that are installed have registered theirs then."""
-    for module in PLUG_INS:
-        if find_spec(module):
-            plug_in = import_module(module)
-            if hasattr(plug_in, "register_heif_opener"):
+    for each in PLUG_INS:
+        if find_spec(each.module):
+            plug_in = import_module(each.module)
+            if each.format == "HEIF":  # the other one registers when it is imported
                 plug_in.register_heif_opener()
     return tuple(list_formats())
 
 
 def suggest_plug_in(data: bytes) -> str:
     """What to install for bytes that are of a format which only a plug-in reads, or nothing."""
-    kind = "JPEG XL" if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else ""
-    kind = "HEIC" if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heim", b"heis", b"mif1") else kind
-    return f"; it is {kind}: pip install {PACKAGES[kind]}" if kind else ""
+    found = {
+        "HEIF": data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS,
+        "JXL": data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+    }
+    return "".join(f"; it is {each.kind}: pip install {each.package}" for each in PLUG_INS if found[each.format])
 
 
 def is_image_name(name: str) -> bool:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json, write_file
+from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.images import BadImage, stat_image
 from trainer.data.post import ImagePlace, Post, TableCell, TarMember
 from trainer.data.shards import POST_FIELDS
@@ -197,7 +198,9 @@ def list_tags(row: dict[str, Any], separator: str) -> set[str]:
     """
     strings = [value for name, value in row.items() if name.startswith("tags_") and value]
     tags = {tag.replace("_", " ") for string in strings for tag in string.split()}
-    finished = (row["caption"] or "").replace(separator, ",").replace("_", " ").split(",")
+    finished = (
+        (row["caption"] or "").replace(VARIANT_SEPARATOR, ",").replace(separator, ",").replace("_", " ").split(",")
+    )
     return tags | {tag.strip() for tag in finished}
 
 

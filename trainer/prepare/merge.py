@@ -23,6 +23,7 @@ from trainer.data.shards import (
     INDEX_NAME,
     LATENT_FIELDS,
     LATENTS_NAME,
+    LOCK_NAME,
     MANIFEST_NAME,
     NOTES_NAME,
     QUARANTINE_NAME,
@@ -126,7 +127,7 @@ def refuse_empty(work: Work, inputs: Inputs, set_aside: list[dict[str, Any]], fi
     Raises:
         UserError: always.
     """
-    removed = tell({f"removed by filters.{name}": count for name, count in filtered.items()})
+    removed = tell({f"removed by {name}": count for name, count in filtered.items()})
     told = ", ".join(filter(None, [tell(count_by(set_aside, "reason")), removed]))
     lines = [f"no sample is left of {inputs.total} inputs: {told}"]
     if set_aside:
@@ -260,7 +261,7 @@ def place_set(work: Work, folder: Path) -> None:
     for path in work.folder.iterdir():  # what led to the set is of no use from here on
         if path.is_dir() and path != work.set:
             shutil.rmtree(path)
-        elif not path.is_dir() and path.name not in ("lock", SETTINGS_NAME):
+        elif not path.is_dir() and path.name not in (LOCK_NAME, SETTINGS_NAME):
             path.unlink()
     if not folder.exists() or not any(folder.iterdir()):
         work.set.replace(folder)

@@ -20,7 +20,15 @@ import pyarrow.compute as pc
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
-from trainer.data.shards import LATENT_FIELDS, QUARANTINE_NAME, ShardFile, shard_name, shard_number
+from trainer.data.shards import (
+    LATENT_FIELDS,
+    LOCK_NAME,
+    QUARANTINE_NAME,
+    WORK_SUFFIX,
+    ShardFile,
+    shard_name,
+    shard_number,
+)
 from trainer.data.tables import read_table, read_told, write_table
 from trainer.prepare.inputs import INPUTS_NAME, STAT_FIELDS
 
@@ -120,14 +128,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def work_folder(folder: Path) -> Path:
     """Where the set is made: beside its place, so that a rename puts it there."""
-    return folder.with_name(folder.name + ".unfinished")
+    return folder.with_name(folder.name + WORK_SUFFIX)
 
 
 @contextmanager
 def hold_work(work: Work, folder: Path) -> Iterator[None]:
     """Have the work folder of data.shards ``folder`` for one preparation alone."""
     make_folders(work)
-    with (work.folder / "lock").open("w") as lock:
+    with (work.folder / LOCK_NAME).open("w") as lock:
         try:  # not flock: decoding processes would inherit it, and hold it for a moment when this one is killed
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, OTHERS_BYTE)  # whose main process may be dead
@@ -144,7 +152,7 @@ def hold_work(work: Work, folder: Path) -> Iterator[None]:
 @contextmanager
 def share_work(work: Work) -> Iterator[None]:
     """Be one of the other processes of a preparation: while there is one, no new preparation begins."""
-    with (work.folder / "lock").open("r") as lock:
+    with (work.folder / LOCK_NAME).open("r") as lock:
         fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, OTHERS_BYTE)
         yield
 

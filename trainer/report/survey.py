@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from trainer.config.schema import CaptionsConfig
 from trainer.core.rng import rng
-from trainer.data.captions import column_tags, compose_caption, draw_caption, quality_tag, year_tag
+from trainer.data.captions import (
+    VARIANT_SEPARATOR,
+    column_tags,
+    compose_caption,
+    draw_caption,
+    quality_tag,
+    year_tag,
+)
 from trainer.data.shards import Row
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.tokens import TextTokenizer
@@ -112,7 +119,9 @@ def count_finished(table: pa.Table, separator: str, most: int) -> TagCounts:
     for batch in table.select(["caption"]).to_batches():
         captions = batch["caption"].drop_null()
         images += len(captions)
-        words = pc.split_pattern(pc.replace_substring(captions, separator, ","), ",").flatten()
+        for between in (separator, VARIANT_SEPARATOR):
+            captions = pc.replace_substring(captions, between, ",")
+        words = pc.split_pattern(captions, ",").flatten()
         words = pc.utf8_trim_whitespace(words)
         parts.append(counted(words.filter(pc.not_equal(words, ""))))
     return sum_counts(parts, images, most)

@@ -27,7 +27,7 @@ from trainer.data.sources.hub_datasets import find_image_column, iterate_rows
 from trainer.data.sources.image_folders import list_images
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
-from trainer.data.sources.records import Reject
+from trainer.data.sources.records import Reject, Remark
 from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
 
@@ -55,9 +55,12 @@ def flip(content: bytes, random: np.random.Generator, truncate: bool = True) -> 
 
 
 def judge(items: Any) -> Counter[str]:
-    """What came of each item; every reject says why, in text that a report can hold."""
+    """What came of each item; every reject and remark says why, in text that a report can hold."""
     counts: Counter[str] = Counter()
     for item in items:
+        if isinstance(item, Remark):
+            assert item.kind and item.count > 0 and (item.origin + item.kind + item.detail).encode()
+            continue
         assert isinstance(item, Post | Reject)
         if isinstance(item, Reject):
             assert item.reason and item.detail
@@ -97,6 +100,7 @@ def encode(mode: str, form: str, size: tuple[int, int], random: np.random.Genera
     return buffer.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_whole_and_damaged(mode: str, form: str) -> None:
@@ -149,7 +153,8 @@ def test_any_lines_of_posts(fenced: Path, lines: list[bytes], file: str) -> None
     (fenced / "images").mkdir(exist_ok=True)
     (fenced / "images" / "a.png").write_bytes(PNG)
     named = json.dumps({"id": 1, "file": file}).encode()
-    (fenced / "posts.jsonl").write_bytes(b"\n".join([*lines, named, b'{"file": "a.png"}']))
+    # the first line keeps the others from saying that the file is of another kind
+    (fenced / "posts.jsonl").write_bytes(b"\n".join([b"{}", *lines, named, b'{"file": "a.png"}']))
     images = list_images(fenced / "images")
     items = list(iterate_posts_file(fenced / "posts.jsonl", images, "s"))
     judge(items)
@@ -157,6 +162,23 @@ def test_any_lines_of_posts(fenced: Path, lines: list[bytes], file: str) -> None
     for item in items:
         if isinstance(item, Post):
             assert isinstance(item.image, Path) and item.image.resolve().is_relative_to(images.path.resolve())
+
+
+KINDS_OF_FILES = st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.json.gz"])
+STARTS = st.sampled_from([b"", b"[", b"[{", b"id,file\n", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"])
+
+
+@quick
+@given(st.tuples(STARTS, st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode())).map(b"".join),
+       KINDS_OF_FILES)  # fmt: skip
+def test_any_bytes_as_a_posts_file(fenced: Path, content: bytes, name: str) -> None:
+    (fenced / name).write_bytes(content)
+    try:
+        judge(iterate_posts_file(fenced / name, list_images(fenced), "s"))
+    except UserError as error:
+        assert name in str(error)
+    finally:
+        (fenced / name).unlink()
 
 
 @quick

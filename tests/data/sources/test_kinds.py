@@ -205,10 +205,10 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
         ("ünïcode " + "x" * 200 + ".png", PNG), ("ünïcode " + "x" * 200 + ".txt", b"long"),
     )  # fmt: skip
     items = iterate(SourceConfig("tars", str(file)))
-    assert told(items)[:-1] == [
-        "t%2Fsub%2Fa", "7", "no_sidecar", "no_image", "image_ambiguous", "bad_json", "bad_sample", "t%2Fh"]  # fmt: skip
+    assert told(items)[:6] == ["t%2Fsub%2Fa", "7", "image_ambiguous", "bad_json", "bad_sample", "t%2Fh"]
+    assert told(items)[7:] == ["no_sidecar", "no_image"]  # which the tar's other members might have explained
     assert [item.origin for item in items[:2]] == ["t.tar: sub/a", "t.tar: b"]
-    a, b, *_, h, long = items
+    a, b, *_, h, long = items[:7]
     assert isinstance(a, Post) and isinstance(b, Post) and isinstance(h, Post) and isinstance(long, Post)
     assert (a.caption, b.caption, b.score, b.source, long.caption) == ("a caption", "wins", 3, "t.tar", "long")
     assert read_bytes(a.image) == read_bytes(b.image) == read_bytes(long.image) == PNG

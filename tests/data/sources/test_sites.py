@@ -16,7 +16,7 @@ from trainer.config.schema import DataConfig, SourceConfig
 from trainer.data.post import Post, encode_key
 from trainer.data.sites import find_site, image_stems, read_rating
 from trainer.data.sources import iterate_sources
-from trainer.data.sources.records import Reject
+from trainer.data.sources.records import Reject, Remark
 
 MD5 = "0123456789abcdef" * 2
 
@@ -93,7 +93,9 @@ def put(path: Path) -> bytes:
 
 
 def read(*sources: SourceConfig) -> list[Any]:
-    return list(iterate_sources(DataConfig("shards", sources=list(sources))))
+    """Posts and rejects of some sources."""
+    items = iterate_sources(DataConfig("shards", sources=list(sources)))
+    return [item for item in items if not isinstance(item, Remark)]
 
 
 def posts_of(*sources: SourceConfig) -> list[Post]:

@@ -13,10 +13,13 @@ from trainer.data.post import Post, encode_key
 from trainer.data.sources.hub_datasets import iterate_dataset
 from trainer.data.sources.image_folders import ImageFolder, list_images
 from trainer.data.sources.kohya import iterate_kohya
+from trainer.data.sources.lines import settle_lines
 from trainer.data.sources.posts_files import iterate_posts_file
 from trainer.data.sources.records import Item, Reject, Remark
 from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
+
+Folders = dict[tuple[str, bool], ImageFolder]  # by path, and whether links are followed
 
 
 def iterate_sources(data: DataConfig) -> Iterator[Item]:
@@ -25,13 +28,14 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
     Raises:
         UserError: when a source cannot be read at all, naming its key in the config.
     """
-    folders: dict[str, ImageFolder] = {}  # several sources may share a folder of images, which is listed once
+    folders: Folders = {}  # several sources may share a folder of images, which is listed once
     for where, source in name_sources(data):
         try:
-            if source.images is not None and source.images not in folders:
-                folders[source.images] = list_images(check_folder(source.images), source.label)
-                yield from folders[source.images].damages
-            items = iterate_source(source, folders)
+            if source.images is not None and (source.images, source.follow_links) not in folders:
+                listed = list_images(check_folder(source.images), source.label, source.follow_links)
+                folders[source.images, source.follow_links] = listed
+                yield from listed.damages
+            items = settle_lines(iterate_source(source, folders), source.lines)
             items = ignore_missing(items, source) if source.missing_images == "ignore" else items
             yield from prefix_keys(items, source.label) if source.prefix_keys else items
         except UserError as error:
@@ -71,23 +75,24 @@ def name_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     return [("data.posts", SourceConfig("posts", file, data.images)) for file in data.posts]
 
 
-def iterate_source(source: SourceConfig, folders: dict[str, ImageFolder]) -> Iterator[Item]:
+def iterate_source(source: SourceConfig, folders: Folders) -> Iterator[Item]:
     """The posts of one source, of whatever kind."""
     path = Path(source.path)
-    images = None if source.images is None else folders[source.images].of_source(source.strip_prefix)
+    listed = None if source.images is None else folders[source.images, source.follow_links]
+    images = None if listed is None else listed.of_source(source.strip_prefix)
     match source.kind:
         case "posts":
             assert images is not None
             yield from iterate_posts_file(path, images, source.label, source.caption_column)
         case "folder":
-            yield from iterate_folder(check_folder(source.path), source.label)
+            yield from iterate_folder(check_folder(source.path), source.label, source.follow_links)
         case "tars":
-            yield from iterate_tars(path, source.label)
+            yield from iterate_tars(path, source.label, source.follow_links)
         case "dataset":
             yield from iterate_dataset(source)
         case "kohya":
             assert images is not None
-            yield from iterate_kohya(path, images, source.label)
+            yield from iterate_kohya(path, images, source.label, source.lines == "variants")
     if images is not None:
         images.judge_names()
 

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from trainer.core.errors import UserError
+from trainer.data.formats import image_extensions
+from trainer.data.shards import INDEX_NAME, LOCK_NAME, MANIFEST_NAME, WORK_SUFFIX
 from trainer.data.sources.records import BadRecord
+from trainer.data.sources.unread import HIDDEN_FOLDER, LINKED_FOLDER, Skipped, is_system_folder
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff")
+EXTENSIONS = tuple(f".{end}" for end in image_extensions())
 
 
 @dataclass(frozen=True)
@@ -20,53 +23,108 @@ class Found:
     parent: str  # its folder, "" or ending with a slash
     siblings: dict[str, bool]  # all that lies beside it but folders: name -> plain
 
+    @property
+    def last(self) -> str:
+        """Its name in its own folder."""
+        return self.name[len(self.parent) :]
 
-def walk_files(folder: Path) -> Iterator[Found]:
-    """All files of a tree in the order of their relative paths; folders that are links are not entered.
+
+@dataclass
+class Walk:
+    """A walk on its way."""
+
+    folder: Path
+    follow_links: bool
+    skipped: list[Skipped]
+    entered: set[tuple[int, int]] = field(default_factory=set)  # (device, inode) of folders, where links are followed
+
+    def may_enter(self, name: str, path: str, linked: bool) -> bool:
+        """Whether a folder is entered; it is listed where not. Where links are followed, each folder is entered once:
+        under its own name where it lies in the walk's folder itself, so that no chain of links leads on for ever."""
+        if holds_shards(path):
+            return False
+        if is_system_folder(name[name.rfind("/") + 1 :]):
+            self.skipped.append(Skipped(name, HIDDEN_FOLDER, "never entered: hidden, or of a system"))
+            return False
+        if linked and not self.follow_links:
+            self.skipped.append(Skipped(name, LINKED_FOLDER, "a link: follow_links: true for this source enters it"))
+            return False
+        if not self.follow_links:
+            return True
+        status = Path(path).stat()
+        place = (status.st_dev, status.st_ino)
+        inside = linked and Path(path).resolve().is_relative_to(self.folder.resolve())
+        if inside or place in self.entered:
+            self.skipped.append(Skipped(name, LINKED_FOLDER, "entered under another name"))
+            return False
+        self.entered.add(place)
+        return True
+
+
+def holds_shards(path: str) -> bool:
+    """Whether a folder is a set that was made here, or one on its way, which may lie beside its images."""
+    own = (MANIFEST_NAME, INDEX_NAME) if not path.endswith(WORK_SUFFIX) else (LOCK_NAME,)
+    return all(os.path.isfile(os.path.join(path, name)) for name in own)  # noqa: PTH113, PTH118
+
+
+def walk_files(folder: Path, *, follow_links: bool = False, skipped: list[Skipped] | None = None) -> Iterator[Found]:
+    """All files of a tree in the order of their relative paths.
+
+    Hidden and system folders below it are not entered, linked ones only with ``follow_links``.
+
+    Args:
+        skipped: receives the folders that are not entered.
 
     Raises:
         UserError: when a folder in it cannot be listed.
     """
-    waiting = [walk_one(folder, "")]  # not by recursion: folders may be nested deeper than Python's stack
+    walk = Walk(folder, follow_links, [] if skipped is None else skipped)
+    if follow_links and folder.is_dir():
+        walk.may_enter("", os.fspath(folder), linked=False)
+    waiting = [walk_one(walk, "")]  # not by recursion: folders may be nested deeper than Python's stack
     while waiting:
         for item in waiting[-1]:
             if isinstance(item, str):
-                waiting.append(walk_one(folder, item))
+                waiting.append(walk_one(walk, item))
                 break
             yield item
         else:
             waiting.pop()
 
 
-def walk_one(folder: Path, parent: str) -> Iterator[Found | str]:
+def walk_one(walk: Walk, parent: str) -> Iterator[Found | str]:
     """One folder's files, and between them its folders by name, ending with a slash."""
     siblings: dict[str, bool] = {}
     names: list[str] = []
-    path = os.path.join(folder, parent)  # noqa: PTH118
+    linked: set[str] = set()
+    path = os.path.join(walk.folder, parent)  # noqa: PTH118
     try:
         with os.scandir(path) as entries:
             for entry in entries:
+                plain = entry.is_file(follow_symlinks=False)
                 if entry.is_dir(follow_symlinks=False):
                     names.append(entry.name + "/")
-                elif entry.is_file(follow_symlinks=False) or not os.path.isdir(entry.path):  # noqa: PTH112
-                    siblings[entry.name] = entry.is_file(follow_symlinks=False)
+                elif not plain and os.path.isdir(entry.path):  # noqa: PTH112
+                    names.append(entry.name + "/")
+                    linked.add(names[-1])
+                else:
+                    siblings[entry.name] = plain
                     names.append(entry.name)
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error.strerror}") from error
     for name in sorted(names):  # with the slash, so that this is the order of whole paths
-        if name.endswith("/"):
-            yield parent + name
-        else:
+        if not name.endswith("/"):
             yield Found(parent + name, siblings[name], parent, siblings)
+        elif walk.may_enter(parent + name[:-1], path + name[:-1], name in linked):
+            yield parent + name
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file's name is an image's, hidden files excluded."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def check_inside(folder: Path, name: str, follow_links: bool = False) -> Path:
+    """``folder / name``, if that is a file inside the folder; links are followed before judging.
 
-
-def check_inside(folder: Path, name: str) -> Path:
-    """``folder / name``, if that is a file inside the folder; links are followed before judging."""
+    Args:
+        follow_links: a link may lead to a file elsewhere.
+    """
     if "\0" in name or name.startswith("/") or ".." in PurePath(name).parts:
         raise BadRecord("outside_folder", f"{name!r} does not stay inside the folder")
     path = folder / name
@@ -74,6 +132,6 @@ def check_inside(folder: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError, UnicodeEncodeError) as error:
         raise BadRecord("image_missing", f"{name!r} is not in the folder") from error
-    if not real.is_relative_to(folder.resolve()):
-        raise BadRecord("outside_folder", f"{name!r} is a link that leads out of the folder")
+    if not follow_links and not real.is_relative_to(folder.resolve()):
+        raise BadRecord("outside_folder", f"{name!r} is a link that leads out of the folder: see follow_links")
     return path

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.core.errors import UserError
+from trainer.data.formats import is_image_name
 from trainer.data.post import ImagePlace, TarMember
 from trainer.data.sites import image_stems
-from trainer.data.sources.folders import EXTENSIONS, check_inside, is_image_name, walk_files
+from trainer.data.sources.folders import EXTENSIONS, check_inside, walk_files
 from trainer.data.sources.image_names import (
     md5_in,
     plain_path,
@@ -28,6 +29,7 @@ from trainer.data.sources.image_names import (
 from trainer.data.sources.records import BadRecord, Reject, Remark, show_name
 from trainer.data.sources.tar_headers import Damage, walk_tar
 from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed
+from trainer.data.sources.unread import Skipped, Unread, remark_folders
 
 FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
 
@@ -60,8 +62,9 @@ class ImageFolder:
     members: dict[str, InTar] = field(default_factory=dict)  # by name: the tar's path, a slash and the member's
     by_md5: dict[str, list[str]] = field(default_factory=dict)  # made when it is first asked for
     source: str = ""  # what the first source that asks is called
+    follow_links: bool = False  # a link may lead to a file elsewhere
     used: set[str] = field(default_factory=set)  # names that records led to
-    damages: list[Reject | Remark] = field(default_factory=list)  # what of its tars cannot be read
+    damages: list[Reject | Remark] = field(default_factory=list)  # what of it is not read
     strip_prefix: str | None = None  # the source's
     counts: NameCounts = field(default_factory=NameCounts)
 
@@ -113,7 +116,7 @@ class ImageFolder:
             tar, _, offset, length = self.members[name]
             return TarMember(self.path / tar, offset, length)
         if name in self.links or name not in self.all_of(stem_or_id(name)):
-            return check_inside(self.path, name)
+            return check_inside(self.path, name, self.follow_links)
         return self.path / name
 
     def locate(self, path: str, *, bare: bool = False) -> str:
@@ -138,7 +141,7 @@ class ImageFolder:
             if not found and bare:
                 raise BadRecord("image_missing", f"no image in the folder is called {path!r}")
             if not found:
-                check_inside(self.path, inner)
+                check_inside(self.path, inner, self.follow_links)
             return found[0] if found else inner
         except BadRecord as error:
             raise BadRecord(error.args[0], error.args[1] + self.suggest(plain, bare)) from error
@@ -202,7 +205,7 @@ def without_extension(name: str) -> str:
     return name[: name.rfind(".")]
 
 
-def list_images(folder: Path, source: str = "") -> ImageFolder:
+def list_images(folder: Path, source: str = "", follow_links: bool = False) -> ImageFolder:
     """List a folder of images once; after that no name of a plain file in it costs another look at the disk.
 
     Args:
@@ -211,9 +214,10 @@ def list_images(folder: Path, source: str = "") -> ImageFolder:
     Raises:
         UserError: when the folder or a tar in it cannot be read, or its tars are compressed.
     """
-    listed, compressed = ImageFolder(folder, source=source), []
-    for found in walk_files(folder):
-        if is_image_name(found.name[len(found.parent) :]):
+    listed, compressed = ImageFolder(folder, source=source, follow_links=follow_links), []
+    skipped, unread = list[Skipped](), Unread()
+    for found in walk_files(folder, follow_links=follow_links, skipped=skipped):
+        if is_image_name(found.last):
             if not found.plain:
                 listed.links.add(found.name)
             listed.add(found.name, stem_or_id(found.name))
@@ -221,6 +225,10 @@ def list_images(folder: Path, source: str = "") -> ImageFolder:
             list_tar(listed, found.name)
         elif is_compressed(found.name):
             compressed.append(found.name)
+        else:
+            unread.add(found.last, found.name)
+    listed.damages.extend(remark_folders(source, skipped))
+    listed.damages.extend(unread.tell(source))
     if compressed and not listed.by_stem:
         refuse_compressed(folder / compressed[0])
     if compressed:

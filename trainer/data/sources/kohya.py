@@ -21,8 +21,11 @@ CAPTION_SEPARATOR = ","  # sd-scripts' default
 LATENTS_SUFFIX = ".npz"  # of the latents that sd-scripts writes beside an image
 
 
-def iterate_kohya(file: Path, images: ImageFolder, source: str) -> Iterator[Post | Reject]:
+def iterate_kohya(file: Path, images: ImageFolder, source: str, variants: bool = False) -> Iterator[Post | Reject]:
     """The images of one metadata file, in its order.
+
+    Args:
+        variants: each line of a caption is one of its own.
 
     Raises:
         UserError: when the file cannot be read or is not an object of JSON.
@@ -34,10 +37,10 @@ def iterate_kohya(file: Path, images: ImageFolder, source: str) -> Iterator[Post
     except BadRecord as error:
         raise UserError(f"{file} is not a metadata file of sd-scripts: {error.args[1]}") from error
     for name, entry in metadata.items():
-        yield read_entry(name, entry, file.name, images, source)
+        yield read_entry(name, entry, file.name, images, source, variants)
 
 
-def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: str) -> Post | Reject:
+def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: str, variants: bool) -> Post | Reject:
     """The post of one image. The resolution that sd-scripts chose for it is no size of the file: not kept."""
     origin, key = show_name(f"{file}: {name}"), None
     try:
@@ -46,7 +49,7 @@ def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: st
         if not isinstance(entry, dict):
             raise BadRecord("bad_record", f"an image's entry must be a JSON object, not {type(entry).__name__}")
         notes: list[Note] = []
-        caption = join_caption(entry, notes)
+        caption = join_caption(entry, notes, variants)
         post = read_post({}, source=source, image=image, origin=origin, key=key, caption=caption)
         return replace(post, notes=tuple(notes))
     except BadRecord as error:
@@ -55,8 +58,9 @@ def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: st
         return Reject(key, origin, "bad_record", str(error))
 
 
-def join_caption(entry: dict[str, Any], notes: list[Note]) -> str:
-    """caption and tags joined by sd-scripts' separator; of several lines it trains on the first."""
+def join_caption(entry: dict[str, Any], notes: list[Note], variants: bool) -> str:
+    """caption and tags joined by sd-scripts' separator; where lines are variants, tags join each, as with
+    enable_wildcard."""
     tags = entry.get("tags")
     if isinstance(tags, list):  # which sd-scripts does not write, but other taggers do
         tags = ", ".join(text for tag in tags if (text := read_text("a tag", tag)))
@@ -64,4 +68,7 @@ def join_caption(entry: dict[str, Any], notes: list[Note]) -> str:
     parts = [text for text in (caption, read_text("tags", tags)) if text]
     if not parts and (other := find_caption(entry, notes)):
         parts = [join_captions(entry[other])]
-    return CAPTION_SEPARATOR.join(parts).split("\n")[0].strip()
+    if variants and len(parts) == 2:
+        joined = CAPTION_SEPARATOR.join(parts[1].splitlines())
+        return "\n".join(f"{line}{CAPTION_SEPARATOR}{joined}" for line in parts[0].splitlines() if line.strip())
+    return CAPTION_SEPARATOR.join(parts).strip()

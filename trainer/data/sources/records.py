@@ -3,7 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.post import ImagePlace, Post
 from trainer.data.sources.caption_fields import read_captioned
@@ -54,17 +54,40 @@ def parse_record(text: bytes) -> dict[str, Any]:
     return record
 
 
+class Sidecar(NamedTuple):
+    """A file beside an image, or a member of a tar."""
+
+    name: str
+    content: bytes
+
+
 def read_sidecars(
-    caption: bytes | None, record: bytes | None, *, key: str, source: str, image: ImagePlace, origin: str
+    caption: Sidecar | None, record: Sidecar | None, *, key: str, source: str, image: ImagePlace, origin: str
 ) -> Post:
     """The post of an image's sidecars: a finished caption, a post as JSON, or both, where the caption wins over tags.
 
     Raises:
-        BadRecord, ValueError: where they are not such; the caller sets the image aside.
+        BadRecord, ValueError: where they are not such, naming the one; the caller sets the image aside.
     """
-    decoded = parse_record(record) if record is not None else {}
-    text = None if caption is None else caption.decode("utf-8-sig").strip()
-    return read_captioned(decoded, source=source, image=image, origin=origin, key=key, caption=text)
+    text = None if caption is None else read_caption(caption)
+    name = "" if record is None else record.name
+    try:
+        decoded = {} if record is None else parse_record(record.content)
+        return read_captioned(decoded, source=source, image=image, origin=origin, key=key, caption=text)
+    except BadRecord as error:
+        raise BadRecord(error.args[0], f"{show_name(name)}: {error.args[1]}") from error
+    except ValueError as error:
+        raise ValueError(f"{show_name(name)}: {error}" if name else str(error)) from error
+
+
+def read_caption(sidecar: Sidecar) -> str:
+    """A caption's text, which must be UTF-8."""
+    try:
+        return sidecar.content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        seen = "UTF-16" if sidecar.content.startswith((b"\xff\xfe", b"\xfe\xff")) else "in another encoding"
+        detail = f"{show_name(sidecar.name)} is not UTF-8 but {seen} (byte {error.start}): save it as UTF-8"
+        raise ValueError(detail) from error
 
 
 def show_name(name: str) -> str:

@@ -1,69 +1,156 @@
-"""Folders of images with sidecars beside them."""
+"""Folders of images with sidecars beside them, and what else lies there."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.core.errors import UserError
+from trainer.data.formats import is_image_name
 from trainer.data.post import Post, encode_key
-from trainer.data.sources.folders import EXTENSIONS, Found, check_inside, is_image_name, walk_files
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
+from trainer.data.sources.folders import EXTENSIONS, Found, check_inside, walk_files
+from trainer.data.sources.records import (
+    MAX_SIDECAR,
+    BadRecord,
+    Item,
+    Reject,
+    Remark,
+    Sidecar,
+    read_sidecars,
+    show_name,
+)
+from trainer.data.sources.unread import (
+    CAPTIONS,
+    POSTS,
+    Skipped,
+    extension_of,
+    remark_file,
+    remark_folders,
+    remark_second,
+)
 
-CAPTION_EXTENSIONS = (".txt", ".caption")
+PLAIN_CAPTIONS = (".txt", ".caption")  # behind the image's name without extension; other spellings come after these
+NO_SIDECAR = f"no caption ({', '.join('.' + end for end in CAPTIONS)}) and no post (.json) beside the image"
 
 
-def iterate_folder(folder: Path, source: str) -> Iterator[Post | Reject]:
-    """Images with sidecars beside them, sorted by path.
+@dataclass
+class Beside:
+    """The files of one folder: which sidecars are read for which image."""
+
+    siblings: dict[str, bool]
+    names: dict[str, list[str]] = field(default_factory=dict)  # of sidecars, by their name with the extension lowered
+    bare: set[str] = field(default_factory=set)  # names of images, with and without extension
+    read: set[str] = field(default_factory=set)  # names of the sidecars that are read
+
+    def __post_init__(self) -> None:
+        for name in self.siblings:
+            if is_image_name(name):
+                self.bare |= {name, without_extension(name)}
+            elif extension_of(name) in (*CAPTIONS, *POSTS):
+                self.names.setdefault(f"{without_extension(name)}.{extension_of(name)}", []).append(name)
+        for name in self.siblings:
+            if is_image_name(name):
+                captions, posts = self.choose(name)
+                self.read.update(captions, posts)
+
+    def choose(self, image: str) -> tuple[list[str], list[str]]:
+        """The captions of an image, of which there should be one, and its post, if it has one.
+
+        ``a.txt`` or ``a.caption`` count before ``a.png.txt``, ``a.TXT`` and ``a.tags``, of a post ``a.png.json`` before
+        ``a.json``.
+        """
+        bare = without_extension(image)
+        plain = [bare + end for end in PLAIN_CAPTIONS if bare + end in self.siblings]
+        posts = self.find([image, bare], POSTS)
+        return plain or self.find([bare, image], CAPTIONS), posts[:1]
+
+    def find(self, starts: list[str], extensions: tuple[str, ...]) -> list[str]:
+        return [name for start in starts for end in extensions for name in self.names.get(f"{start}.{end}", [])]
+
+    def remark(self, found: Found, source: str) -> Remark | None:
+        """What is to be said of a file that is no image; nothing of a sidecar that is read."""
+        if found.last in self.read:
+            return None
+        origin = show_name(found.name)
+        if extension_of(found.last) in (*CAPTIONS, *POSTS) and without_extension(found.last) in self.bare:
+            return remark_second(source, found.last, origin)
+        return remark_file(source, found.last, origin)
+
+
+def iterate_folder(folder: Path, source: str, follow_links: bool = False) -> Iterator[Item]:
+    """Images with sidecars beside them, sorted by path, and between them remarks on all that is not read.
 
     Raises:
         UserError: when the folder holds no images.
     """
-    images = 0
-    for found in walk_files(folder):
-        if is_image_name(found.name[len(found.parent) :]):
+    images, unread = 0, Counter[str]()
+    for item in read_folder(folder, source, follow_links):
+        if isinstance(item, Remark):
+            unread[item.kind] += 1
+        else:
             images += 1
-            yield read_beside(folder, found, source)
+        yield item
     if not images:
-        raise UserError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
+        there = ", ".join(f"{count} {kind}" for kind, count in unread.items())
+        raise UserError(
+            f"{folder} holds no images ({', '.join(EXTENSIONS)})" + (f"; there are: {there}" if there else "")
+        )
 
 
-def read_beside(folder: Path, found: Found, source: str) -> Post | Reject:
-    """The post of one image: ``a.txt`` or ``a.caption`` is a finished caption, ``a.json`` or gallery-dl's
-    ``a.png.json`` a post.
+def read_folder(folder: Path, source: str, follow_links: bool) -> Iterator[Item]:
+    """The images of a folder as posts, and remarks on all else."""
+    skipped: list[Skipped] = []
+    besides: dict[str, Beside] = {}  # of the folders on the way to the file that is looked at
+    for found in walk_files(folder, follow_links=follow_links, skipped=skipped):
+        if found.parent not in besides:
+            besides = {parent: each for parent, each in besides.items() if found.parent.startswith(parent)}
+            besides[found.parent] = Beside(found.siblings)
+        beside = besides[found.parent]
+        if is_image_name(found.last):
+            yield read_beside(folder, found, beside, source, follow_links)
+        elif (remark := beside.remark(found, source)) is not None:
+            yield remark
+    yield from remark_folders(source, skipped)
+
+
+def read_beside(folder: Path, found: Found, beside: Beside, source: str, follow_links: bool) -> Post | Reject:
+    """The post of one image: a caption beside it is a finished one, a ``.json`` a post.
 
     A caption and a post may both be there: the caption then wins over the post's tags.
     """
     key = encode_key(os.fsencode(found.name))
     origin = show_name(found.name)
     try:
-        path = folder / found.name if found.plain else check_inside(folder, found.name)
-        name = found.name[len(found.parent) :]
-        bare = name[: name.rfind(".")]
-        captions = [bare + extension for extension in CAPTION_EXTENSIONS if bare + extension in found.siblings]
+        path = folder / found.name if found.plain else check_inside(folder, found.name, follow_links)
+        captions, posts = beside.choose(found.last)
         if len(captions) > 1:
             raise BadRecord(
                 "caption_ambiguous", f"several captions: {show_name(', '.join(captions))}; keep one of them"
             )
-        posts = [each for each in (name + ".json", bare + ".json") if each in found.siblings]
         if not captions and not posts:
-            raise BadRecord("no_sidecar", "no caption (.txt, .caption) and no post (.json) beside the image")
-        caption = read_sidecar(folder, found, captions[0]) if captions else None
-        post = read_sidecar(folder, found, posts[0]) if posts else None
+            raise BadRecord("no_sidecar", NO_SIDECAR)
+        caption = read_sidecar(folder, found, captions[0], follow_links) if captions else None
+        post = read_sidecar(folder, found, posts[0], follow_links) if posts else None
         return read_sidecars(caption, post, key=key, source=source, image=path, origin=origin)
     except BadRecord as error:
         return Reject(key, origin, *error.args)
-    except ValueError as error:  # UnicodeDecodeError is one
+    except ValueError as error:
         return Reject(key, origin, "bad_record", str(error))
 
 
-def read_sidecar(folder: Path, found: Found, name: str) -> bytes:
-    """The bytes of a sidecar beside an image."""
+def read_sidecar(folder: Path, found: Found, name: str, follow_links: bool) -> Sidecar:
+    """A sidecar beside an image."""
     path = folder / (found.parent + name)
-    if not found.siblings[name] and not check_inside(folder, found.parent + name).is_file():
+    if not found.siblings[name] and not check_inside(folder, found.parent + name, follow_links).is_file():
         raise BadRecord("bad_record", f"{show_name(name)} is not a regular file")
     try:
         if (size := path.stat().st_size) > MAX_SIDECAR:
             raise BadRecord("bad_record", f"{show_name(name)} has {size} bytes, above {MAX_SIDECAR}")
-        return path.read_bytes()
+        return Sidecar(name, path.read_bytes())
     except OSError as error:
         raise BadRecord("bad_record", f"{show_name(name)} cannot be read: {error.strerror}") from error
+
+
+def without_extension(name: str) -> str:
+    return name[: name.rfind(".")]

@@ -4,20 +4,40 @@ Read by a walk of our own. Only sidecars are read; an image is a stretch of its 
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from trainer.core.errors import UserError
+from trainer.data.formats import image_extensions
 from trainer.data.post import Post, TarMember, encode_key
 from trainer.data.sources.folders import walk_files
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Reject, read_sidecars, show_name
+from trainer.data.sources.records import (
+    MAX_SIDECAR,
+    BadRecord,
+    Item,
+    Reject,
+    Remark,
+    Sidecar,
+    read_sidecars,
+    show_name,
+)
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
+from trainer.data.sources.unread import (
+    CAPTIONS,
+    PACKAGE_OF,
+    POSTS,
+    Skipped,
+    extension_of,
+    is_system_folder,
+    remark_file,
+    remark_folders,
+    remark_second,
+)
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # what webdataset's own tools call images, as far as we read them
-SIDECARS = ("json", "txt")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -26,17 +46,31 @@ class Sample:
     """Members that lie one behind the other and share webdataset's key."""
 
     key: str  # their path up to the first dot of its last part
-    members: dict[str, Member] = field(default_factory=dict)  # by extension in lower case
+    members: dict[str, Member] = field(default_factory=dict)  # by extension in lower case, up to that dot
     refused: list[str] = field(default_factory=list)  # what is wrong with it
     beside_damage: bool = False  # a member may be lost
 
     @property
     def sidecars(self) -> list[str]:
-        return [name for name in SIDECARS if name in self.members]
+        return sorted(name for name in self.members if extension_of("." + name) in (*CAPTIONS, *POSTS))
 
 
-def iterate_tars(path: Path, source: str) -> Iterator[Post | Reject]:
-    """The samples of a tar, or of all tars of a folder in the order of their paths.
+class Unread(NamedTuple):
+    """A member that belongs to no sample."""
+
+    name: str
+
+
+class Chosen(NamedTuple):
+    """The members of a sample that are read, by extension."""
+
+    image: str
+    caption: str | None
+    post: str | None
+
+
+def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterator[Item]:
+    """The samples of a tar, or of all tars of a folder in the order of their paths, and remarks on what is not read.
 
     Raises:
         UserError: when there is no tar, or one cannot be read at all or is compressed.
@@ -44,13 +78,16 @@ def iterate_tars(path: Path, source: str) -> Iterator[Post | Reject]:
     if not path.is_dir():
         yield from iterate_tar(path, path.name, source)
         return
-    tars = 0
-    for found in walk_files(path):
+    tars, skipped = 0, list[Skipped]()
+    for found in walk_files(path, follow_links=follow_links, skipped=skipped):
         if is_compressed(found.name):
             refuse_compressed(path / found.name)
         if found.name.lower().endswith(".tar"):
             tars += 1
             yield from iterate_tar(path / found.name, found.name, source)
+        else:
+            yield remark_file(source, found.last, found.name)
+    yield from remark_folders(source, skipped)
     if not tars:
         raise UserError(f"{path} holds no .tar files")
 
@@ -83,20 +120,62 @@ def open_tar(file: Path) -> Iterator[BinaryIO]:
         yield tar
 
 
-def iterate_tar(file: Path, name: str, source: str) -> Iterator[Post | Reject]:
-    """The samples of one tar, whose relative path is ``name``."""
+def iterate_tar(file: Path, name: str, source: str) -> Iterator[Item]:
+    """The samples of one tar, whose relative path is ``name``. Those that lack a part come last, with the reason."""
+    incomplete: list[tuple[Sample, Reject]] = []
+    stem = name.removesuffix(".tar")
     with open_tar(file) as tar:
         for item in judge_damage(group_members(walk_tar(tar))):
-            if isinstance(item, Damage):
-                reason = "bad_tar" if item.name is None else "refused_member"
-                where = f"byte {item.offset}" if item.name is None else item.name
-                yield Reject(None, show_name(f"{name}: {where}"), reason, show_name(item.detail))
-            else:
-                stem = name.removesuffix(".tar")
-                yield read_tar_sample(tar, file, item, stem, show_name(f"{name}: {item.key}"), source)
+            match item:
+                case Damage():
+                    reason = "bad_tar" if item.name is None else "refused_member"
+                    where = f"byte {item.offset}" if item.name is None else item.name
+                    yield Reject(None, show_name(f"{name}: {where}"), reason, show_name(item.detail))
+                case Unread():
+                    yield remark_member(source, item.name, f"{name}: {item.name}")
+                case Sample():
+                    read = read_tar_sample(tar, file, item, stem, show_name(f"{name}: {item.key}"), source)
+                    if isinstance(read, Reject) and read.reason in ("no_image", "no_sidecar"):
+                        incomplete.append((item, read))
+                    else:
+                        yield read
+                    if isinstance(read, Post):
+                        yield from remark_others(item, source, name)
+    yield from explain_parts(incomplete)
 
 
-def judge_damage(items: Iterator[Sample | Damage]) -> Iterator[Sample | Damage]:
+def remark_member(source: str, member: str, origin: str) -> Remark:
+    """A member of no sample: a hidden one, or one of a folder in which no one's images lie."""
+    *folders, last = member.split("/")
+    if any(is_system_folder(each) for each in folders):
+        return Remark(source, "member of a hidden or system folder, not read", origin=show_name(origin))
+    return remark_file(source, last, origin)
+
+
+def remark_others(sample: Sample, source: str, tar: str) -> Iterator[Remark]:
+    """Members of a good sample that are not read."""
+    for extension in sorted(sample.members.keys() - set(choose_members(sample))):
+        member = sample.members[extension]
+        make = remark_second if extension in sample.sidecars else remark_file
+        yield make(source, member.name[member.name.rfind("/") + 1 :], f"{tar}: {member.name}")
+
+
+def explain_parts(incomplete: list[tuple[Sample, Reject]]) -> Iterator[Reject]:
+    """Samples without image or sidecar, which may lie elsewhere in the tar."""
+    counts = Counter(sample.key for sample, _ in incomplete)
+    members: dict[str, list[str]] = {}
+    for sample, _ in incomplete:
+        if counts[sample.key] > 1:
+            members.setdefault(sample.key, []).extend(sorted(sample.members))
+    for sample, reject in incomplete:
+        if sample.key in members:
+            there = show_name(", ".join(members[sample.key]))
+            detail = f"its members ({there}) do not follow each other in the tar: write it again, sorted by name"
+            reject = replace(reject, detail=f"{reject.detail}; {detail}")
+        yield reject
+
+
+def judge_damage(items: Iterator[Sample | Damage | Unread]) -> Iterator[Sample | Damage | Unread]:
     """Refuse samples that may have lost a sidecar: what it said would be missing from their captions without a word.
 
     A sample beside a damaged stretch counts only with the same sidecars as the last sound sample before it, or, at a
@@ -105,7 +184,7 @@ def judge_damage(items: Iterator[Sample | Damage]) -> Iterator[Sample | Damage]:
     usual: list[str] | None = None
     waiting: list[Sample] = []
     for item in items:
-        if isinstance(item, Damage):
+        if not isinstance(item, Sample):
             yield item
             continue
         if not item.beside_damage:
@@ -124,7 +203,7 @@ def compare_sidecars(samples: list[Sample], usual: list[str] | None) -> Iterator
         yield sample
 
 
-def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage]:
+def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage | Unread]:
     """Samples as webdataset groups them; what lies between those of one sample does not part it."""
     sample: Sample | None = None
     damaged = False  # since the last member
@@ -137,6 +216,8 @@ def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage]
             yield item
             continue
         if key is None:
+            if not item.name.endswith("/"):  # a folder is nothing to read
+                yield Unread(item.name)
             continue
         if sample is not None:
             sample.beside_damage |= damaged
@@ -154,10 +235,43 @@ def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage]
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """webdataset's key and extension; no key for what it passes over: folders, hidden files, names without a dot."""
+    """webdataset's key and extension; no key for what it passes over (folders, hidden files, names without a dot), and
+    for what lies in a hidden or system folder."""
     folder, slash, last = name.rpartition("/")
     stem, dot, extension = last.partition(".")
-    return (folder + slash + stem if stem and dot else None), extension.lower()
+    if not stem or not dot or any(is_system_folder(each) for each in folder.split("/")):
+        return None, extension.lower()
+    return folder + slash + stem, extension.lower()
+
+
+def choose_members(sample: Sample) -> Chosen:
+    """Which members are read: ``txt`` and ``json`` before other spellings of a caption and a post.
+
+    Raises:
+        BadRecord: where there is no image, no sidecar, or it is not clear which.
+    """
+    images = [name for name in image_extensions() if name in sample.members]
+    if not images:
+        raise BadRecord("no_image", explain_names(sample))
+    if len(images) > 1:
+        raise BadRecord("image_ambiguous", f"several images: {', '.join(images)}")
+    (image,) = images
+    captions = [name for name in (*CAPTIONS, *(f"{image}.{end}" for end in CAPTIONS)) if name in sample.members]
+    posts = [name for name in ("json", f"{image}.json") if name in sample.members]
+    if not captions and not posts:
+        raise BadRecord("no_sidecar", f"no caption ({', '.join(CAPTIONS)}) and no post (json) beside the image")
+    if len(captions) > 1 and captions[0] != CAPTIONS[0]:
+        raise BadRecord("caption_ambiguous", f"several captions: {', '.join(captions)}; keep one of them")
+    return Chosen(image, captions[0] if captions else None, posts[0] if posts else None)
+
+
+def explain_names(sample: Sample) -> str:
+    """Why a sample has no image."""
+    told = f"only {', '.join(sorted(sample.members))}; images are {', '.join(image_extensions())}"
+    ends = {extension_of("." + name) for name in sample.members}
+    if ends & set(image_extensions()):
+        told += f"; the key ends at the first dot of a name, here behind {sample.key!r}: let names have no other dot"
+    return told + "".join(f"; {end}: pip install {PACKAGE_OF[end]}" for end in sorted(ends & PACKAGE_OF.keys()))
 
 
 def read_tar_sample(tar: BinaryIO, file: Path, sample: Sample, stem: str, origin: str, source: str) -> Post | Reject:
@@ -166,27 +280,22 @@ def read_tar_sample(tar: BinaryIO, file: Path, sample: Sample, stem: str, origin
     try:
         if sample.refused:
             raise BadRecord("bad_sample", "; ".join(sample.refused))
-        images = [extension for extension in IMAGES if extension in sample.members]
-        if not images:
-            raise BadRecord("no_image", f"only {', '.join(sorted(sample.members))}; images are {', '.join(IMAGES)}")
-        if len(images) > 1:
-            raise BadRecord("image_ambiguous", f"several images: {', '.join(images)}")
-        sidecars = {name: read_member(tar, sample.members[name]) for name in sample.sidecars}
-        if not sidecars:
-            raise BadRecord("no_sidecar", "no caption (.txt) and no post (.json) beside the image")
-        image = sample.members[images[0]]
+        chosen = choose_members(sample)
+        caption, record = (
+            None if name is None else read_member(tar, sample.members[name]) for name in (chosen.caption, chosen.post)
+        )
+        image = sample.members[chosen.image]
         place = TarMember(file, image.offset, image.length)
-        caption, record = sidecars.get("txt"), sidecars.get("json")
         return read_sidecars(caption, record, key=key, source=source, image=place, origin=origin)
     except BadRecord as error:
         return Reject(key, origin, error.args[0], show_name(error.args[1]))
-    except ValueError as error:  # UnicodeDecodeError is one
+    except ValueError as error:
         return Reject(key, origin, "bad_record", str(error))
 
 
-def read_member(tar: BinaryIO, member: Member) -> bytes:
-    """A sidecar's bytes."""
+def read_member(tar: BinaryIO, member: Member) -> Sidecar:
+    """A sidecar."""
     if member.length > MAX_SIDECAR:
         raise BadRecord("bad_record", f"{member.name} has {member.length} bytes, above {MAX_SIDECAR}")
     tar.seek(member.offset)
-    return tar.read(member.length)
+    return Sidecar(member.name, tar.read(member.length))
