@@ -116,8 +116,10 @@ def test_a_separator_inside_a_tag_is_noted(config: Config, tmp_path: Path) -> No
     posts = [{"id": 1, "tag_string_general": "a|||b c", "tag_string_artist": "|||"}, {"id": 2, "tag_string_meta": "||"}]
     (tmp_path / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
     data = replace(config.data, posts=[str(tmp_path / "posts.jsonl")], shards=str(tmp_path / "shards"))
-    assert run(replace(config, data=data)).by_source == {"posts.jsonl": {"separator inside a tag": 1}}
-    (note,) = read_jsonl(tmp_path / "shards" / "notes.jsonl")
+    # five of the images belong to none of the two posts
+    counted = {"separator inside a tag": 1, "images without a post": 5}
+    assert run(replace(config, data=data)).by_source == {"posts.jsonl": counted}
+    note, _ = read_jsonl(tmp_path / "shards" / "notes.jsonl")
     assert note["key"] == "1" and note["detail"] == "tags_general, tags_artist: |||"
 
 

@@ -61,9 +61,6 @@ class SourceConfig:
     # or a folder of them; dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
     path: Place = free()
     images: Place | None = free(None)  # posts and kohya: the folder of images, or of tars that hold them
-    strip_prefix: str | None = free(None)  # posts and kohya: what file names begin with that is not here
-    # posts and kohya: ignore counts posts without an image apart from what is set aside
-    missing_images: Literal["set_aside", "ignore"] = free("set_aside")
     name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
     prefix_keys: bool = free(False)  # put the source's name before its keys, where two sites number their posts alike
@@ -75,6 +72,9 @@ class SourceConfig:
     image_column: str | None = None  # dataset: null is its only column of images
     # dataset and posts: the column or field of finished captions; null: caption, or text or prompt where no tags are
     caption_column: str | None = None
+    strip_prefix: str | None = free(None)  # posts and kohya: what file names begin with that is not here
+    # posts and kohya: ignore counts posts without an image apart from what is set aside
+    missing_images: Literal["set_aside", "ignore"] = free("set_aside")
 
     @property
     def label(self) -> str:
