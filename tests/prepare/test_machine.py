@@ -11,6 +11,7 @@ from support.posts_on_disk import make_base, make_config, make_posts, run
 from trainer.config.schema import PrecisionConfig
 from trainer.core.errors import UserError
 from trainer.data import shards
+from trainer.prepare import prepare as module
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -19,15 +20,21 @@ def test_fp16_on_a_cpu_is_warned_of_before_hours_of_work(
 ) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    def stop(*_: object) -> None:
+        raise UserError("no VAE")
+
+    monkeypatch.setattr(module, "read_weights", stop)
     base = make_base(tmp_path / "base")
+    make_posts(tmp_path / "posts", 1)
     shown = {}
     for name, precision in {
         "fp16": PrecisionConfig(),
         "fp32": PrecisionConfig(compute="fp32", frozen="fp32"),
         "vae": PrecisionConfig(compute="bf16", frozen="bf16", vae="fp16"),
     }.items():
-        with pytest.raises(UserError, match="is not a folder"):  # the images': nothing is encoded
-            run(replace(make_config(base, tmp_path / "nothing"), precision=precision))
+        with pytest.raises(UserError, match="no VAE"):  # before anything is loaded
+            run(replace(make_config(base, tmp_path / "posts"), precision=precision))
         shown[name] = capsys.readouterr().err
     assert ("precision.compute is fp16, and there is no GPU here" in shown["fp16"]) is not gpu
     assert ("precision.vae is fp16, and there is no GPU here" in shown["vae"]) is not gpu

@@ -100,11 +100,12 @@ def prepare(config: Config, progress: bool = True) -> Summary:
     work = Work(work_folder(folder))
     check_paths(config)
     with join_team() as team, ExitStack() as stack:
+        if team.is_main:
+            warn_of_fp16(config)
         weights = read_weights(config, team)
         latents = describe_latents(config, weights)
         begun: Begun | Summary | None = None
         if team.is_main:
-            warn_of_fp16(config)
             stack.enter_context(hold_work(work, folder))
             begun = begin(work, folder, latents, config, progress)
         begun = team.share(begun)
