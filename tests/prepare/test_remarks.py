@@ -20,6 +20,8 @@ from trainer.report.report import make_report, render, summarise
 def config(tmp_path: Path) -> Config:
     for number in range(30):
         draw(tmp_path / f"{number}.png", number)
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "posts.jsonl").touch()  # looked for, and never read: the sources are replaced
     return make_config(make_base(tmp_path / "base"), tmp_path)
 
 

@@ -21,7 +21,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         (folder / name).mkdir()
         for number in numbers:
             draw(folder / name / f"{number}.png", number, (64, 64))
-        lines = "".join(json.dumps({"id": number}) + "\n" for number in numbers)
+        lines = "".join(json.dumps({"id": number, "tag_string_general": "1girl"}) + "\n" for number in numbers)
         (folder / f"{name}.jsonl").write_text(lines)
     sources = [
         SourceConfig("posts", str(folder / "many.jsonl"), str(folder / "many")),

@@ -52,7 +52,7 @@ def test_chunks_without_a_shard_are_not_taken_for_others(config: Config, monkeyp
         for number in range(1000, 1005):
             if not (folder / f"{number}.png").exists():
                 draw(folder / f"{number}.png", number)
-                add_posts(folder.parent, {"id": number})
+                add_posts(folder.parent, {"id": number, "tags": "1girl"})
         monkeypatch.setattr(prepare, "is_done", lambda *_: os._exit(1))
     monkeypatch.undo()
     assert run(config).samples == 15 and {"1000", "1004"} <= set(keys(config))
@@ -91,7 +91,7 @@ def test_where_a_set_cannot_be_put_is_said_first(
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     linked = replace(config, data=replace(config.data, shards=str(tmp_path / "link")))
     assert run(linked).samples == 10 and (tmp_path / "link").is_symlink()
-    add_posts(tmp_path / "posts", {"id": 11, "file": "1.png"})
+    add_posts(tmp_path / "posts", {"id": 11, "file": "1.png", "tags": "1girl"})
     assert run(linked).samples == 11 and len(list((tmp_path / "elsewhere").glob("*.tar"))) == 3
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
     with pytest.raises(UserError, match="mount point"):
@@ -104,7 +104,7 @@ def test_another_image_of_the_same_size_and_time_is_seen(config: Config, tmp_pat
         pixels = np.full((64, 64, 3), 100 * number, dtype=np.uint8)
         (images / f"x{number}.bmp").write_bytes(bitmap(pixels))
         os.utime(images / f"x{number}.bmp", (5, 5))
-    add_posts(tmp_path / "posts", {"id": 50, "file": "x1.bmp"})
+    add_posts(tmp_path / "posts", {"id": 50, "file": "x1.bmp", "tags": "1girl"})
     run(config)
     posts = tmp_path / "posts" / "posts.jsonl"
     posts.write_text(posts.read_text().replace("x1.bmp", "x2.bmp"))
@@ -142,7 +142,7 @@ def test_small_files_that_promise_much(config: Config, tmp_path: Path, workers: 
     images = Path(str(config.data.images))
     for number, (name, content) in enumerate(hostile.items()):
         (images / f"{name}.png").write_bytes(content)
-        add_posts(tmp_path / "posts", {"id": 100 + number, "file": f"{name}.png"})
+        add_posts(tmp_path / "posts", {"id": 100 + number, "file": f"{name}.png", "tags": "1girl"})
     summary = run(replace(config, data=replace(config.data, num_workers=workers)))
     reasons = {line["key"]: line["reason"] for line in read_jsonl(Path(config.data.shards) / "quarantine.jsonl")}
     assert reasons["102"] == "too_narrow" and summary.samples + len(reasons) == 14 and "100" in reasons
@@ -155,7 +155,7 @@ def test_a_set_that_came_in_between_is_left_alone(
     os.waitpid(fork(lambda: run(config)), 0)
     monkeypatch.undo()
     other = copy_of(config, tmp_path / "other")
-    add_posts(tmp_path / "other", {"id": 11, "file": "1.png"})
+    add_posts(tmp_path / "other", {"id": 11, "file": "1.png", "tags": "1girl"})
     run(other)
     shutil.copytree(other.data.shards, config.data.shards)
     before = hashes(Path(config.data.shards))
@@ -176,7 +176,7 @@ def test_what_is_too_long_for_a_post_or_caption_is_set_aside(base: Path, tmp_pat
     folder = make_config(base, tmp_path, posts=None, max_bad_fraction=0.9)
     assert run(folder).set_aside == {"bad_record": 1}
     with (tmp_path / "posts.jsonl").open("wb") as file:
-        file.write(b'{"id": 1}\n"' + b"x" * 9_000_000 + b'"\n{"id": 2}\n')
+        file.write(b'{"id": 1, "tags": "a"}\n"' + b"x" * 9_000_000 + b'"\n{"id": 2, "tags": "a"}\n')
     lines = make_config(base, tmp_path, shards=str(tmp_path / "lines"), max_bad_fraction=0.9)
     assert (run(lines).samples, run(lines).set_aside) == (2, {"bad_record": 1})
 
@@ -191,7 +191,7 @@ def test_settings_of_work_that_does_not_exist_bind_nobody(config: Config, monkey
 def test_what_was_encoded_before_is_told_as_it_is(config: Config, tmp_path: Path) -> None:
     run(config)
     for number in range(100, 109):
-        add_posts(tmp_path / "posts", {"id": number, "file": f"{1 if number < 108 else number}.png"})
+        add_posts(tmp_path / "posts", {"id": number, "file": f"{1 if number < 108 else number}.png", "tags": "1girl"})
     draw(tmp_path / "posts" / "images" / "108.png", 108)
     summary = run(replace(config, filters=replace(config.filters, drop_duplicates=True)))
     assert (summary.samples, summary.encoded, summary.filtered) == (11, 1, {"drop_duplicates": 8})
@@ -200,7 +200,7 @@ def test_what_was_encoded_before_is_told_as_it_is(config: Config, tmp_path: Path
 
 def test_batch_sizes_of_the_vae_are_not_mixed(config: Config, tmp_path: Path) -> None:
     run(config)
-    add_posts(tmp_path / "posts", {"id": 11, "file": "1.png"})
+    add_posts(tmp_path / "posts", {"id": 11, "file": "1.png", "tags": "1girl"})
     with pytest.raises(UserError, match="encode_batch_size was None, is 4"):
         run(replace(config, data=replace(config.data, encode_batch_size=4)))
 
