@@ -258,7 +258,7 @@ def test_the_models_own_scheduler_is_followed(tiny_base, tmp_path):
     assert model.facts["prediction_type"] == "v_prediction" and model.facts["zero_terminal_snr"]
     plain = load_model(find_source(str(tiny_base)), None).pipeline.scheduler.config
     assert plain.prediction_type == "epsilon" and plain.timestep_spacing == "leading"
-    with pytest.raises(UserError, match="predicts 'sample'"):
+    with pytest.raises(UserError, match="prediction_type 'sample'"):
         find_source(str(copy_with(tiny_base, tmp_path / "x", "scheduler", prediction_type="sample")))
 
 
