@@ -90,6 +90,30 @@ def read_state(config: Config) -> dict[str, Any]:
     return read_train_state(newest)
 
 
+def test_a_fork_takes_over_what_it_branches_off(make_config: Callable[..., Config]) -> None:
+    parent = make_config(*WORDS, "run.name=parent", "schedule.max_steps=1")
+    train(parent)
+    other = read_state(parent)["thresholds"] | {"resolved": [dataclasses.asdict(QualityRule("best", 7, rating="g"))]}
+    for file in (find_newest(run_path(parent)) / "train_state.json", run_path(parent) / "run.json"):  # type: ignore[operator]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": other}))
+    fork = make_config(*WORDS, "run.name=fork", "schedule.max_steps=2", f"checkpoint.fork={run_path(parent)}")
+    assert find_thresholds(fork, open_index(fork.data.shards).table).thresholds == other
+    train(fork)
+    assert read_state(fork)["thresholds"] == other
+
+
+def test_a_run_that_is_resumed_by_its_folder_keeps_its_thresholds(make_config: Callable[..., Config]) -> None:
+    began = make_config(*WORDS, "run.name=run", "schedule.max_steps=1")
+    train(began)
+    other = read_state(began)["thresholds"] | {"resolved": [dataclasses.asdict(QualityRule("best", 7, rating="g"))]}
+    file = find_newest(run_path(began)) / "train_state.json"  # type: ignore[operator]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": other}))
+    moved = make_config(*WORDS, f"run.output_dir={run_path(began) / 'on'}", "run.name=run", "schedule.max_steps=2",
+                        f"checkpoint.resume={run_path(began)}")  # fmt: skip
+    train(moved)
+    assert read_state(moved)["thresholds"] == other
+
+
 def test_a_second_stage_takes_over_and_resumes(
     make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:

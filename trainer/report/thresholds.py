@@ -34,7 +34,15 @@ def find_thresholds(config: Config, table: pa.Table) -> Resolved:
         own = recorded.get("thresholds", resolve_anew(rules, table, "").thresholds)
     if own is not None and own["rules"] != describe_rules(rules):
         own = None
-    return choose_thresholds(rules, table, own=own, base=thresholds_of_base(Path(config.model.pretrained).expanduser()))
+    fork = config.checkpoint.fork
+    before = thresholds_of_base(Path(config.model.pretrained)) if fork is None else thresholds_of_fork(Path(fork))
+    return choose_thresholds(rules, table, own=own, base=before)
+
+
+def thresholds_of_fork(origin: Path) -> Thresholds | None:
+    """What the run that a fork branches off records; it is named by its folder, or by a checkpoint in it."""
+    runs = [folder for folder in (origin, *origin.parents[:2]) if (folder / "run.json").is_file()]
+    return thresholds_of_base(runs[0]) if runs else None
 
 
 def thresholds_of_base(base: Path) -> Thresholds | None:

@@ -31,7 +31,7 @@ from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
 from trainer.model.base_facts import note_weights, read_predictions
-from trainer.model.checkpoint import STATE_FILE, find_newest, read_train_state
+from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
 from trainer.model.diffusion import check_prediction
 from trainer.model.latents import describe_numbers, find_other_numbers
 from trainer.model.lineage import describe_software, read_lineage
@@ -216,19 +216,33 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config), software)
 
 
+def find_chosen(config: Config) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` names; None where the run begins, from the base or as a fork.
+
+    Raises:
+        UserError: where it names none.
+    """
+    choice, path = config.checkpoint.resume, run_path(config)
+    return find_newest(path) if choice in ("auto", "never") else find_checkpoint(choice, path, key="checkpoint.resume")
+
+
 def read_resumed(config: Config) -> dict[str, Any] | None:
     """What the checkpoint that this run resumes from says of itself; None where it begins."""
-    chosen = Path(config.checkpoint.resume)
-    resumed = chosen if (chosen / STATE_FILE).is_file() else find_newest(run_path(config))
+    resumed = find_chosen(config)
     return None if resumed is None else read_train_state(resumed)
 
 
 def run_thresholds(config: Config, index: Index, base: dict[str, Any] | None) -> Resolved:
-    """The run's caption rules by score; a checkpoint of version 0.2.0 had those of its set."""
-    state, own = read_resumed(config), None
+    """The run's caption rules by score; a checkpoint of version 0.2.0 had those of its set.
+
+    What a fork branches off stands in for the base: it comes after it.
+    """
+    state, own, before = read_resumed(config), None, base or {}
     if state is not None:
         own = state.get("thresholds", resolve_anew(config.captions, index.table, "").thresholds)
-    return choose_thresholds(config.captions, index.table, own=own, base=(base or {}).get("thresholds"))
+    elif config.checkpoint.fork is not None:
+        before = read_train_state(find_checkpoint(config.checkpoint.fork, key="checkpoint.fork"))
+    return choose_thresholds(config.captions, index.table, own=own, base=before.get("thresholds"))
 
 
 def find_start(config: Config) -> Base:

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state, verify_checkpoint
-from trainer.train.launch import Inputs, total_steps
+from trainer.train.launch import Inputs, find_chosen, total_steps
 from trainer.train.run import run_path
 
 # what a run reads is compared by hashes, so that where it lies is free
@@ -51,7 +51,7 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
     newest = find_newest(path)
     if choice == "never" and newest is not None:
         raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
-    chosen = newest if choice in ("auto", "never") else find_checkpoint(choice, path, key="checkpoint.resume")
+    chosen = find_chosen(inputs.config)
     if chosen is None:
         return None if inputs.config.checkpoint.fork is None else find_fork(inputs, inputs.config.checkpoint.fork)
     state = read_train_state(chosen)
