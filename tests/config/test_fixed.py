@@ -11,7 +11,7 @@ from trainer.config.fixed import describe_fixed, fixed_values
 from trainer.config.load import load_config
 from trainer.config.schema import Config, free
 from trainer.core.errors import UserError
-from trainer.train.resume import GUARDED, check_config, check_inputs
+from trainer.train.resume import GUARDED, REMEDY, check_config, check_inputs
 
 WORDS = ["run.name=a", "run.stage=s", "model.pretrained=x", "data.shards=s", "optim.unet_lr=1e-3", "schedule.epochs=2",
          "data.global_batch_size=4", "data.bucket_batch_size=4", "data.micro_batch_size=2"]  # fmt: skip
@@ -115,14 +115,28 @@ def test_a_free_path_may_come_from_another_environment(monkeypatch: pytest.Monke
     check(before, "data.shards=${oc.env:DISK}")
 
 
+def test_a_length_and_a_rate_that_come_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["schedule.lr=${oc.env:RATE}", "schedule.epochs=${oc.decode:${oc.env:EPOCHS}}"]
+    monkeypatch.setenv("RATE", "constant")
+    monkeypatch.setenv("EPOCHS", "2")
+    before = state_of(config_of(*words))
+    monkeypatch.setenv("EPOCHS", "3")  # under a constant rate the length is free
+    check(before, *words)
+    monkeypatch.setenv("RATE", "cosine")
+    with pytest.raises(UserError, match="schedule"):
+        check(before, *words)
+
+
 def test_what_the_run_reads_is_compared_by_hashes() -> None:
     facts = {"index_fingerprint": "i", "base": {"sha256": "b"}, "vae_sha256": "v", "tokenizers_sha256": "t"}
-    check_inputs(Path("c"), facts, facts, GUARDED)
-    check_inputs(Path("c"), {key: value for key, value in facts.items() if key != "tokenizers_sha256"}, facts, GUARDED)
+    check_inputs(Path("c"), facts, facts, GUARDED, REMEDY)
+    check_inputs(
+        Path("c"), {key: value for key, value in facts.items() if key != "tokenizers_sha256"}, facts, GUARDED, REMEDY
+    )
     changes = {"index_fingerprint": "j", "base": {"sha256": "c"}, "vae_sha256": "w", "tokenizers_sha256": "u"}
     for key, other in changes.items():
         with pytest.raises(UserError, match="was made with another"):
-            check_inputs(Path("c"), facts, facts | {key: other}, GUARDED)
+            check_inputs(Path("c"), facts, facts | {key: other}, GUARDED, REMEDY)
 
 
 def test_free_fields_are_fields() -> None:

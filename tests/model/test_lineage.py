@@ -12,7 +12,7 @@ import trainer
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.model import lineage as lineage_module
-from trainer.model.lineage import LINEAGE_KEY, build_lineage, read_lineage, shorten_path
+from trainer.model.lineage import LINEAGE_KEY, build_lineage, read_lineage, shorten_path, shorten_paths
 
 WRITTEN = {
     "model": {"pretrained": "/home/someone/models/sdxl"},
@@ -136,3 +136,11 @@ def test_commit_of_our_own_checkout_only(tmp_path, monkeypatch):
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (package / "__init__.py").write_text("two")
     assert lineage_module.describe_code() == clean | {"dirty": True}
+
+
+def test_a_path_among_the_rules_of_captions_is_cut_too() -> None:
+    home = "/".join(["", "home", "someone", "sets", "first"])
+    prose = {"keep_tokens_separator": "/a/b"}
+    assert shorten_paths({"captions": prose | {"thresholds_from": home}}) == {
+        "captions": prose | {"thresholds_from": "sets/first"}
+    }

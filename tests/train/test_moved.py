@@ -63,10 +63,15 @@ def test_a_second_stage_resumes_from_the_base_it_recorded(make_config: MakeConfi
     train(make_config("run.name=second", "schedule.max_steps=2", f"model.pretrained={run_path(first)}"))
     newest = find_newest(run_path(second))
     assert newest is not None and read_train_state(newest)["step"] == 2
+    # its subfolders, and a fork, mean the same one
+    exports = run_path(first) / "export"
+    train(make_config("run.name=second", "schedule.max_steps=3", f"model.pretrained={exports}"))
+    train(make_config("run.name=fork", "schedule.max_steps=4", f"model.pretrained={run_path(first)}",
+                      f"checkpoint.fork={run_path(second)}"))  # fmt: skip
     # a longer first stage changes what its folder means, too
     train(make_config("run.name=first", "schedule.max_steps=2", "publish.formats=[diffusers]"))
     export(run_path(first), dtype="fp32")
-    train(make_config("run.name=second", "schedule.max_steps=3", f"model.pretrained={run_path(first)}"))
+    train(make_config("run.name=second", "schedule.max_steps=4", f"model.pretrained={run_path(first)}"))
 
 
 def test_a_relative_base_is_found_from_where_training_ran(

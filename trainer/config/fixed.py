@@ -12,15 +12,16 @@ INTERPOLATION = "${"  # a value that comes from elsewhere, perhaps from the envi
 LENGTH_KEYS = {f"schedule.{item.name}" for item in dataclasses.fields(ScheduleConfig) if item.metadata == LENGTH}
 
 
-def fixed_values(config: dict[str, Any]) -> dict[str, Any]:
+def fixed_values(config: dict[str, Any], constant: bool | None = None) -> dict[str, Any]:
     """Dotted key -> value of all that must stay the same across a resume.
 
     ``config`` is complete, or as an older version wrote it: a field that it lacks has its default, which is how that
-    version behaved. Values with interpolations stay as they are written.
+    version behaved. Values with interpolations stay as they are written; ``constant`` says whether the rate is, where
+    that is not written either.
     """
     sections = fixed_fields(Config, config)
     flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
-    constant = flat["schedule.lr"] == "constant"
+    constant = flat["schedule.lr"] == "constant" if constant is None else constant
     return {key: value for key, value in flat.items() if not (constant and key in LENGTH_KEYS)}
 
 
@@ -64,7 +65,8 @@ def describe_fixed(config: Config) -> dict[str, Any]:
 
     The digest shows a changed environment variable without storing it; None where no value needs one.
     """
-    fixed, resolved = fixed_values(config.written), fixed_values(resolved_values(config))
+    constant = config.schedule.lr == "constant"
+    fixed, resolved = (fixed_values(values, constant) for values in (config.written, resolved_values(config)))
     outside = {key: resolved[key] for key in find_interpolated(fixed)}
     return {"values": fixed, "digest": sha256_json(outside) if outside else None}
 

@@ -85,7 +85,7 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     shards: Place = free()  # folder of tar shards, index.arrow and manifest.json
-    posts: list[Place] | None = free(None)  # posts files, .jsonl or .parquet; null when images brings its own sidecars
+    posts: list[Place] | None = free(None)  # posts files, see SourceConfig; null: images brings its own sidecars
     images: Place | None = free(None)  # folder of images, found by the post's `file` or its id
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
@@ -111,7 +111,7 @@ class FiltersConfig:
     last_year: int | None = None
     required_tags: list[str] = field(default_factory=list)  # a post must have all of them
     forbidden_tags: list[str] = field(default_factory=list)  # and none of these; "_" and " " are the same
-    drop_duplicates: bool = False  # of images with the same bytes only the one whose key comes first is kept
+    drop_duplicates: bool = False  # of images with the same bytes one is kept, rather one with a caption
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2
     keep_every_steps: int | None = None  # checkpoints at multiples of it are never pruned
-    resume: Place = "auto"  # auto: the newest of this run, if any; never; or a checkpoint's path
+    resume: Place = "auto"  # auto: the newest of this run, if any; never; or a checkpoint, by path or step
     # another run's folder or checkpoint: this run begins with its weights, optimizer state and step, under other rates,
     # another schedule, other data or captions
     fork: Place | None = None

@@ -39,6 +39,16 @@ def find_export(run: Path, step: int | None = None) -> Path:
     return newest[0]
 
 
+def find_recorded(pretrained: Path, reference: str) -> Path | None:
+    """The export that was once meant by a run's folder, or a folder in it, by the name that was recorded; None without.
+
+    Today the same words may mean a newer export.
+    """
+    run = find_run(pretrained)
+    export = None if run is None else run[0] / "export" / Path(reference).name
+    return export if export is not None and (export / "model_index.json").is_file() else None
+
+
 def explain_no_export(run: Path, step: int | None, here: list[Path]) -> str:
     """Why a run, or a checkpoint of it, is no model yet, with the command that makes one and what there is."""
     checkpoint = run / "checkpoints" / f"step-{step:08d}" if step is not None else None

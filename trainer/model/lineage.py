@@ -29,6 +29,7 @@ DEFAULT = re.compile(r"(\$\{oc\.env:\w+,\s*['\"]?)([^${}'\"]+)")  # of an interp
 USERS = {"home", "users", "media"}  # folders in which each user has one
 # sections and fields of the config that are prose, prompts or tags, in which a slash makes no path
 PROSE = {"captions", "sampling", "filters", "stage", "title", "author", "prompt", "prompts", "negative_prompt", "tags"}
+PATHS_IN_PROSE = {"thresholds_from"}  # of captions
 RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 RECORDED: dict[str, type | tuple[type, ...]] = {  # what a lineage tells of its run beside its name, config and base
     "step": int, "samples_seen": int, "images": int, "started_at": str, "hours": (int, float),
@@ -134,10 +135,17 @@ def read_versions() -> dict[str, str | None]:
 def shorten_paths(value: Any) -> Any:
     """A JSON value with every text that is an absolute path cut, at any depth; prose and prompts stay as they are."""
     if isinstance(value, dict):
-        return {key: item if key in PROSE else shorten_paths(item) for key, item in value.items()}
+        return {key: shorten_prose(item) if key in PROSE else shorten_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [shorten_paths(item) for item in value]
     return shorten_path(value) if isinstance(value, str) else value
+
+
+def shorten_prose(value: Any) -> Any:
+    """A section or field of prose: nothing in it is a path but the fields that say so."""
+    if not isinstance(value, dict):
+        return value
+    return {key: shorten_paths(item) if key in PATHS_IN_PROSE else item for key, item in value.items()}
 
 
 def shorten_path(text: str) -> str:

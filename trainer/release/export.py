@@ -39,6 +39,7 @@ from trainer.model.diffusion import (
     trained_prediction,
     write_scheduler,
 )
+from trainer.model.exports import find_recorded
 from trainer.model.hub import STEMS
 from trainer.model.lineage import LINEAGE_FILE, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
@@ -148,9 +149,14 @@ def find_named_base(named: Mapping[str, Any], config: Config, run_folder: Path |
     Raises:
         UserError: when they are other weights.
     """
-    recorded, configured = (locate_from_run(run_folder, path) for path in (named["reference"], config.model.pretrained))
+    # what an environment variable held was not recorded
+    reference = config.model.pretrained if "${" in named["reference"] else named["reference"]
+    recorded, configured = (locate_from_run(run_folder, path) for path in (reference, config.model.pretrained))
     moved = not Path(recorded).expanduser().exists() and Path(configured).expanduser().exists()
-    base = find_base(configured) if moved else find_base(recorded, named["revision"])
+    if moved:
+        base = find_base(str(find_recorded(Path(configured).expanduser(), recorded) or configured))
+    else:
+        base = find_base(recorded, named["revision"])
     sha256 = hash_base(base)
     if sha256 != named["sha256"]:
         raise UserError(

@@ -14,6 +14,7 @@ from trainer.data.percentiles import (
     describe_rules,
     resolve_anew,
 )
+from trainer.model.exports import find_run
 from trainer.model.lineage import read_lineage
 
 
@@ -46,7 +47,7 @@ def thresholds_of_fork(origin: Path) -> Thresholds | None:
 
 
 def thresholds_of_base(base: Path) -> Thresholds | None:
-    """What a local base, or the run that it is, records; None for a hub id, which is not fetched to look."""
-    if (base / "run.json").is_file():
-        return json.loads((base / "run.json").read_text(encoding="utf-8")).get("thresholds")
+    """What a local base, or the run that it is or lies in, records; None for a hub id, which is not fetched to look."""
+    if (run := find_run(base)) is not None:
+        return json.loads((run[0] / "run.json").read_text(encoding="utf-8")).get("thresholds")
     return (read_lineage(base) or {}).get("thresholds") if base.exists() else None

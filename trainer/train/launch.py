@@ -33,6 +33,7 @@ from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, has
 from trainer.model.base_facts import note_weights, read_predictions
 from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
 from trainer.model.diffusion import check_prediction
+from trainer.model.exports import find_recorded
 from trainer.model.latents import describe_numbers, find_other_numbers
 from trainer.model.lineage import describe_software, read_lineage
 from trainer.sample.prompts import check_config_prompts
@@ -232,30 +233,34 @@ def read_resumed(config: Config) -> dict[str, Any] | None:
     return None if resumed is None else read_train_state(resumed)
 
 
+def read_fork(config: Config) -> dict[str, Any] | None:
+    """What the checkpoint that this run branches off says of itself; None where it is no fork."""
+    fork = config.checkpoint.fork
+    return None if fork is None else read_train_state(find_checkpoint(fork, key="checkpoint.fork"))
+
+
 def run_thresholds(config: Config, index: Index, base: dict[str, Any] | None) -> Resolved:
     """The run's caption rules by score; a checkpoint of version 0.2.0 had those of its set.
 
     What a fork branches off stands in for the base: it comes after it.
     """
-    state, own, before = read_resumed(config), None, base or {}
+    state, own = read_resumed(config), None
     if state is not None:
         own = state.get("thresholds", resolve_anew(config.captions, index.table, "").thresholds)
-    elif config.checkpoint.fork is not None:
-        before = read_train_state(find_checkpoint(config.checkpoint.fork, key="checkpoint.fork"))
+    before = read_fork(config) or base or {}
     return choose_thresholds(config.captions, index.table, own=own, base=before.get("thresholds"))
 
 
 def find_start(config: Config) -> Base:
-    """What ``model.pretrained`` names; on resume what the run began with, where the name may mean another one by now.
+    """What ``model.pretrained`` names; for a resume or a fork what that run began with.
 
     A run's folder means its newest export, a hub id without a revision the newest commit.
     """
-    state, pretrained = read_resumed(config), Path(config.model.pretrained).expanduser()
+    state, pretrained = read_resumed(config) or read_fork(config), Path(config.model.pretrained).expanduser()
     if state is None:
         return find_base(config.model.pretrained, config.model.revision, runs=Path(config.run.output_dir))
     began = state["base"]
-    export = pretrained / "export" / Path(began["reference"]).name
-    if not (pretrained / "model_index.json").is_file() and (export / "model_index.json").is_file():
+    if (export := find_recorded(pretrained, began["reference"])) is not None:
         return find_base(str(export))
     same_id = not pretrained.exists() and began["reference"] == config.model.pretrained
     return find_base(config.model.pretrained, config.model.revision or (began["revision"] if same_id else None))

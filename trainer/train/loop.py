@@ -52,7 +52,7 @@ def train(config: Config, check: bool = False) -> None:
         model, optimizer = load_model(inputs, resumed)
         say(inputs, describe_start(inputs, unwrap(inputs, model), resumed, first, last))
         if check:
-            say(inputs, f"checked: the run can start at step {first}; nothing was trained or written")
+            say(inputs, f"checked: the run can start at step {first}; nothing was trained")
             return
         run = build_run(inputs, model, optimizer, resumed, first, last)
         pending: StepResult | None = None

@@ -21,7 +21,12 @@ GUARDED = (
     ("pair of tokenizers (SHA-256)", ("tokenizers_sha256",)),
 )
 
-
+REMEDY = "Put back what it was, or choose another run.name"
+RESUME_OR_FORK = (
+    "; checkpoint.fork begins one with these weights and optimizer state under other rates, another schedule, other "
+    "data or captions"
+)
+FORK_REMEDY = "A fork keeps this: put back what it was, or begin from an export of that run instead"
 FORK_KEEPS = ("optim.name", "model.train_", "diffusion.")  # keys, by their beginnings, that make the state what it is
 
 
@@ -58,7 +63,11 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
     if newest is not None and read_train_state(newest)["step"] > state["step"]:
         raise UserError(f"{path} has newer checkpoints than {chosen}; move them away, or choose another run.name")
     check_config(chosen, state, inputs.fixed)
-    check_inputs(chosen, state, inputs.facts, GUARDED)
+    if "fixed" not in state and (unknown := find_interpolated(inputs.fixed["values"])):
+        inputs.accelerator.print(
+            f"{chosen} does not record what {', '.join(unknown)} came to: see that it is the same now"
+        )
+    check_inputs(chosen, state, inputs.facts, GUARDED, REMEDY)
     verify(inputs, chosen)
     return Resumed(chosen, state["step"], state, state.get("fork"))
 
@@ -84,8 +93,8 @@ def find_fork(inputs: Inputs, reference: str) -> Resumed:
         {key: value for key, value in values.items() if key.startswith(FORK_KEEPS)}
         for values in (fixed_values(state["config"]), inputs.fixed["values"])
     )
-    refuse_changes(f"checkpoint.fork: {folder}", before, now)
-    check_inputs(folder, state, inputs.facts, GUARDED[1:])  # all but the data
+    refuse_changes(f"checkpoint.fork: {folder}", before, now, FORK_REMEDY)
+    check_inputs(folder, state, inputs.facts, GUARDED[1:], FORK_REMEDY)  # all but the data
     verify(inputs, folder)
     made = state["lineage"]
     own = {key: value for key, value in made.items() if key != "base"}  # the base is this run's too
@@ -110,7 +119,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any])
     """
     recorded = state.get("fixed", {"values": {}, "digest": fixed["digest"]})
     before, now = fixed_values(state["config"]) | recorded["values"], fixed["values"]
-    refuse_changes(str(checkpoint), before, now)
+    refuse_changes(str(checkpoint), before, now, REMEDY + RESUME_OR_FORK)
     if recorded["digest"] != fixed["digest"]:
         raise UserError(
             f"{checkpoint}: an environment variable, or another key that the config refers to, has another value now "
@@ -118,20 +127,22 @@ def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any])
         )
 
 
-def refuse_changes(checkpoint: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_changes(checkpoint: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
     """Refuse values of ``now`` that are other ones than before, naming each with both."""
     changed = [key for key in sorted(now) if before.get(key) != now[key]]
     if changed:
         lines = "\n".join(f"  {key}: {before.get(key)!r} in the checkpoint, {now[key]!r} now" for key in changed)
         raise UserError(
-            f"{checkpoint} was made with another config, and resuming would not continue that run:\n{lines}\n"
-            "Put these back, or choose another run.name; checkpoint.fork begins one with these weights and optimizer "
-            "state under other rates, another schedule, other data or captions"
+            f"{checkpoint} was made with another config, and this run would not continue it:\n{lines}\n{remedy}"
         )
 
 
 def check_inputs(
-    checkpoint: Path, state: dict[str, Any], facts: dict[str, Any], guarded: Sequence[tuple[str, tuple[str, ...]]]
+    checkpoint: Path,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    guarded: Sequence[tuple[str, tuple[str, ...]]],
+    remedy: str,
 ) -> None:
     """Refuse other data, another base, VAE or tokenizers; what an older checkpoint does not record is not compared.
 
@@ -141,10 +152,7 @@ def check_inputs(
     for what, path in guarded:
         before, now = pick(state, path), pick(facts, path)
         if before is not None and before != now:
-            raise UserError(
-                f"{checkpoint} was made with another {what}: {before} there, {now} now. "
-                "Put the old one back, or choose another run.name"
-            )
+            raise UserError(f"{checkpoint} was made with another {what}: {before} there, {now} now. {remedy}")
 
 
 def pick(values: dict[str, Any], path: tuple[str, ...]) -> Any:
