@@ -49,7 +49,7 @@ def read_optional(parse: Callable[[Any], T], name: str, value: Any, notes: list[
         return None
     try:
         return parse(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the second of a whole number that is no float
         notes.append(Note(f"unreadable {name}", f"{name}: {show_value(value)}"))
         return None
 

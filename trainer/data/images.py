@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from trainer.data.buckets import Fit, Size
 from trainer.data.formats import load_formats, suggest_plug_in
-from trainer.data.jxl_header import read_jxl_size
+from trainer.data.jxl_header import CODESTREAM, CONTAINER, read_jxl_size
 from trainer.data.png_chunks import find_exif, leave_out_text
 from trainer.data.post import ImagePlace, TableCell, TarMember
 
@@ -237,6 +237,8 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise BadImage("empty", "0 bytes")
     if (size := read_jxl_size(data)) is not None:  # whose plug-in decodes before Pillow looks at the size
         refuse_bomb(size)
+    elif data.startswith((CODESTREAM, CONTAINER)):
+        raise BadImage("not_an_image", "a JPEG XL file that does not state its size at its beginning")
     try:
         with naming_errors("not_an_image"):
             image = identify(data)

@@ -10,8 +10,10 @@ from typing import Any
 
 from trainer.data.post import Post
 from trainer.data.sites import TAG_CATEGORIES
-from trainer.data.sources.records import Remark
+from trainer.data.sources.records import Remark, show_name
 
+MAX_KINDS = 100  # of one source: some kinds have names that the input chooses, as extensions of files
+OTHER_KINDS = "other kinds"
 MAX_EXAMPLES = 20  # of one kind and source: a million posts may share one fault, and the count says so
 
 
@@ -39,6 +41,9 @@ class Remarks:
 
     def _count(self, source: str, kind: str, count: int, where: dict[str, Any], detail: str) -> None:
         kinds = self.counts.setdefault(source, {})
+        kind, detail = show_name(kind), show_name(detail)
+        if kind not in kinds and len(kinds) >= MAX_KINDS:
+            kind, detail = OTHER_KINDS, f"{kind}: {detail}"
         if kinds.get(kind, 0) < MAX_EXAMPLES:
             self.examples.append({**where, "note": kind, "source": source, "detail": detail})
         kinds[kind] = kinds.get(kind, 0) + count

@@ -29,7 +29,7 @@ from trainer.data.sources.image_names import (
 from trainer.data.sources.records import BadRecord, Reject, Remark, show_name
 from trainer.data.sources.tar_headers import Damage, walk_tar
 from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed
-from trainer.data.sources.unread import Skipped, Unread, remark_folders
+from trainer.data.sources.unread import Skipped, Unread, is_system_folder, remark_folders
 
 FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
 
@@ -222,7 +222,8 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
                 listed.links.add(found.name)
             listed.add(found.name, stem_or_id(found.name))
         elif found.name.lower().endswith(".tar"):
-            list_tar(listed, found.name)
+            if found.plain or may_read_link(listed, found.name):
+                list_tar(listed, found.name)
         elif is_compressed(found.name):
             compressed.append(found.name)
         else:
@@ -237,9 +238,19 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
     return listed
 
 
+def may_read_link(listed: ImageFolder, tar: str) -> bool:
+    """Whether a tar that is a link stays inside the folder, or links are followed; it is remarked on where not."""
+    try:
+        check_inside(listed.path, tar, listed.follow_links)
+    except BadRecord as error:
+        listed.damages.append(Remark(listed.source, "linked tars, not read", 1, show_name(tar), error.args[1]))
+        return False
+    return True
+
+
 def list_tar(listed: ImageFolder, tar: str) -> None:
-    """Add the images of a tar, and what else is in it."""
-    others: list[str] = []
+    """Add the images of a tar, and what else is in it. Of two members of one name the later counts."""
+    others: dict[str, list[str]] = {}
     with open_tar(listed.path / tar) as file:
         for item in walk_tar(file):
             if isinstance(item, Damage):
@@ -247,15 +258,19 @@ def list_tar(listed: ImageFolder, tar: str) -> None:
                     ("bad_tar", f"byte {item.offset}") if item.name is None else ("refused_member", item.name)
                 )
                 listed.damages.append(Reject(None, show_name(f"{tar}: {where}"), reason, show_name(item.detail)))
+            elif any(is_system_folder(part) for part in item.name.split("/")[:-1]):
+                others.setdefault("members of hidden or system folders in tars, not read", []).append(item.name)
             elif is_image_name(item.name[item.name.rfind("/") + 1 :]):
                 name = f"{tar}/{plain_path(item.name)}"
+                if name in listed.members:
+                    others.setdefault("members of tars written again later, not read", []).append(item.name)
+                else:
+                    listed.add(name, stem_or_id(name))
                 listed.members[name] = InTar(tar, name[len(tar) + 1 :], item.offset, item.length)
-                listed.add(name, stem_or_id(name))
             elif not item.name.endswith("/"):
-                others.append(item.name)
-    if others:
-        origin = show_name(f"{tar}: {others[0]}")
-        listed.damages.append(Remark(listed.source, "members of tars that are no images", len(others), origin))
+                others.setdefault("members of tars that are no images", []).append(item.name)
+    for kind, names in others.items():
+        listed.damages.append(Remark(listed.source, kind, len(names), show_name(f"{tar}: {names[0]}")))
 
 
 def find_image(record: Mapping[str, Any], images: ImageFolder) -> str:

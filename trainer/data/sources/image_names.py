@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,6 +85,12 @@ def strip_start(path: str, prefix: str) -> str | None:
     return None
 
 
+@lru_cache(maxsize=64)
+def own_paths(folder: Path) -> tuple[Path, Path]:
+    """A folder's absolute paths, as it is written and with links resolved; asked of the disk once."""
+    return folder.absolute(), folder.resolve()
+
+
 def relative_path(name: str, folder: Path) -> str:
     """A plain path relative to the folder, which it must not leave.
 
@@ -91,7 +98,7 @@ def relative_path(name: str, folder: Path) -> str:
         BadRecord: outside_folder.
     """
     if name.startswith("/"):
-        for start in (folder.absolute(), folder.resolve()):
+        for start in own_paths(folder):
             if PurePosixPath(name).is_relative_to(start):
                 name = str(PurePosixPath(name).relative_to(start))
                 break

@@ -169,13 +169,25 @@ def iterate_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
         Damaged: when the first line is no line of names.
     """
     csv.field_size_limit(MAX_SIDECAR)
-    rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+    rows = csv.reader(bounded_lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline="")), delimiter=delimiter)
     names = [name.strip() for name in next(rows, [])]
     if not all(names) or len(set(names)) != len(names):
         raise Damaged(f"the first line of a table names its columns, each once, not {', '.join(names)!r}")
     for number, row in enumerate(rows, start=1):
         if row:
             yield f"row {number}", read_row(names, row)
+
+
+def bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a text, of which none is so long that a small compressed file fills the memory.
+
+    Raises:
+        Damaged: at one that is.
+    """
+    while line := text.readline(MAX_SIDECAR + 1):
+        if len(line) > MAX_SIDECAR:
+            raise Damaged(f"a line is longer than {MAX_SIDECAR} characters")
+        yield line
 
 
 def read_row(names: list[str], row: list[str]) -> dict[str, Any] | BadRecord:

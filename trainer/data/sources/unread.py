@@ -18,6 +18,7 @@ SYSTEM_FOLDERS = {
     "system volume information", "lost+found",
 }  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
+MAX_EXTENSION = 12  # characters
 HIDDEN_FOLDER = "hidden or system folder, not entered"
 LINKED_FOLDER = "linked folder, not entered"
 
@@ -48,7 +49,7 @@ def remark_folders(source: str, skipped: list[Skipped]) -> Iterator[Remark]:
 def remark_file(source: str, name: str, origin: str) -> Remark:
     """A file, or a member of a tar, that no one reads. ``name`` is its own, without folders."""
     extension = extension_of(name)
-    kind, detail = f"unread file: {'.' + extension if extension else 'no extension'}", ""
+    kind, detail = f"unread file: {kind_of(extension)}", ""
     if is_system_file(name):
         kind = "hidden or system file, not read"
     elif extension in PACKAGE_OF:
@@ -70,7 +71,7 @@ class Unread:
         """A file that is no image, where records and not sidecars say which images there are."""
         remark = remark_file("", name, origin)
         if extension_of(name) in (*CAPTIONS, *POSTS) and not is_system_file(name):  # it need not lack an image
-            remark = replace(remark, kind=f"unread file: .{extension_of(name)}")
+            remark = replace(remark, kind=f"unread file: {kind_of(extension_of(name))}")
         before = self.remarks.get(remark.kind)
         self.remarks[remark.kind] = replace(before, count=before.count + 1) if before else remark
 
@@ -83,6 +84,14 @@ def remark_second(source: str, name: str, origin: str) -> Remark:
     """A sidecar of an image whose other sidecar was read instead."""
     kind = f"second sidecar of an image, not read: .{extension_of(name)}"
     return Remark(source, kind, origin=show_name(origin), detail="another one of the same image was read")
+
+
+def kind_of(extension: str) -> str:
+    """An extension in words; one that is a number, long or strange may be of one file only, and has no kind."""
+    if not extension:
+        return "no extension"
+    usual = extension.isascii() and extension.isalnum() and not extension.isdigit() and len(extension) <= MAX_EXTENSION
+    return f".{extension}" if usual else "another extension"
 
 
 def extension_of(name: str) -> str:
