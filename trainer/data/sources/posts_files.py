@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from trainer.core.errors import UserError
 from trainer.data.post import Post, encode_key, read_key
 from trainer.data.sources.caption_fields import NO_FIELD, check_columns, read_captioned
-from trainer.data.sources.image_folders import ImageFolder, find_image
+from trainer.data.sources.find_image import find_image
+from trainer.data.sources.image_folders import ImageFolder
 from trainer.data.sources.record_files import is_parquet, iterate_records
 from trainer.data.sources.records import BadRecord, Item, Reject, parse_record
 
