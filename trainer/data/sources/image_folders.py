@@ -25,7 +25,7 @@ from trainer.data.sources.image_names import (
 from trainer.data.sources.records import BadRecord, Reject, Remark, show_name
 from trainer.data.sources.tar_headers import Damage, walk_tar
 from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed
-from trainer.data.sources.unread import Skipped, Unread, is_system_folder, remark_folders
+from trainer.data.sources.unread import Skipped, Unread, is_system_folder, remark_folders, without_extension
 
 
 class InTar(NamedTuple):
@@ -193,10 +193,6 @@ class ImageFolder:
                 f"none of {counts.names} names of images begins with it" if counts.names else "no record names a file"
             )
             raise UserError(f"strip_prefix {self.strip_prefix!r} has no effect: {told}")
-
-
-def without_extension(name: str) -> str:
-    return name[: name.rfind(".")]
 
 
 def list_images(folder: Path, source: str = "", follow_links: bool = False) -> ImageFolder:

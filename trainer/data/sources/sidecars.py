@@ -28,6 +28,7 @@ from trainer.data.sources.unread import (
     remark_file,
     remark_folders,
     remark_second,
+    without_extension,
 )
 
 PLAIN_CAPTIONS = (".txt", ".caption")  # behind the image's name without extension; other spellings come after these
@@ -150,7 +151,3 @@ def read_sidecar(folder: Path, found: Found, name: str, follow_links: bool) -> S
         return Sidecar(name, path.read_bytes())
     except OSError as error:
         raise BadRecord("bad_record", f"{show_name(name)} cannot be read: {error.strerror}") from error
-
-
-def without_extension(name: str) -> str:
-    return name[: name.rfind(".")]

@@ -97,3 +97,8 @@ def kind_of(extension: str) -> str:
 def extension_of(name: str) -> str:
     """A name's extension in lower case, without the dot."""
     return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def without_extension(name: str) -> str:
+    """A name, or a path, up to its last dot; it must have one."""
+    return name[: name.rfind(".")]
