@@ -17,9 +17,10 @@ def main() -> None:
     parser.add_argument("--out", type=home_path, metavar="FILE.html", help="default: report.html beside the shards")
     arguments = finish_command_line(parser)
     config = load_config(arguments.config, arguments.overrides)
-    from trainer.report.report import PAGE_NAME, check_page_path, make_report, summarise, write_page  # imports torch
+    from trainer.core.layout import PAGE_FILE
+    from trainer.report.report import check_page_path, make_report, summarise, write_page
 
-    path = arguments.out or Path(config.data.shards) / PAGE_NAME
+    path = arguments.out or Path(config.data.shards) / PAGE_FILE
     check_page_path(path)  # before the work
     report = make_report(config)
     write_page(report, path)

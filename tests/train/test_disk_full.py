@@ -13,7 +13,8 @@ from torch import nn
 
 from trainer.config.schema import Config, OptimConfig
 from trainer.core.errors import UserError
-from trainer.model.checkpoint import checkpoint_name, list_checkpoints, step_of, verify_checkpoint
+from trainer.core.layout import checkpoint_name
+from trainer.model.checkpoint import list_checkpoints, step_of, verify_checkpoint
 from trainer.train import save
 from trainer.train.loop import train
 from trainer.train.metrics import MetricsFile

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from support.locks import held_by_another_process
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.layout import RUN_LOCK_FILE
 from trainer.data import loader
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
@@ -145,7 +147,9 @@ def test_latents_of_another_vae_are_refused(make_config: MakeConfig, tmp_path: P
 
 def test_a_folder_is_trained_into_by_one_process(make_config: MakeConfig) -> None:
     config = make_config()
-    with loop.lock_run(folder_of(config), True), pytest.raises(UserError, match="in use by another process"):
+    folder_of(config).mkdir(parents=True)
+    busy = pytest.raises(UserError, match="in use by another process")
+    with held_by_another_process(folder_of(config) / RUN_LOCK_FILE), busy:
         train(config)
 
 

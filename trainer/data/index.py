@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
-from trainer.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, SCHEMA, Row
+from trainer.core.layout import INDEX_FILE, MANIFEST_FILE
+from trainer.data.shards import FORMAT_VERSION, SCHEMA, Row
 
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
 
@@ -37,7 +38,7 @@ class Index:
     @cached_property
     def table(self) -> pa.Table:
         """All rows, memory-mapped, sorted by key."""
-        return pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX_NAME))).read_all()
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX_FILE))).read_all()
 
     @cached_property
     def _columns(self) -> dict[str, pa.ChunkedArray]:
@@ -88,7 +89,7 @@ def open_index(folder: str | Path) -> Index:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete set of shards."""
-    path = folder / MANIFEST_NAME
+    path = folder / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -103,13 +104,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def find_index_problem(index: Index) -> str | None:
     """Why index.arrow is not the manifest's, if so."""
-    path = index.folder / INDEX_NAME
+    path = index.folder / INDEX_FILE
     if not path.is_file():
-        return f"{INDEX_NAME} is missing"
+        return f"{INDEX_FILE} is missing"
     if sha256_file(path) != index.manifest["index_sha256"]:
-        return f"{INDEX_NAME} is not the one that {MANIFEST_NAME} names (its SHA-256 differs)"
+        return f"{INDEX_FILE} is not the one that {MANIFEST_FILE} names (its SHA-256 differs)"
     if not index.table.schema.equals(SCHEMA):
-        return f"{INDEX_NAME} has other columns than this program's"
+        return f"{INDEX_FILE} has other columns than this program's"
     return None
 
 
@@ -121,9 +122,9 @@ def find_shard_problems(index: Index) -> Iterator[str]:
         if not path.is_file():
             yield f"shard {name} is missing"
         elif path.stat().st_size != size:
-            yield f"shard {name} has {path.stat().st_size} bytes, {MANIFEST_NAME} says {size}"
+            yield f"shard {name} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {size}"
     for name in sorted(set(pc.unique(index.table["shard"]).to_pylist()) - set(listed)):
-        yield f"{INDEX_NAME} names shard {name}, {MANIFEST_NAME} does not list it"
+        yield f"{INDEX_FILE} names shard {name}, {MANIFEST_FILE} does not list it"
 
 
 def read_raw_latents(index: Index, row: int) -> np.ndarray:

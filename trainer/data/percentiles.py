@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from trainer.config.schema import CaptionsConfig, QualityRule
 from trainer.core.errors import UserError
+from trainer.core.layout import MANIFEST_FILE, RUN_FILE
 from trainer.data.index import open_index
-from trainer.data.shards import MANIFEST_NAME
 
 Rating = Literal["g", "s", "q", "e", "none"]
 RATINGS: tuple[Rating, ...] = ("g", "s", "q", "e", "none")  # posts without a rating are a group of their own
@@ -70,9 +70,9 @@ def choose_thresholds(
 
 def read_thresholds(rules: CaptionsConfig, folder: Path) -> Resolved:
     """The thresholds of another set of shards, by its scores, or of another run, as it recorded them."""
-    if (folder / MANIFEST_NAME).is_file():
+    if (folder / MANIFEST_FILE).is_file():
         return resolve_anew(rules, open_index(folder).table, f"the scores of {folder}")
-    run = folder / "run.json"
+    run = folder / RUN_FILE
     if not run.is_file():
         raise UserError(f"captions.thresholds_from: {folder} is neither a set of shards nor a run's folder")
     recorded = json.loads(run.read_text(encoding="utf-8")).get("thresholds")

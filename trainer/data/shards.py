@@ -19,16 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.core.files import sha256_file, sha256_json, sync_file, write_file, write_json
+from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, shard_name
 from trainer.data.tables import take_rows
 
 FORMAT_VERSION = 1
-INDEX_NAME = "index.arrow"
-MANIFEST_NAME = "manifest.json"
-QUARANTINE_NAME = "quarantine.jsonl"
-NOTES_NAME = "notes.jsonl"
-WORK_SUFFIX = ".unfinished"  # of the folder in which a set is made
-LOCK_NAME = "lock"  # in that folder
-LATENTS_NAME = "latents.arrow"  # every sample that lies in a tar, in the index or not
 WHERE_COLUMNS = ("shard", "offset", "length")  # where a sample lies, not what it is
 CHUNK_ROWS = 65536  # rows of one record batch of the index
 
@@ -64,16 +58,6 @@ class ShardFile:
     samples: int
     size: int  # bytes
     sha256: str
-
-
-def shard_name(number: int) -> str:
-    """The name of a set's shard, counted from 0."""
-    return f"shard-{number:05d}.tar"
-
-
-def shard_number(name: str) -> int:
-    """The inverse of ``shard_name``."""
-    return int(name.removeprefix("shard-").removesuffix(".tar"))
 
 
 class ShardWriter:
@@ -142,16 +126,16 @@ def write_index(
             for batch in batches:
                 writer.write_table(batch.combine_chunks(), max_chunksize=CHUNK_ROWS)
 
-    write_file(folder / INDEX_NAME, write_arrow)
+    write_file(folder / INDEX_FILE, write_arrow)
     manifest = {
         "format_version": FORMAT_VERSION,
         "latents": latents,
         **more,
         "fingerprint": fingerprint_rows(ordered, latents),
-        "index_sha256": sha256_file(folder / INDEX_NAME),
+        "index_sha256": sha256_file(folder / INDEX_FILE),
         "shards": [vars(shard) for shard in sorted(shards, key=lambda shard: shard.name)],
     }
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_json(folder / MANIFEST_FILE, manifest)
     return manifest
 
 

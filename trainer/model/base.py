@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
+from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 from trainer.model.diffusion import Prediction, file_predictions, write_scheduler
 from trainer.model.exports import find_export, find_run, suggest_exports
 from trainer.model.hub import STEMS, fetch, find_cached, find_weights, read_json, refuse_pickled
@@ -77,7 +78,7 @@ def find_base(
         check_file(path)
         return Base(reference, path, None)
     if path.is_dir():
-        if not (path / "model_index.json").is_file() and (run := find_run(path)) is not None:
+        if not (path / MODEL_INDEX_FILE).is_file() and (run := find_run(path)) is not None:
             path = find_export(*run)
             reference = str(path)  # a later export must not take its place
         check_folder(path, parts)
@@ -89,7 +90,7 @@ def find_base(
 
 def config_file(component: str) -> str:
     """Where a component's config lies in a diffusers folder; also of "scheduler" and "model_index"."""
-    names = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
+    names = {"scheduler": "scheduler/scheduler_config.json", "model_index": MODEL_INDEX_FILE}
     return names.get(component, f"{component}/config.json")
 
 
@@ -163,8 +164,8 @@ def hash_base(base: Base) -> str:
         return sha256_file(base.path)
     files: list[Path] = []
     for component, stem in STEMS.items():
-        if (base.path / component / "config.json").is_file():
-            files += [base.path / component / "config.json", *find_weights(base.path / component, stem)]
+        if (base.path / component / COMPONENT_FILE).is_file():
+            files += [base.path / component / COMPONENT_FILE, *find_weights(base.path / component, stem)]
     lines = sorted(f"{path.relative_to(base.path).as_posix()} {sha256_file(path)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -267,7 +268,7 @@ def has_vae(base: Base) -> bool:
 def read_vae_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A VAE's config and tensors from its own folder, or from the vae/ of a whole model."""
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    config = read_json(folder / "config.json")
+    config = read_json(folder / COMPONENT_FILE)
     return config, read_folder(folder, "vae", config)
 
 

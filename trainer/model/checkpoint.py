@@ -18,11 +18,19 @@ from torch.optim import Optimizer
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
+from trainer.core.layout import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    MODEL_FILE,
+    MODEL_INDEX_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+)
 from trainer.model.sdxl import load_trained, trained_parameters
 from trainer.model.weights_file import check_finite
 
 FORMAT_VERSION = 1
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "train_state.json"
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 SHOWN = 8  # checkpoints, or runs, in a message
 NEWEST = ("latest", "newest", "last")  # words for a run's newest checkpoint
@@ -30,19 +38,14 @@ OLDER = "move this checkpoint away to resume from the one before it"
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
 
 
-def checkpoint_name(step: int) -> str:
-    """The folder of a checkpoint that has made ``step`` optimizer steps."""
-    return f"step-{step:08d}"
-
-
 def find_newest(run_folder: Path) -> Path | None:
     """The complete checkpoint of a run with the most steps; None if there is none."""
-    return max(list_checkpoints(run_folder / "checkpoints"), key=step_of, default=None)
+    return max(list_checkpoints(run_folder / CHECKPOINTS_FOLDER), key=step_of, default=None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, by step; one that was set aside under another name is none."""
-    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    named = (path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
     return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
 
 
@@ -63,16 +66,18 @@ def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "
     """
     path = Path(reference)
     alone = len(path.parts) == 1 and not path.exists()
-    home = (run if alone else None) or (path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+    home = (run if alone else None) or (path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path.parent)
     for folder in (path, path.parent if path.name in FILES else path):
         if (folder / STATE_FILE).is_file():
             return folder
     if not path.exists():
         found = find_newest(home) if path.name in NEWEST else None
         if step := re.fullmatch(r"(?:step-)?(\d+)", path.name):
-            found = next((one for one in list_checkpoints(home / "checkpoints") if step_of(one) == int(step[1])), None)
+            found = next(
+                (one for one in list_checkpoints(home / CHECKPOINTS_FOLDER) if step_of(one) == int(step[1])), None
+            )
     else:
-        found = find_newest(path.parent if path.name == "checkpoints" else path)
+        found = find_newest(path.parent if path.name == CHECKPOINTS_FOLDER else path)
     if found is None:
         raise UserError(f"{f'{key}: ' if key else ''}{reference} {describe_path(path)}. {tell_checkpoints(path, home)}")
     return found
@@ -84,11 +89,11 @@ def describe_path(path: Path) -> str:
         return "names neither a checkpoint nor a run"
     if path.is_file():
         return "is a file, not a checkpoint"
-    if (path / "model_index.json").is_file():
+    if (path / MODEL_INDEX_FILE).is_file():
         return "is a model in diffusers' folders, not a checkpoint"
     if (path / MODEL_FILE).is_file() or re.match(r"step-\d", path.name):
         return f"is not a complete checkpoint: {STATE_FILE} is missing"
-    if (path / "config.yaml").is_file() or path.name == "checkpoints" or (path / "checkpoints").is_dir():
+    if (path / CONFIG_FILE).is_file() or path.name == CHECKPOINTS_FOLDER or (path / CHECKPOINTS_FOLDER).is_dir():
         return "has no complete checkpoint"
     return "is neither a checkpoint nor a run"
 
@@ -96,7 +101,7 @@ def describe_path(path: Path) -> str:
 def tell_checkpoints(path: Path, home: Path) -> str:
     """Which checkpoints there are: of the run that was meant, else which runs beside it have some."""
     for run in (home, path, *path.parents):
-        if steps := [step.name for step in list_checkpoints(run / "checkpoints")]:
+        if steps := [step.name for step in list_checkpoints(run / CHECKPOINTS_FOLDER)]:
             left_out = f"{len(steps) - SHOWN} older ones and " if len(steps) > SHOWN else ""
             return f"There are, in {run / 'checkpoints'}: {left_out}{', '.join(steps[-SHOWN:])}"
     for folder in (path, home, home.parent, Path("runs")):

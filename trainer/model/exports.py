@@ -3,21 +3,27 @@
 A checkpoint holds trained parameters only, so that of a run's files only its exports are models.
 """
 
-import re
 from pathlib import Path
 
 from trainer.core.errors import UserError
-
-STEP = re.compile(r"step-(\d{8,})")
+from trainer.core.layout import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS_FOLDER,
+    EXPORT_FOLDER,
+    MODEL_INDEX_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    checkpoint_name,
+)
 
 
 def find_run(path: Path) -> tuple[Path, int | None] | None:
     """The run's folder that a folder is or lies in, and the step if the folder is a checkpoint; None for others."""
-    if STEP.fullmatch(path.name) and (path / "train_state.json").is_file():
+    if CHECKPOINT_NAME.fullmatch(path.name) and (path / STATE_FILE).is_file():
         return path.parent.parent, int(path.name.removeprefix("step-"))
-    if (path / "run.json").is_file():
+    if (path / RUN_FILE).is_file():
         return path, None
-    if path.name in ("checkpoints", "export") and (path.parent / "run.json").is_file():
+    if path.name in (CHECKPOINTS_FOLDER, EXPORT_FOLDER) and (path.parent / RUN_FILE).is_file():
         return path.parent, None
     return None
 
@@ -45,13 +51,13 @@ def find_recorded(pretrained: Path, reference: str) -> Path | None:
     Today the same words may mean a newer export.
     """
     run = find_run(pretrained)
-    export = None if run is None else run[0] / "export" / Path(reference).name
-    return export if export is not None and (export / "model_index.json").is_file() else None
+    export = None if run is None else run[0] / EXPORT_FOLDER / Path(reference).name
+    return export if export is not None and (export / MODEL_INDEX_FILE).is_file() else None
 
 
 def explain_no_export(run: Path, step: int | None, here: list[Path]) -> str:
     """Why a run, or a checkpoint of it, is no model yet, with the command that makes one and what there is."""
-    checkpoint = run / "checkpoints" / f"step-{step:08d}" if step is not None else None
+    checkpoint = run / CHECKPOINTS_FOLDER / checkpoint_name(step) if step is not None else None
     what = (
         f"{run} is a run without an exported diffusers folder"
         if checkpoint is None
@@ -66,14 +72,14 @@ def list_exports(run: Path) -> list[Path]:
     found = [
         path
         for path in run.glob("export/*-step-*")
-        if (path / "model_index.json").is_file() or (path.suffix == ".safetensors" and path.is_file())
+        if (path / MODEL_INDEX_FILE).is_file() or (path.suffix == ".safetensors" and path.is_file())
     ]
     return sorted(found, key=lambda path: (export_step(path), path.name))
 
 
 def export_step(export: Path) -> int:
     """The step in an export's name; -1 in a name that has none."""
-    match = STEP.search(export.name)
+    match = CHECKPOINT_NAME.search(export.name)
     return int(match[1]) if match else -1
 
 
@@ -82,12 +88,12 @@ def suggest_exports(reference: str, runs: Path) -> str:
 
     Words such as ``latest`` and the names of steps or runs are no paths: a model is named by a path or a hub id.
     """
-    candidates = [path for path in sorted(runs.glob("*")) if (path / "run.json").is_file()]
+    candidates = [path for path in sorted(runs.glob("*")) if (path / RUN_FILE).is_file()]
     name = Path(reference).name
     if (near := runs / name) in candidates:
         return f"; {near} is a run's folder, which stands for its newest export"
     exports = [export for run in candidates for export in list_exports(run)]
-    if STEP.fullmatch(name) and (of_step := [export for export in exports if name in export.name]):
+    if CHECKPOINT_NAME.fullmatch(name) and (of_step := [export for export in exports if name in export.name]):
         exports = of_step
     if exports:
         return f"; a run's folder stands for its newest export, and exported are: {', '.join(map(str, exports[-8:]))}"

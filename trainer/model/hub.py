@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from trainer.core.errors import UserError
+from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -61,7 +62,7 @@ def fetch(
 def refuse_single_files(reference: str, key: str, names: Sequence[str], folders: Sequence[str]) -> None:
     """Refuse a repository that holds no diffusers folder, naming the files that may be what is meant."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
-    if "unet" in folders and "model_index.json" not in names:
+    if "unet" in folders and MODEL_INDEX_FILE not in names:
         what = f"it holds {', '.join(files[:6])}: download one and name the file" if files else "it holds no weights"
         raise UserError(f"{key}: {reference} is not a model in diffusers layout (model_index.json is missing); {what}")
 
@@ -69,7 +70,7 @@ def refuse_single_files(reference: str, key: str, names: Sequence[str], folders:
 def find_absent(snapshot: Path, folders: Sequence[str]) -> list[str]:
     """The parts that an incomplete snapshot in the cache lacks: a preparation fetches no more than the VAE."""
     if "" in folders:  # a VAE alone, at the top or in vae/
-        return [] if any((snapshot / folder / "config.json").is_file() for folder in folders) else ["config.json"]
+        return [] if any((snapshot / folder / COMPONENT_FILE).is_file() for folder in folders) else [COMPONENT_FILE]
     needed = [folder for folder in folders if folder != "vae" or len(folders) == 1]  # a base may bring no VAE
     return [folder for folder in needed if not pick_weights(list_names(snapshot / folder), STEMS[folder])]
 
@@ -92,7 +93,7 @@ def choose_files(names: list[str], folders: Sequence[str] = tuple(STEMS)) -> lis
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         inside = [name for name in inside if "/" not in name]
         weights = pick_weights(inside, STEMS[folder or "vae"])
-        kept = [name for name in inside if name == "config.json" or name in weights or is_shard(name, weights)]
+        kept = [name for name in inside if name == COMPONENT_FILE or name in weights or is_shard(name, weights)]
         chosen += [prefix + name for name in kept]
     return sorted(set(chosen))
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 import trainer
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.layout import LINEAGE_FILE, STATE_FILE
 
 LINEAGE_KEY = "trainer.lineage"  # metadata of a single file
-LINEAGE_FILE = "lineage.json"  # in a diffusers folder
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
 ABSOLUTE = re.compile(r"(file://)?(~[\w.-]*(/|$)|[/\\]|[A-Za-z]:[\\/])")
 DEFAULT = re.compile(r"(\$\{oc\.env:\w+,\s*['\"]?)([^${}'\"]+)")  # of an interpolation
@@ -174,8 +174,8 @@ def read_lineage(path: Path) -> Lineage | None:
             lineage = None if text is None else json.loads(text)
         elif (path / LINEAGE_FILE).is_file():
             lineage = json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
-        elif (path / "train_state.json").is_file():
-            lineage = json.loads((path / "train_state.json").read_text(encoding="utf-8")).get("lineage")
+        elif (path / STATE_FILE).is_file():
+            lineage = json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("lineage")
         else:
             return None
     except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:

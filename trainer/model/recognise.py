@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
+from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 from trainer.model.hub import STEMS, find_weights, read_json
 from trainer.model.weights_file import LazyFile
 
@@ -31,14 +32,14 @@ def check_file(path: Path) -> None:
 
 def check_folder(folder: Path, parts: Sequence[str]) -> None:
     """Refuse what is not SDXL's diffusers layout with whole safetensors weights."""
-    if not (folder / "model_index.json").is_file():
+    if not (folder / MODEL_INDEX_FILE).is_file():
         raise UserError(f"{folder} is not a diffusers folder: {explain_other_folder(folder)}")
-    unet = folder / "unet" / "config.json"
-    index = read_json(folder / "model_index.json")
+    unet = folder / "unet" / COMPONENT_FILE
+    index = read_json(folder / MODEL_INDEX_FILE)
     if what := explain_folder(folder, index, read_json(unet) if unet.is_file() else None):
         raise UserError(f"{folder} {what}")
     for component in parts:
-        if not (folder / component / "config.json").is_file():
+        if not (folder / component / COMPONENT_FILE).is_file():
             if component == "vae":
                 continue  # model.vae may name one
             raise UserError(f"{folder} is not an SDXL model: {component}/config.json is missing")
@@ -133,9 +134,9 @@ def explain_folder(folder: Path, index: dict[str, Any], unet: dict[str, Any] | N
         return f"is a {kind}, with a transformer in place of a UNet: only SDXL can be trained"
     if unet is None:
         return None
-    if not (folder / "text_encoder" / "config.json").is_file() and (folder / "text_encoder_2").is_dir():
+    if not (folder / "text_encoder" / COMPONENT_FILE).is_file() and (folder / "text_encoder_2").is_dir():
         return f"is SDXL's refiner ({kind} without a first text encoder): name an SDXL base model"
-    if not (folder / "text_encoder_2" / "config.json").is_file() and unet.get("addition_embed_type") != "text_time":
+    if not (folder / "text_encoder_2" / COMPONENT_FILE).is_file() and unet.get("addition_embed_type") != "text_time":
         return f"is a {kind} with another UNet than SDXL's (Stable Diffusion 1 or 2): only SDXL can be trained"
     if "quantization_config" in unet:
         return "has a quantised UNet, which cannot be trained: take the model in fp16, bf16 or fp32"
@@ -146,7 +147,7 @@ def explain_other_folder(folder: Path) -> str:
     """What a folder without model_index.json may be."""
     if (folder / "adapter_config.json").is_file() or list(folder.glob("*lora*.safetensors")):
         return "it holds a LoRA, which changes a model and is none"
-    if (folder / "config.json").is_file():
+    if (folder / COMPONENT_FILE).is_file():
         return "it looks like one part of a model: name the folder around it"
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if files:

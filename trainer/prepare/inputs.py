@@ -29,7 +29,6 @@ from trainer.data.tables import read_table
 from trainer.prepare.remarks import Remarks
 
 BATCH_ROWS = 16384
-INPUTS_NAME = "inputs.arrow"
 PLACE_FIELDS = [
     pa.field("path", pa.binary(), nullable=False),  # of the file that holds the image; file names need not be Unicode
     pa.field("offset", pa.int64()),  # of a tar's member

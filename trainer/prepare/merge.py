@@ -17,27 +17,24 @@ import pyarrow.compute as pc
 from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_text
-from trainer.data.index import Index
-from trainer.data.shards import (
-    CHUNK_ROWS,
-    INDEX_NAME,
-    LATENT_FIELDS,
-    LATENTS_NAME,
-    LOCK_NAME,
-    MANIFEST_NAME,
-    NOTES_NAME,
-    QUARANTINE_NAME,
-    SCHEMA,
-    ShardFile,
-    write_index,
+from trainer.core.layout import (
+    INDEX_FILE,
+    LATENTS_FILE,
+    MANIFEST_FILE,
+    NOTES_FILE,
+    OTHERS_LOCK_FILE,
+    QUARANTINE_FILE,
+    SETTINGS_FILE,
+    WORK_LOCK_FILE,
 )
+from trainer.data.index import Index
+from trainer.data.shards import CHUNK_ROWS, LATENT_FIELDS, SCHEMA, ShardFile, write_index
 from trainer.data.tables import read_table, take_rows, write_table
 from trainer.prepare.empty_captions import note_empty_captions
 from trainer.prepare.inputs import Inputs
 from trainer.prepare.remarks import tell_remarks
 from trainer.prepare.work import (
     LATENTS_SCHEMA,
-    SETTINGS_NAME,
     STAT,
     UNKNOWN,
     Done,
@@ -53,7 +50,7 @@ from trainer.prepare.work import (
 
 MAX_REASONS = 5  # that a message shows with an example each
 MAX_DETAIL = 300  # characters of such an example
-LAST = (INDEX_NAME, MANIFEST_NAME)  # of a set's files, those that are put in place last, in this order
+LAST = (INDEX_FILE, MANIFEST_FILE)  # of a set's files, those that are put in place last, in this order
 
 
 def read_complete(index: Index) -> Stock:
@@ -63,7 +60,7 @@ def read_complete(index: Index) -> Stock:
         UserError: when latents.arrow is not the one that the manifest names.
     """
     shards = [ShardFile(**shard) for shard in index.manifest["shards"]]
-    path, named = index.folder / LATENTS_NAME, index.manifest.get("latents_sha256")
+    path, named = index.folder / LATENTS_FILE, index.manifest.get("latents_sha256")
     if named is None:  # a set of version 0.1
         columns = [index.table[name] for name in (field.name for field in LATENT_FIELDS)]
         unknown = pa.array(np.full(len(index), UNKNOWN))
@@ -103,9 +100,9 @@ def merge_set(
     filtered = Counter({name: count for name, count in filtered.items() if count})
     if not len(table):
         refuse_empty(work, inputs, set_aside, filtered)
-    write_jsonl(work.set / QUARANTINE_NAME, set_aside)
-    write_jsonl(work.set / NOTES_NAME, notes + inputs.remarks.examples)
-    write_table(work.set / LATENTS_NAME, drop_frames(stock.latents))
+    write_jsonl(work.set / QUARANTINE_FILE, set_aside)
+    write_jsonl(work.set / NOTES_FILE, notes + inputs.remarks.examples)
+    write_table(work.set / LATENTS_FILE, drop_frames(stock.latents))
     counts = {
         "inputs": inputs.total,
         "samples": len(table),
@@ -117,7 +114,7 @@ def merge_set(
     return write_index(
         work.set, table.select(SCHEMA.names), stock.shards, latents, counts=counts,
         inputs={"total": inputs.total, "sha256": inputs.sha256},
-        latents_sha256=sha256_file(work.set / LATENTS_NAME),
+        latents_sha256=sha256_file(work.set / LATENTS_FILE),
     )  # fmt: skip
 
 
@@ -131,7 +128,7 @@ def refuse_empty(work: Work, inputs: Inputs, set_aside: list[dict[str, Any]], fi
     told = ", ".join(filter(None, [tell(count_by(set_aside, "reason")), removed]))
     lines = [f"no sample is left of {inputs.total} inputs: {told}"]
     if set_aside:
-        path = work.folder / QUARANTINE_NAME
+        path = work.folder / QUARANTINE_FILE
         write_jsonl(path, set_aside)
         lines += [*show_examples(set_aside), f"  {path} names each"]
     lines += [f"  noted in {line}" for line in tell_remarks(inputs.remarks.counts)]
@@ -251,7 +248,7 @@ def place_set(work: Work, folder: Path) -> None:
     Raises:
         UserError: when another set lies there than the one that this work is for.
     """
-    settings, manifest = work.folder / SETTINGS_NAME, folder / MANIFEST_NAME
+    settings, manifest = work.folder / SETTINGS_FILE, folder / MANIFEST_FILE
     joins = json.loads(settings.read_text(encoding="utf-8"))["joins"]
     there = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"] if manifest.exists() else None
     if joins != there:
@@ -261,7 +258,7 @@ def place_set(work: Work, folder: Path) -> None:
     for path in work.folder.iterdir():  # what led to the set is of no use from here on
         if path.is_dir() and path != work.set:
             shutil.rmtree(path)
-        elif not path.is_dir() and path.name not in (LOCK_NAME, SETTINGS_NAME):
+        elif not path.is_dir() and path.name not in (WORK_LOCK_FILE, OTHERS_LOCK_FILE, SETTINGS_FILE):
             path.unlink()
     if not folder.exists() or not any(folder.iterdir()):
         work.set.replace(folder)

@@ -21,9 +21,9 @@ from trainer.config.schema import Config
 from trainer.core.disk import disk_space
 from trainer.core.distributed import Team, choose_device, join_team, uses_cpu
 from trainer.core.errors import UserError
+from trainer.core.layout import MANIFEST_FILE, NOTES_FILE, QUARANTINE_FILE
 from trainer.data.images import PIXEL_SETTINGS
 from trainer.data.index import open_index
-from trainer.data.shards import MANIFEST_NAME, NOTES_NAME, QUARANTINE_NAME
 from trainer.data.sources import iterate_sources, name_sources
 from trainer.data.tables import read_table
 from trainer.model.base import VaeWeights, read_vae_alone
@@ -75,8 +75,8 @@ class Summary:
         if self.encoded < self.samples:
             what = f"{self.encoded} were left" if self.encoded else "nothing to do"
             lines.append(f"  {self.samples - self.encoded} of {self.samples} samples were encoded before, {what}")
-        lines += [f"  see {self.folder / QUARANTINE_NAME}"] if self.set_aside else []
-        lines += [f"  see {self.folder / NOTES_NAME}"] if self.notes or self.by_source else []
+        lines += [f"  see {self.folder / QUARANTINE_FILE}"] if self.set_aside else []
+        lines += [f"  see {self.folder / NOTES_FILE}"] if self.notes or self.by_source else []
         return "\n".join(lines)
 
 
@@ -194,10 +194,10 @@ def begin(work: Work, folder: Path, latents: dict[str, Any], config: Config, pro
     Raises:
         UserError: when the folder holds something else, or what is there was made with other settings.
     """
-    if (work.set / MANIFEST_NAME).exists():  # an earlier run was killed while it put its set in place
+    if (work.set / MANIFEST_FILE).exists():  # an earlier run was killed while it put its set in place
         place_set(work, folder)
         make_folders(work)
-    old = open_index(folder) if (folder / MANIFEST_NAME).exists() else None
+    old = open_index(folder) if (folder / MANIFEST_FILE).exists() else None
     if old is None and folder.exists() and any(folder.iterdir()):
         raise UserError(f"data.shards: {folder} is not empty and holds no complete set; name another or empty it")
     if old is not None:
@@ -260,7 +260,7 @@ def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, 
     """Stop as soon as more is set aside than data.max_bad_fraction of all inputs allows."""
     if len(set_aside) <= config.data.max_bad_fraction * total:
         return
-    path = work.folder / QUARANTINE_NAME
+    path = work.folder / QUARANTINE_FILE
     write_jsonl(path, set_aside)
     message = (
         f"{len(set_aside)} of {total} inputs are set aside so far, above data.max_bad_fraction "

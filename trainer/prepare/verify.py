@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
+from trainer.core.layout import INDEX_FILE, LATENTS_FILE, MANIFEST_FILE
 from trainer.data.index import Index, read_manifest
-from trainer.data.shards import INDEX_NAME, LATENT_FIELDS, LATENTS_NAME, MANIFEST_NAME, SCHEMA, Row, fingerprint_rows
+from trainer.data.shards import LATENT_FIELDS, SCHEMA, Row, fingerprint_rows
 
 BLOCK_BYTES = 1 << 20  # what is read at once where nothing but the hash is wanted
 
@@ -85,25 +86,25 @@ def find_problems(index: Index, advance: Advance) -> Iterator[str]:
         yield from check_shard(folder, shard, take_rows(rows, places.get(shard["name"], [])), advance, strict)
     names = {shard["name"] for shard in manifest["shards"]}
     for name in sorted(places.keys() - names):
-        yield f"{INDEX_NAME} names shard {name}, {MANIFEST_NAME} does not list it"
+        yield f"{INDEX_FILE} names shard {name}, {MANIFEST_FILE} does not list it"
     for name in sorted({path.name for path in folder.glob("*.tar")} - names):
-        yield f"{name} is not of this set: {MANIFEST_NAME} does not list it"
+        yield f"{name} is not of this set: {MANIFEST_FILE} does not list it"
     yield from whole
 
 
 def open_table(index: Index) -> tuple[pa.Table | None, str | None]:
     """The index's rows, None where they cannot be trusted to be read, and what is wrong with the file."""
-    path = index.folder / INDEX_NAME
+    path = index.folder / INDEX_FILE
     if not path.is_file():
-        return None, f"{INDEX_NAME} is missing: samples cannot be checked, only whole shards"
+        return None, f"{INDEX_FILE} is missing: samples cannot be checked, only whole shards"
     changed = sha256_file(path) != index.manifest["index_sha256"]
-    problem = f"{INDEX_NAME} is not the one that {MANIFEST_NAME} names (its SHA-256 differs)" if changed else None
+    problem = f"{INDEX_FILE} is not the one that {MANIFEST_FILE} names (its SHA-256 differs)" if changed else None
     try:
         index.table.validate(full=True)  # a damaged offset would otherwise read outside the file
     except (pa.ArrowException, OSError) as error:
-        return None, f"{problem or INDEX_NAME}; it cannot be read ({error}): only whole shards are checked"
+        return None, f"{problem or INDEX_FILE}; it cannot be read ({error}): only whole shards are checked"
     if not index.table.schema.equals(SCHEMA):
-        return None, f"{problem or INDEX_NAME}; it has other columns than this program's: only whole shards are checked"
+        return None, f"{problem or INDEX_FILE}; it has other columns than this program's: only whole shards are checked"
     return index.table, problem
 
 
@@ -119,14 +120,14 @@ def order_by_place(table: pa.Table) -> dict[str, np.ndarray]:
 
 def find_dead(index: Index, table: pa.Table) -> tuple[pa.Table, str | None]:
     """Samples that lie in a tar and not in the index, such as a filtered post's; and what is wrong with their list."""
-    path, named = index.folder / LATENTS_NAME, index.manifest.get("latents_sha256")
+    path, named = index.folder / LATENTS_FILE, index.manifest.get("latents_sha256")
     none = SCHEMA.empty_table()
     if named is None:
         return none, None
     if not path.is_file():
-        return none, f"{LATENTS_NAME} is missing"
+        return none, f"{LATENTS_FILE} is missing"
     if sha256_file(path) != named:
-        return none, f"{LATENTS_NAME} is not the one that {MANIFEST_NAME} names (its SHA-256 differs)"
+        return none, f"{LATENTS_FILE} is not the one that {MANIFEST_FILE} names (its SHA-256 differs)"
     with pa.memory_map(str(path)) as file:
         known = pa.ipc.open_file(file).read_all()
     dead = known.join(table.select(["shard", "offset"]), ["shard", "offset"], join_type="left anti")
@@ -153,7 +154,7 @@ def check_shard(
         return
     size = path.stat().st_size
     if size != shard["size"]:
-        yield f"{name} has {size} bytes, {MANIFEST_NAME} says {shard['size']}"
+        yield f"{name} has {size} bytes, {MANIFEST_FILE} says {shard['size']}"
     samples = 0
     with path.open("rb") as file:
         reader = Reader(file, advance)
@@ -173,7 +174,7 @@ def check_shard(
     if reader.digest.hexdigest() != shard["sha256"]:
         yield f"{name} is not as it was written (its SHA-256 differs)"
     if rows is not None and samples != shard["samples"]:
-        yield f"{name} has {samples} samples in {INDEX_NAME}, {MANIFEST_NAME} says {shard['samples']}"
+        yield f"{name} has {samples} samples in {INDEX_FILE}, {MANIFEST_FILE} says {shard['samples']}"
 
 
 class Reader:
@@ -204,7 +205,7 @@ class Reader:
 def check_sample(reader: Reader, previous: Row | None, row: Row, strict: bool) -> Iterator[Finding]:
     """One sample's header and latents, and the JSON of the sample before it, which lies in front of them."""
     if row["offset"] < reader.position or row["length"] < 0:
-        yield row["key"], f"{INDEX_NAME} places it at byte {row['offset']}, inside another sample"
+        yield row["key"], f"{INDEX_FILE} places it at byte {row['offset']}, inside another sample"
         return
     gap = reader.read(row["offset"] - reader.position)
     payload = reader.read(row["length"])
@@ -232,7 +233,7 @@ def check_gap(gap: bytes, previous: Row | None, following: Row | None, strict: b
             if following is not None:
                 yield from check_header(tar.next(), len(gap), following)
             elif (extra := tar.next()) is not None:
-                yield nearest["key"], f"{extra.name} follows it in the tar, which is not in {INDEX_NAME}"
+                yield nearest["key"], f"{extra.name} follows it in the tar, which is not in {INDEX_FILE}"
     # damaged headers make the library raise whatever comes to hand
     except Exception as error:
         where = "behind" if previous is not None else "in front of"
@@ -250,7 +251,7 @@ def check_json(tar: tarfile.TarFile, row: Row, strict: bool) -> Iterator[Finding
     compared = row if strict and row["source"] is not None else [field.name for field in LATENT_FIELDS]
     if not isinstance(told, dict) or any(told.get(field) != row[field] for field in compared):
         fields = [field for field in compared if not isinstance(told, dict) or told.get(field) != row[field]]
-        yield row["key"], f"{name} and {INDEX_NAME} differ in {', '.join(fields) or 'their fields'}"
+        yield row["key"], f"{name} and {INDEX_FILE} differ in {', '.join(fields) or 'their fields'}"
 
 
 def check_header(member: tarfile.TarInfo | None, place: int, row: Row) -> Iterator[Finding]:
@@ -259,7 +260,7 @@ def check_header(member: tarfile.TarInfo | None, place: int, row: Row) -> Iterat
     if member is None or member.name != name:
         yield row["key"], f"the tar holds {member.name if member else 'no readable member'} where {name} belongs"
     elif (member.offset_data, member.size) != (place, row["length"]):
-        yield row["key"], f"{name} does not lie where {INDEX_NAME} has it: {member.size} bytes, not {row['length']}"
+        yield row["key"], f"{name} does not lie where {INDEX_FILE} has it: {member.size} bytes, not {row['length']}"
 
 
 def check_latents(payload: bytes, row: Row) -> Iterator[Finding]:
@@ -280,9 +281,9 @@ def check_whole(table: pa.Table, manifest: dict[str, Any]) -> Iterator[str]:
     """The index's order, and what the manifest says of all rows together."""
     keys = table["key"]
     if len(keys) > 1 and not pc.all(pc.less(keys[:-1], keys[1:])).as_py():
-        yield f"the rows of {INDEX_NAME} are not sorted by key, or a key occurs twice"
+        yield f"the rows of {INDEX_FILE} are not sorted by key, or a key occurs twice"
     counted = manifest.get("counts", {}).get("samples", len(table))
     if counted != len(table):
-        yield f"{INDEX_NAME} has {len(table)} rows, {MANIFEST_NAME} counts {counted} samples"
+        yield f"{INDEX_FILE} has {len(table)} rows, {MANIFEST_FILE} counts {counted} samples"
     if fingerprint_rows(table, manifest["latents"]) != manifest["fingerprint"]:
-        yield f"the fingerprint of {MANIFEST_NAME} is not that of these rows and settings"
+        yield f"the fingerprint of {MANIFEST_FILE} is not that of these rows and settings"

@@ -5,7 +5,6 @@ done once its sidecar lies in ``rows``; so the result depends neither on how man
 often they are killed. ``<shards>.unfinished`` holds all of it until ``set`` becomes, or joins, data.shards.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,24 +19,25 @@ import pyarrow.compute as pc
 
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
-from trainer.data.shards import (
-    LATENT_FIELDS,
-    LOCK_NAME,
-    QUARANTINE_NAME,
+from trainer.core.layout import (
+    INPUTS_FILE,
+    OTHERS_LOCK_FILE,
+    QUARANTINE_FILE,
+    SETTINGS_FILE,
+    WORK_LOCK_FILE,
     WORK_SUFFIX,
-    ShardFile,
     shard_name,
     shard_number,
 )
+from trainer.core.locks import hold_lock
+from trainer.data.shards import LATENT_FIELDS, ShardFile
 from trainer.data.tables import read_table, read_told, write_table
-from trainer.prepare.inputs import INPUTS_NAME, STAT_FIELDS
+from trainer.prepare.inputs import STAT_FIELDS
 
 # every sample that a tar holds, and the size and time of the image file that it was made from
 FRAMES_FIELD = pa.field("several_frames", pa.bool_())  # true, or null where an image has one or it is not known
 LATENTS_SCHEMA = pa.schema([*LATENT_FIELDS, *STAT_FIELDS, FRAMES_FIELD])
 STAT = tuple(field.name for field in STAT_FIELDS)
-SETTINGS_NAME = "settings.json"
-MAIN_BYTE, OTHERS_BYTE = 0, 1  # of the lock file: held by the main process, and shared by the others
 UNKNOWN = -1  # a size or time that is not recorded, and a place in no table
 
 
@@ -60,7 +60,7 @@ class Work:
     @property
     def inputs(self) -> Path:
         """All posts, as the sources gave them."""
-        return self.folder / INPUTS_NAME
+        return self.folder / INPUTS_FILE
 
     @property
     def store(self) -> Path:
@@ -135,13 +135,10 @@ def work_folder(folder: Path) -> Path:
 def hold_work(work: Work, folder: Path) -> Iterator[None]:
     """Have the work folder of data.shards ``folder`` for one preparation alone."""
     make_folders(work)
-    with (work.folder / LOCK_NAME).open("w") as lock:
-        try:  # not flock: decoding processes would inherit it, and hold it for a moment when this one is killed
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MAIN_BYTE)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, OTHERS_BYTE)  # whose main process may be dead
-            fcntl.lockf(lock, fcntl.LOCK_UN, 1, OTHERS_BYTE)
-        except OSError as error:
-            raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from error
+    busy = f"another process is preparing {folder}: wait for it, or stop it"
+    with hold_lock(work.folder / WORK_LOCK_FILE, busy):
+        with hold_lock(work.folder / OTHERS_LOCK_FILE, busy):  # their main process may be dead
+            pass
         try:
             yield
         finally:
@@ -152,15 +149,14 @@ def hold_work(work: Work, folder: Path) -> Iterator[None]:
 @contextmanager
 def share_work(work: Work) -> Iterator[None]:
     """Be one of the other processes of a preparation: while there is one, no new preparation begins."""
-    with (work.folder / LOCK_NAME).open("r") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, OTHERS_BYTE)
+    with hold_lock(work.folder / OTHERS_LOCK_FILE, f"another process is preparing in {work.folder}", shared=True):
         yield
 
 
 def holds_nothing(work: Work) -> bool:
     """Whether there is no work to go on with, and nothing to read."""
     empty = not work.set.exists() or not any(work.set.iterdir())
-    return empty and not work.todo.exists() and not (work.folder / QUARANTINE_NAME).exists()
+    return empty and not work.todo.exists() and not (work.folder / QUARANTINE_FILE).exists()
 
 
 def make_folders(work: Work) -> None:
@@ -170,7 +166,7 @@ def make_folders(work: Work) -> None:
 
 def check_settings(work: Work, settings: dict[str, Any]) -> None:
     """Note what the work folder is for; refuse one that was begun with other settings."""
-    written = work.folder / SETTINGS_NAME
+    written = work.folder / SETTINGS_FILE
     if written.exists() and not holds_nothing(work):
         refuse_others(f"the unfinished {work.folder}", json.loads(written.read_text(encoding="utf-8")), settings)
     write_json(written, settings)

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import HfApi, snapshot_download
 
 from trainer.core.errors import UserError
+from trainer.core.layout import RUN_FILE
 from trainer.model.base import find_base, hash_base
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
@@ -68,7 +69,7 @@ def locate(places: Sequence[str], sha256: str) -> Path | None:
 
 def places_of_run(export: Path | None) -> list[str]:
     """Where the run that made an export, RUN/export/..., found its own base, if that run is still here."""
-    run = export.parent.parent / "run.json" if export is not None else None
+    run = export.parent.parent / RUN_FILE if export is not None else None
     if run is None or not run.is_file():
         return []
     return [locate_from_run(run.parent, json.loads(run.read_text(encoding="utf-8"))["base"]["reference"])]

@@ -21,6 +21,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_file, write_json
+from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE
 from trainer.model.base import (
     Base,
     config_file,
@@ -32,7 +33,7 @@ from trainer.model.base import (
     read_state,
     read_vae,
 )
-from trainer.model.checkpoint import MODEL_FILE, find_checkpoint, read_train_state, verify_checkpoint
+from trainer.model.checkpoint import find_checkpoint, read_train_state, verify_checkpoint
 from trainer.model.diffusion import (
     marker_names,
     scheduler_prediction,
@@ -41,7 +42,7 @@ from trainer.model.diffusion import (
 )
 from trainer.model.exports import find_recorded
 from trainer.model.hub import STEMS
-from trainer.model.lineage import LINEAGE_FILE, shorten_paths
+from trainer.model.lineage import shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.model.weights_file import LazyFile
@@ -78,7 +79,7 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
     checkpoint, run_folder = find_source(source)
     if out is None and run_folder is None:
         raise UserError(f"{checkpoint} does not lie in a run's checkpoints/: say where to write with --out DIR")
-    folder = out or Path(str(run_folder)) / "export"
+    folder = out or Path(str(run_folder)) / EXPORT_FOLDER
     verify_checkpoint(checkpoint)
     state = read_train_state(checkpoint)
     config = read_run_config(run_folder, state)
@@ -99,15 +100,15 @@ def find_source(source: Path) -> tuple[Path, Path | None]:
     checkpoint = find_checkpoint(source)
     if checkpoint.parent.name != "checkpoints":
         checkpoint = checkpoint.resolve()
-    return checkpoint, checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    return checkpoint, checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else None
 
 
 def read_run_config(run_folder: Path | None, state: Mapping[str, Any]) -> Config:
     """The run's config.yaml; of a checkpoint alone the config inside it."""
-    if run_folder is not None and (run_folder / "config.yaml").is_file():
-        return load_config([run_folder / "config.yaml"])
+    if run_folder is not None and (run_folder / CONFIG_FILE).is_file():
+        return load_config([run_folder / CONFIG_FILE])
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
+        file = Path(folder) / CONFIG_FILE
         file.write_text(yaml.safe_dump(state["config"]), encoding="utf-8")
         return load_config([file])
 

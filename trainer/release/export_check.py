@@ -8,8 +8,9 @@ from torch import Tensor
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.layout import MODEL_FILE
 from trainer.model.base import find_base, has_vae, read_state
-from trainer.model.checkpoint import MODEL_FILE, verify_checkpoint
+from trainer.model.checkpoint import verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.weights_file import LazyFile

@@ -10,9 +10,9 @@ from PIL import Image
 
 from trainer.core.errors import UserError
 from trainer.core.files import write_text
+from trainer.core.layout import SUMS_FILE
 from trainer.release.artefacts import hash_files
 
-SUMS_FILE = "SHA256SUMS"
 ALLOWED = (
     r"README\.md|LICENSE\.md|LICENSE-base(-\d+)?\.md|CHANGES\.md|SHA256SUMS|lineage\.json|model_index\.json"
     r"|scheduler/scheduler_config\.json|(unet|vae)/(config\.json|diffusion_pytorch_model\.safetensors)"

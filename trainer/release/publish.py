@@ -15,9 +15,10 @@ import yaml
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, write_json, write_text
+from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, RUN_FILE
 from trainer.model.base import LazyFile, find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
-from trainer.model.lineage import LINEAGE_FILE, Lineage, complete_lineage, read_lineage, shorten_paths
+from trainer.model.lineage import Lineage, complete_lineage, read_lineage, shorten_paths
 from trainer.release.artefacts import copy_with_metadata, hash_files, room_beside
 from trainer.release.base_terms import find_terms
 from trainer.release.card import Release, write_card
@@ -77,14 +78,14 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
         license_files={name: what for name, (what, _) in licences.items()},
         acknowledged=request.acknowledged,
         base_id=request.base if request.base and not Path(request.base).expanduser().exists() else None,
-        samples=read_samples(request.samples or request.run / "export" / "samples"),
+        samples=read_samples(request.samples or request.run / EXPORT_FOLDER / "samples"),
         weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
         full_precision=name_full_precision(config, request.full_precision),
     )
     if request.samples and not release.samples:
         raise UserError(f"--samples {request.samples} holds no PNG")
     check_samples(release.samples, weights, config.run.name)
-    folder = request.out or request.run / "published" / config.run.name
+    folder = request.out or request.run / PUBLISHED_FOLDER / config.run.name
     if not folder.name or folder.name == "..":
         raise UserError(f"--out {folder} is a folder that exists: name a new one")
     texts = {name: text for name, (_, text) in licences.items()}
@@ -182,7 +183,7 @@ def find_stages(run: Path, lineage: Lineage) -> Iterator[Stage]:
 def run_of_export(reference: str, name: str) -> Path | None:
     """The run's folder whose export a later stage began with; None where it is not here."""
     folder = Path(reference).expanduser().parent.parent
-    return folder if (folder / "run.json").is_file() and folder.name == name else None
+    return folder if (folder / RUN_FILE).is_file() and folder.name == name else None
 
 
 def build_folder(folder: Path, release: Release, weights: Weights, licences: dict[str, str]) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.layout import CONFIG_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ def read_publish_config(run: Path, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: for words that would change what the run was.
     """
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run} is not a run: it has no config.yaml. {suggest_runs(run)}")
     if strange := [word for word in overrides if not word.startswith("publish.")]:
         raise UserError(f"{strange[0]} has no effect on a run that is made: only publish.key=value can be set here")
-    return load_config([run / "config.yaml"], overrides)
+    return load_config([run / CONFIG_FILE], overrides)
 
 
 def suggest_runs(path: Path) -> str:
     """Which run was meant where a checkpoint or an export of one was named; else which runs are near."""
-    if run := next((folder for folder in path.parents if (folder / "run.json").is_file()), None):
+    if run := next((folder for folder in path.parents if (folder / RUN_FILE).is_file()), None):
         return f"What is published is a run's newest step: name {run}"
     for folder in (path, path.parent, Path("runs")):
         if runs := sorted(record.parent for record in folder.glob("*/run.json")):

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.config.schema import Config
+from trainer.core.distributed import choose_device
 from trainer.core.errors import UserError
 from trainer.data.buckets import Fit, Size
 from trainer.data.draws import draw_sample_caption
@@ -158,7 +159,7 @@ def find_models(config: Config, vae_sha256: str) -> Models:
         weights = read_vae(config.model.vae, base, config.model.vae_revision)
         if weights.sha256 != vae_sha256:
             raise UserError("the latents were made by another VAE than the one that this config names")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device()
         dtype = DTYPES[config.precision.vae] if device.type == "cuda" else torch.float32
         vae = build_vae(weights.config, weights.state, dtype).to(device)
     except UserError as error:

@@ -33,7 +33,6 @@ from trainer.report.survey import (
 )
 from trainer.report.thresholds import find_thresholds
 
-PAGE_NAME = "report.html"
 TOP_TAGS = 40  # of each category
 SAMPLES = 12
 MAX_TOKENIZED = 20_000  # captions: a million would take many minutes

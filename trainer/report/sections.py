@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.shards import NOTES_NAME, QUARANTINE_NAME
+from trainer.core.layout import NOTES_FILE, QUARANTINE_FILE
 from trainer.report.facts import Report, Sample
 from trainer.report.page import (
     Html,
@@ -269,7 +269,7 @@ def tell_set_aside(report: Report) -> Iterator[Html]:
         yield bars("remark", list(kinds.items()), 0, f"Noted in {source}", "count")
     if groups or report.remarks:
         yield paragraph(
-            f"{QUARANTINE_NAME} beside the shards names each input, {NOTES_NAME} each or, of what is noted in a "
+            f"{QUARANTINE_FILE} beside the shards names each input, {NOTES_FILE} each or, of what is noted in a "
             f"source, the first of each kind. Shares are of "
             f"{number(counts.get('inputs', 0))} inputs."
         )

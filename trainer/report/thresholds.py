@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from trainer.config.schema import Config
+from trainer.core.layout import RUN_FILE
 from trainer.data.percentiles import (
     Resolved,
     Thresholds,
@@ -27,7 +28,7 @@ def find_thresholds(config: Config, table: pa.Table) -> Resolved:
     rules = config.captions
     if not by_percentile(rules):
         return Resolved(rules, None, "")
-    records = Path(config.run.output_dir).expanduser() / config.run.name / "run.json"
+    records = Path(config.run.output_dir).expanduser() / config.run.name / RUN_FILE
     own = None
     if records.is_file():
         recorded = json.loads(records.read_text(encoding="utf-8"))
@@ -42,12 +43,12 @@ def find_thresholds(config: Config, table: pa.Table) -> Resolved:
 
 def thresholds_of_fork(origin: Path) -> Thresholds | None:
     """What the run that a fork branches off records; it is named by its folder, or by a checkpoint in it."""
-    runs = [folder for folder in (origin, *origin.parents[:2]) if (folder / "run.json").is_file()]
+    runs = [folder for folder in (origin, *origin.parents[:2]) if (folder / RUN_FILE).is_file()]
     return thresholds_of_base(runs[0]) if runs else None
 
 
 def thresholds_of_base(base: Path) -> Thresholds | None:
     """What a local base, or the run that it is or lies in, records; None for a hub id, which is not fetched to look."""
     if (run := find_run(base)) is not None:
-        return json.loads((run[0] / "run.json").read_text(encoding="utf-8")).get("thresholds")
+        return json.loads((run[0] / RUN_FILE).read_text(encoding="utf-8")).get("thresholds")
     return (read_lineage(base) or {}).get("thresholds") if base.exists() else None

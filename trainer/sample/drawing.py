@@ -24,8 +24,10 @@ from trainer.config.schema import (
     PrecisionConfig,
     SamplingConfig,
 )
+from trainer.core.distributed import choose_device
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
+from trainer.core.layout import GRID_FILE, SUMS_FILE
 from trainer.data.tokens import TextTokenizer, load_tokenizers
 from trainer.model.base import (
     Base,
@@ -40,7 +42,6 @@ from trainer.model.base_facts import read_predictions
 from trainer.model.lineage import Lineage, read_lineage, read_versions
 from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
-from trainer.sample.gallery import GRID_NAME
 from trainer.sample.pictures import (
     Picture,
     describe,
@@ -104,7 +105,7 @@ def draw(
         [out / file_name(number, picture, letter if several else "") for number, picture in enumerate(pictures)]
         for letter in letters
     ]
-    refuse_existing([out / GRID_NAME, *(path for column in paths for path in column)])
+    refuse_existing([out / GRID_FILE, *(path for column in paths for path in column)])
     scale = grid_scale([picture.size for picture in pictures], len(sources))
     cells: list[list[tuple[Image.Image, str]]] = [[] for _ in pictures]  # a row for each picture
     with tqdm(total=len(sources) * len(pictures), unit="image") as bar:
@@ -117,8 +118,8 @@ def draw(
                 bar.update()
     images, labels = zip(*(cell for row in cells for cell in row), strict=True)
     grid = make_grid(list(images), list(labels), len(sources) if several else columns)
-    write_file(out / GRID_NAME, lambda path: grid.save(path, format="PNG"))
-    return out / GRID_NAME
+    write_file(out / GRID_FILE, lambda path: grid.save(path, format="PNG"))
+    return out / GRID_FILE
 
 
 def draw_pictures(
@@ -178,7 +179,7 @@ def trained_token_length(lineage: Lineage | None) -> int:
 
 def load_model(source: Source, dtype: Dtype | None) -> LoadedModel:
     """The model with its weights in ``dtype``, on the GPU if there is one."""
-    base, device = source.base, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base, device = source.base, choose_device()
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     frozen = ModelConfig("", train_unet=False)
     sdxl = build_sdxl(base, frozen, PrecisionConfig(compute=dtype, frozen=dtype), MemoryConfig(False)).to(device)
@@ -221,6 +222,6 @@ def default_folder(sources: Sequence[Source]) -> Path:
     """``samples`` beside the model, which of a run's export is where scripts/publish.py looks; of a hub id, here."""
     base = sources[0].base
     folder = Path() if base.revision else base.path.parent
-    if (folder / "SHA256SUMS").exists():
+    if (folder / SUMS_FILE).exists():
         raise UserError(f"{folder} is a published folder, which its SHA256SUMS name whole: say where with --out DIR")
     return folder / ("samples" if len(sources) == 1 else "comparison")

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from trainer.core.errors import UserError
+from trainer.core.layout import GRID_FILE
 
-GRID_NAME = "grid.png"  # all of a folder's images in one, which is none of them
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.png")
 
 
@@ -30,7 +30,7 @@ def read_samples(folder: Path) -> list[Sample]:
     Raises:
         UserError: for a PNG that is a link, has a strange name, or does not say from what it was made.
     """
-    files = sorted(file for file in folder.glob("*.png") if file.name != GRID_NAME) if folder.is_dir() else []
+    files = sorted(file for file in folder.glob("*.png") if file.name != GRID_FILE) if folder.is_dir() else []
     return [read_sample(file) for file in files]
 
 

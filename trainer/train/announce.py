@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from trainer.core.disk import format_bytes, free_bytes
+from trainer.core.layout import CHECKPOINTS_FOLDER
 from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
@@ -66,7 +67,7 @@ def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str
 
 def warn_of_disk(inputs: Inputs, size: int, first: int, last: int) -> Iterator[str]:
     """Whether the checkpoints to come fit."""
-    keep, folder = inputs.config.checkpoint, run_path(inputs.config) / "checkpoints"
+    keep, folder = inputs.config.checkpoint, run_path(inputs.config) / CHECKPOINTS_FOLDER
     existing = [step_of(path) for path in list_checkpoints(folder)]
     coming = sorted({*range(first - first % keep.every_steps + keep.every_steps, last + 1, keep.every_steps), last})
     more = count_more_checkpoints(existing, coming, keep.keep_last, keep.keep_every_steps)

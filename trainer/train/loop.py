@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from trainer.config.schema import Config
 from trainer.core.files import write_file
+from trainer.core.layout import CHECKPOINTS_FOLDER
 from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod
@@ -175,7 +176,7 @@ def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: boo
 def save(run: Run, made: int) -> None:
     """Write a checkpoint on the main process, then prune."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
-    folder = run_path(config) / "checkpoints"
+    folder = run_path(config) / CHECKPOINTS_FOLDER
     if accelerator.is_main_process:
         work = read_work(run_path(config), made)
         state = {

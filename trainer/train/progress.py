@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.layout import METRICS_FILE
 from trainer.data.plan import Plan
 from trainer.model.lineage import count_samples
 from trainer.train.metrics import STEP, MetricsFile, Window, memory_gb, tracker_settings
@@ -55,7 +56,7 @@ class Progress:
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self.begun = time.perf_counter()
         self.attempt, self.window = attempt, Window(self.begun)
-        self.file = MetricsFile(path / "metrics.jsonl", attempt) if accelerator.is_main_process else None
+        self.file = MetricsFile(path / METRICS_FILE, attempt) if accelerator.is_main_process else None
         self.bar = tqdm(
             total=last, initial=first, desc=config.run.name, unit="step", disable=not accelerator.is_main_process
         )

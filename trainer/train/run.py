@@ -4,7 +4,6 @@ And what its records say of the work: hours and hardware.
 """
 
 import datetime
-import fcntl
 import json
 import secrets
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.config.schema import Config
-from trainer.core.errors import UserError
 from trainer.core.files import write_json, write_text
+from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE
+from trainer.core.locks import hold_lock
 from trainer.train.metrics import read_metrics
 
 
@@ -37,17 +37,15 @@ def lock_run(path: Path, is_main_process: bool) -> Iterator[None]:
         yield
         return
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{path} is in use by another process; wait for it, or choose another run.name") from error
+    with hold_lock(
+        path / RUN_LOCK_FILE, f"{path} is in use by another process; wait for it, or choose another run.name"
+    ):
         yield
 
 
 def read_run(path: Path) -> dict[str, Any]:
     """run.json, or the beginning of one."""
-    file = path / "run.json"
+    file = path / RUN_FILE
     if not file.exists():
         return {"attempts": [], "tracker_run_id": secrets.token_hex(6)}
     return json.loads(file.read_text(encoding="utf-8"))
@@ -86,8 +84,8 @@ def begin_attempt(
         "device": device,
         **software,
     }
-    write_text(path / "config.yaml", OmegaConf.to_yaml(config.written))
-    write_json(path / "run.json", {**run, **facts, "attempts": [*run["attempts"], entry]})
+    write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config.written))
+    write_json(path / RUN_FILE, {**run, **facts, "attempts": [*run["attempts"], entry]})
     return attempt, run["tracker_run_id"]
 
 
@@ -112,7 +110,7 @@ def read_work(run_folder: Path, step: int) -> Work:
         number: min([step, *(entry["first_step"] for later, entry in attempts.items() if later > number)])
         for number in attempts
     }
-    metrics = run_folder / "metrics.jsonl"
+    metrics = run_folder / METRICS_FILE
     lines = read_metrics(metrics) if metrics.is_file() else {}
     ends: dict[int, float] = {}
     for line in lines.values():

@@ -14,16 +14,8 @@ from torch.optim import Optimizer
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
-from trainer.model.checkpoint import (
-    FORMAT_VERSION,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    SHARED,
-    STATE_FILE,
-    checkpoint_name,
-    list_checkpoints,
-    step_of,
-)
+from trainer.core.layout import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
+from trainer.model.checkpoint import FORMAT_VERSION, SHARED, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
 
 OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from trainer.core.errors import UserError
+from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, WORK_LOCK_FILE, WORK_SUFFIX
 from trainer.data.formats import image_extensions
-from trainer.data.shards import INDEX_NAME, LOCK_NAME, MANIFEST_NAME, WORK_SUFFIX
 from trainer.data.sources.records import BadRecord
 from trainer.data.sources.unread import HIDDEN_FOLDER, LINKED_FOLDER, Skipped, is_system_folder
 
@@ -63,7 +63,7 @@ class Walk:
 
 def holds_shards(path: str) -> bool:
     """Whether a folder is a set that was made here, or one on its way, which may lie beside its images."""
-    own = (MANIFEST_NAME, INDEX_NAME) if not path.endswith(WORK_SUFFIX) else (LOCK_NAME,)
+    own = (MANIFEST_FILE, INDEX_FILE) if not path.endswith(WORK_SUFFIX) else (WORK_LOCK_FILE,)
     return all(os.path.isfile(os.path.join(path, name)) for name in own)  # noqa: PTH113, PTH118
 
 

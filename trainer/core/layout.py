@@ -1,0 +1,56 @@
+"""Names on the disk: what the files and folders of sets, runs, checkpoints and published models are called."""
+
+import re
+
+# a set of shards (data.shards); shard-00000.tar and so on lie beside these
+INDEX_FILE = "index.arrow"
+MANIFEST_FILE = "manifest.json"
+LATENTS_FILE = "latents.arrow"  # every sample that lies in a tar, in the index or not
+QUARANTINE_FILE = "quarantine.jsonl"
+NOTES_FILE = "notes.jsonl"
+PAGE_FILE = "report.html"
+
+# a preparation on its way, in <shards>.unfinished
+WORK_SUFFIX = ".unfinished"
+WORK_LOCK_FILE = "lock"  # held by the main process
+OTHERS_LOCK_FILE = "lock.others"  # shared by the others
+SETTINGS_FILE = "settings.json"
+INPUTS_FILE = "inputs.arrow"
+
+# a run's folder
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+RUN_LOCK_FILE = ".lock"
+CHECKPOINTS_FOLDER = "checkpoints"
+SAMPLES_FOLDER = "samples"
+EXPORT_FOLDER = "export"
+PUBLISHED_FOLDER = "published"
+
+# a checkpoint's folder
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "train_state.json"  # written last
+
+# a model's folder, as diffusers has it, and what is published
+MODEL_INDEX_FILE = "model_index.json"
+COMPONENT_FILE = "config.json"
+LINEAGE_FILE = "lineage.json"
+SUMS_FILE = "SHA256SUMS"
+GRID_FILE = "grid.png"  # all of a folder's samples in one image, which is none of them
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a checkpoint that has made ``step`` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def shard_name(number: int) -> str:
+    """The name of a set's shard, counted from 0."""
+    return f"shard-{number:05d}.tar"
+
+
+def shard_number(name: str) -> int:
+    """The inverse of ``shard_name``."""
+    return int(name.removeprefix("shard-").removesuffix(".tar"))
