@@ -92,7 +92,7 @@ def list_work(data: MicroBatches, micro_batches: int) -> Measured:
     def in_threads(threads: int) -> int:
         return count(
             load_batches(
-                data, first_step=0, last_step=steps, rank=0, world=1, num_workers=threads, prefetch_factor=2,
+                data, first_step=0, last_step=steps, rank=0, world=1, threads=threads, prefetch_factor=2,
                 pin_memory=False,
             )
         )  # fmt: skip

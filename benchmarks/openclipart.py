@@ -51,7 +51,7 @@ class Bench:
         return [
             f"model.pretrained={self.work / 'base'}", f"data.posts=[{','.join(str(self.work / n) for n in posts)}]",
             f"data.images={self.openclipart / 'png'}", f"data.shards={self.shards(name)}", "filters.min_side=256",
-            "data.samples_per_shard=200", "data.num_workers=1", "schedule.max_steps=1",
+            "data.samples_per_shard=200", "data.decode_processes=1", "schedule.max_steps=1",
         ]  # fmt: skip
 
     def shards(self, name: str) -> Path:

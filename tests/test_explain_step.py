@@ -64,7 +64,7 @@ def test_the_lines_are_what_the_loader_makes(make_config: MakeConfig, tmp_path: 
 
 def test_the_lines_do_not_depend_on_processes_and_workers(make_config: MakeConfig, tmp_path: Path) -> None:
     first = explain(make_config("run.name=a"), tmp_path, 3)
-    second = explain(make_config("run.name=b", "data.num_workers=3", "data.micro_batch_size=1"), tmp_path, 3)
+    second = explain(make_config("run.name=b", "data.loader_threads=3", "data.micro_batch_size=1"), tmp_path, 3)
     assert first == second
     assert first != explain(make_config("run.name=c", "run.seed=43"), tmp_path, 3)
 
@@ -78,7 +78,7 @@ def test_the_ranks_batches_together_are_the_steps(make_config: MakeConfig, world
     streams = [
         list(
             load_batches(
-                data, first_step=2, last_step=5, rank=rank, world=world, num_workers=workers, prefetch_factor=None,
+                data, first_step=2, last_step=5, rank=rank, world=world, threads=workers, prefetch_factor=None,
                 pin_memory=False,
             )
         )

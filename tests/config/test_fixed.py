@@ -34,7 +34,7 @@ FREE_WORDS = [
     "run.output_dir=elsewhere", "run.stage=t", "run.num_processes=2", "model.pretrained=y", "model.revision=main",
     "model.vae=v", "model.tokenizer=t", "model.attention=xformers", "model.compile=true",
     "data.shards=moved", "data.posts=[p.jsonl]", "data.images=i", "data.max_bad_fraction=0.5",
-    "data.micro_batch_size=1", "data.num_workers=9", "data.prefetch_factor=3",
+    "data.micro_batch_size=1", "data.loader_threads=9", "data.decode_processes=9", "data.prefetch_factor=3",
     "schedule.epochs=3", "memory.gradient_checkpointing=false",
     "checkpoint.every_steps=7", "logging.every_steps=1", "sampling.num_inference_steps=3", "publish.title=t",
 ]  # fmt: skip

@@ -25,7 +25,8 @@ MINIMAL = [
 OFF = "model.train_unet=false"
 RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> key and part of the message
     *[([f"{key}=-1"], key, "must be at least 0, not -1") for key in (
-        "run.seed", "data.num_workers", "captions.keep_tokens", "captions.keep_underscore_max_length",
+        "run.seed", "data.loader_threads", "data.decode_processes", "captions.keep_tokens",
+        "captions.keep_underscore_max_length",
         "diffusion.min_timestep", "diffusion.noise_offset", "optim.text_encoder_1_lr", "optim.text_encoder_2_lr",
         "optim.weight_decay", "schedule.warmup_steps")],
     *[([f"{key}=0"], key, "must be at least 1, not 0") for key in (
@@ -66,7 +67,8 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
      "optim.unet_lr", "has no effect: model.train_unet is false"),
     (["data.global_batch_size=100"], "data.bucket_batch_size", "48 does not divide data.global_batch_size 100"),
     (["data.micro_batch_size=32"], "data.micro_batch_size", "32 does not divide data.bucket_batch_size 48"),
-    (["data.num_workers=0", "data.prefetch_factor=2"], "data.prefetch_factor", "has no effect: data.num_workers is 0"),
+    (["data.loader_threads=0", "data.prefetch_factor=2"], "data.prefetch_factor",
+     "has no effect: data.loader_threads is 0"),
     (["data.sources=[]"], "data.sources", "name at least one source"),
     *[([f"data.{other}", "data.sources=[{kind: folder, path: a}]"], "data.sources", "to null beside it")
       for other in ("posts=[a.jsonl]", "images=a")],
@@ -169,7 +171,7 @@ def test_rules(words: list[str], key: str, part: str) -> None:
         ["diffusion.min_timestep=999", "diffusion.max_timestep=1000", "diffusion.noise_offset=0.0357"],
         ["captions.keep_tokens=1", "captions.shuffle=false", "captions.tag_dropout=1", "captions.caption_dropout=0"],
         ["sampling.prompts=[a]", "sampling.every_steps=100", "sampling.width=832", "sampling.guidance_scale=1"],
-        ["data.num_workers=0", "run.num_processes=6", "run.seed=0"],
+        ["data.loader_threads=0", "run.num_processes=6", "run.seed=0"],
         ["buckets.step=32", "buckets.min_side=1024", "buckets.max_side=1024"],
         ["model.pretrained=owner/name", "model.revision=main", "run.name=_a.B-9"],
         ["model.vae=owner/name", "model.vae_revision=main"],

@@ -130,7 +130,7 @@ def test_no_more_is_made_ahead_than_asked_for_and_closing_ends_it() -> None:
 def test_threads_make_the_same_batches(make_config: MakeConfig) -> None:
     data = open_batches(make_config("diffusion.noise_offset=0.0357"))
     loaded = load_batches(
-        data, first_step=3, last_step=9, rank=0, world=1, num_workers=3, prefetch_factor=2, pin_memory=False
+        data, first_step=3, last_step=9, rank=0, world=1, threads=3, prefetch_factor=2, pin_memory=False
     )
     for number, batch in enumerate(loaded, 3 * data.per_step):
         alone = data[number]

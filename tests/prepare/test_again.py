@@ -277,7 +277,7 @@ def test_killed_while_new_shards_join_a_set(whole: Config, tmp_path: Path, momen
 
 def test_images_of_a_bucket_share_a_forward(whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = copied(whole, tmp_path / "batched")
-    config = replace(config, data=replace(config.data, encode_batch_size=4, samples_per_shard=30, num_workers=0))
+    config = replace(config, data=replace(config.data, encode_batch_size=4, samples_per_shard=30, decode_processes=0))
     encoded = count_encoded(monkeypatch)
     summary = run(config)
     assert sum(encoded) == summary.samples == POSTS and set(encoded) == {1, 2, 3, 4} - ({1, 2, 3, 4} - set(encoded))

@@ -143,7 +143,7 @@ def test_small_files_that_promise_much(config: Config, tmp_path: Path, workers: 
     for number, (name, content) in enumerate(hostile.items()):
         (images / f"{name}.png").write_bytes(content)
         add_posts(tmp_path / "posts", {"id": 100 + number, "file": f"{name}.png", "tags": "1girl"})
-    summary = run(replace(config, data=replace(config.data, num_workers=workers)))
+    summary = run(replace(config, data=replace(config.data, decode_processes=workers)))
     reasons = {line["key"]: line["reason"] for line in read_jsonl(Path(config.data.shards) / "quarantine.jsonl")}
     assert reasons["102"] == "too_narrow" and summary.samples + len(reasons) == 14 and "100" in reasons
 

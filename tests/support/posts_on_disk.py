@@ -69,7 +69,7 @@ def make_config(base: Path, folder: Path, **data: Any) -> Config:
         "posts": [str(folder / "posts.jsonl")],
         "images": str(folder / "images"),
         "samples_per_shard": 5,
-        "num_workers": 1,
+        "decode_processes": 1,
     }
     return Config(
         run=RunConfig("test", "1"),
@@ -104,7 +104,7 @@ def write_yaml(config: Config, path: Path) -> Path:
     data = {name: getattr(config.data, name) for name in ("posts", "images", "shards", "samples_per_shard")}
     path.write_text(yaml.safe_dump({
         "run": {"name": "test", "stage": "1"}, "model": {"pretrained": config.model.pretrained},
-        "data": data | {"num_workers": config.data.num_workers},
+        "data": data | {"decode_processes": config.data.decode_processes},
         "buckets": BUCKETS, "optim": {"unet_lr": 1e-5}, "schedule": {"max_steps": 1},
         "precision": {"compute": "fp32", "frozen": "fp32", "vae": "fp32"},
     }))  # fmt: skip

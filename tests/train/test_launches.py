@@ -21,7 +21,7 @@ STAGES = {
     "2": ["diffusion.noise_offset=0.0357"],
 }  # fmt: skip
 # the 24 drawings in units of 6 make 5 steps in the first epoch: its border lies within the run
-LENGTH = ["schedule.max_steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=99", "data.num_workers=1",
+LENGTH = ["schedule.max_steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=99", "data.loader_threads=1",
           "data.global_batch_size=6", "data.bucket_batch_size=6", "data.micro_batch_size=1"]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_a_run_of_one_process_goes_on_with_two(tiny_settings: list[str], tmp_pat
 def test_a_signal_to_the_whole_group_saves_and_stops(tiny_settings: list[str], tmp_path: Path, number: int) -> None:
     """Ctrl-C in a terminal and a job's end reach the loader's workers too; they must not die before the save."""
     words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=500",
-             "data.num_workers=2"]  # fmt: skip
+             "data.loader_threads=2"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "tests/support/launch_driver.py", *words], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -136,7 +136,7 @@ loop.save = fail
 loop.train(load_config([], sys.argv[1:]))
 """
     words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=50",
-             "checkpoint.every_steps=2", "data.num_workers=2"]  # fmt: skip
+             "checkpoint.every_steps=2", "data.loader_threads=2"]  # fmt: skip
     process = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=REPOSITORY, text=True, capture_output=True, timeout=120,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},

@@ -49,7 +49,7 @@ def test_eight_drawings_are_learned_by_heart(tiny_base: Path, tmp_path: Path, ma
         "model.train_text_encoder_1=true", "model.train_text_encoder_2=true",
         f"data.posts=[{tmp_path / 'posts.jsonl'}]", f"data.images={tmp_path / 'images'}",
         f"data.shards={tmp_path / 'shards'}", "data.global_batch_size=16", "data.bucket_batch_size=16",
-        "data.micro_batch_size=16", "data.num_workers=1", f"captions.max_token_length={max_token_length}",
+        "data.micro_batch_size=16", "data.loader_threads=1", f"captions.max_token_length={max_token_length}",
         "buckets.base_resolution=128", "buckets.min_side=64", "buckets.max_side=256", "buckets.step=32",
         "optim.unet_lr=2e-3", "optim.text_encoder_1_lr=2e-3", "optim.text_encoder_2_lr=2e-3",
         f"schedule.max_steps={STEPS}", "schedule.lr=cosine", "optim.weight_decay=0",

@@ -223,7 +223,7 @@ def test_a_stop_asked_for_at_a_checkpoints_step_is_not_lost(
 
 
 def test_a_damaged_shard_is_told_in_one_message_from_a_worker(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("data.num_workers=1", f"data.shards={tmp_path / 'damaged'}")
+    config = make_config("data.loader_threads=1", f"data.shards={tmp_path / 'damaged'}")
     shutil.copytree(make_config().data.shards, config.data.shards)
     shard = next(Path(config.data.shards).glob("*.tar"))
     content = bytearray(shard.read_bytes())

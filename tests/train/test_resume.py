@@ -63,7 +63,7 @@ def test_a_run_resumed_twice_has_the_bits_of_one_never_stopped(
     make_config: Callable[..., Config], stage: str, workers: int, threads: int
 ) -> None:
     words = [*STAGES[stage], f"schedule.max_steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep_last=99",
-             f"data.num_workers={workers}"]  # fmt: skip
+             f"data.loader_threads={workers}"]  # fmt: skip
     straight = make_config(*words, "run.name=straight")
     train(straight)
     resumed = make_config(*words, "run.name=resumed")
@@ -115,7 +115,7 @@ def test_micro_batches_and_workers_may_change_on_the_way(make_config: Callable[.
     train(straight)
     changed = make_config(*words, "run.name=changed")
     run_until(changed, 2)
-    train(make_config(*words, "run.name=changed", "data.micro_batch_size=1", "data.num_workers=1",
+    train(make_config(*words, "run.name=changed", "data.micro_batch_size=1", "data.loader_threads=1",
                       "memory.gradient_checkpointing=true"))  # fmt: skip
     path = Path(straight.run.output_dir)
     before, after = (read_metrics(path / name / "metrics.jsonl")[4] for name in ("straight", "changed"))

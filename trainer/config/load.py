@@ -8,16 +8,19 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.retired import carry_over
 from trainer.config.rules import find_broken_rules
 from trainer.config.schema import Config, Place
 from trainer.config.yaml_text import UNIONS, field_types, read_override, read_yaml
@@ -84,9 +87,13 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = (), *, p
     Raises:
         UserError: with all problems, each by its dotted name.
     """
-    layers = [read_yaml(home_path(str(file))) for file in files] + [read_override(word) for word in overrides]
+    read = [read_yaml(home_path(str(file))) for file in files] + [read_override(word) for word in overrides]
+    layers, notes = zip(*map(carry_over, read), strict=True) if read else ((), ())
+    if os.environ.get("RANK", "0") == "0":
+        for note in dict.fromkeys(chain.from_iterable(notes)):
+            print(f"note: {note}", file=sys.stderr)
     try:
-        merged = OmegaConf.merge(*layers)
+        merged = OmegaConf.merge(*map(OmegaConf.create, layers))
         written = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=False))
         resolved = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:

@@ -30,9 +30,9 @@ def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broke
 
 
 AT_LEAST = {
-    0: "run.seed data.num_workers captions.keep_tokens captions.keep_underscore_max_length diffusion.min_timestep "
-    "diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr optim.weight_decay "
-    "schedule.warmup_steps",
+    0: "run.seed data.loader_threads data.decode_processes captions.keep_tokens captions.keep_underscore_max_length "
+    "diffusion.min_timestep diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr "
+    "optim.weight_decay schedule.warmup_steps",
     1: "run.num_processes data.samples_per_shard data.encode_batch_size filters.min_side "
     "filters.first_year filters.last_year "
     "data.global_batch_size data.bucket_batch_size data.micro_batch_size "
@@ -147,8 +147,8 @@ def batch_rules(config: Config) -> Iterator[Broken]:
     if data.micro_batch_size > 0 and data.bucket_batch_size % data.micro_batch_size:
         keys = ("data.micro_batch_size", "data.bucket_batch_size")
         yield keys, f"{data.micro_batch_size} does not divide data.bucket_batch_size {data.bucket_batch_size}"
-    if data.num_workers == 0 and data.prefetch_factor is not None:
-        yield ("data.prefetch_factor", "data.num_workers"), "has no effect: data.num_workers is 0"
+    if data.loader_threads == 0 and data.prefetch_factor is not None:
+        yield ("data.prefetch_factor", "data.loader_threads"), "has no effect: data.loader_threads is 0"
     processes = config.run.num_processes
     if processes and data.micro_batch_size > 0 and data.global_batch_size % (data.micro_batch_size * processes):
         concerned = ("run.num_processes", "data.micro_batch_size", "data.global_batch_size")

@@ -95,8 +95,8 @@ class DataConfig:
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
     micro_batch_size: int = free(16)  # samples of one forward; divides bucket_batch_size
-    # per rank: threads that load, in preparation processes that decode; 0: none beside the main one
-    num_workers: int = free(4)
+    loader_threads: int = free(4)  # training, per process: threads that make batches; 0: the main one does
+    decode_processes: int = free(4)  # preparation, per process: processes that decode images; 0: it decodes itself
     prefetch_factor: int | None = free(None)  # micro-batches kept ready per thread; null: 2
 
 

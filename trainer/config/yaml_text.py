@@ -1,4 +1,4 @@
-"""YAML files and ``key=value`` words as OmegaConf mappings in which text fields hold what was written.
+"""YAML files and ``key=value`` words as plain mappings in which text fields hold what was written.
 
 YAML makes 202401 of 2024_01, False of no and 750 of 12:30. A field that the schema declares as text gets the characters
 that the user wrote instead, in a file and on the command line alike.
@@ -22,8 +22,8 @@ MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to say nothing
 
 
-def read_yaml(path: Path) -> Any:
-    """One YAML file as an unresolved OmegaConf mapping."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file as an unresolved mapping."""
     try:
         loaded = OmegaConf.load(path)
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -33,11 +33,11 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"config file {path} is not valid YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"config file {path} must hold sections (run:, model:, ...), not a list")
-    return OmegaConf.create(restore_text(OmegaConf.to_container(loaded, resolve=False), node, Config))
+    return restore_text(OmegaConf.to_container(loaded, resolve=False), node, Config)
 
 
-def read_override(word: str) -> Any:
-    """One ``key=value`` word as an unresolved OmegaConf mapping.
+def read_override(word: str) -> dict[str, Any]:
+    """One ``key=value`` word as an unresolved mapping.
 
     The value of a text field is text as it stands, unless it is in quotes, null, or a list or mapping in brackets; any
     other field's value is YAML.
@@ -46,14 +46,15 @@ def read_override(word: str) -> Any:
     hint, text = hint_of(key), text.strip()
     try:
         if is_text(hint) and text[:1] not in tuple("'\"[{"):
-            mapping = OmegaConf.create({})
-            OmegaConf.update(mapping, key, None if text in NULLS and not is_home(text, hint) else text)
-            return mapping
+            value: Any = None if text in NULLS and not is_home(text, hint) else text
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            return value
         mapping = OmegaConf.from_dotlist([word])
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         for part in reversed(key.split(".")):
             node = yaml.MappingNode("", [(yaml.ScalarNode("", part), node)])
-        return OmegaConf.create(restore_text(OmegaConf.to_container(mapping, resolve=False), node, Config))
+        return restore_text(OmegaConf.to_container(mapping, resolve=False), node, Config)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{word} is not key=value with a YAML value (text may need quotes): {reason}") from error

@@ -130,7 +130,7 @@ def load_batches(
     last_step: int,
     rank: int,
     world: int,
-    num_workers: int,
+    threads: int,
     prefetch_factor: int | None,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
@@ -142,7 +142,7 @@ def load_batches(
         UserError: as ``make_batch``, in place of the batch.
     """
     numbers = micro_batch_numbers(first_step, last_step, data.per_step, rank, world)
-    with closing(make_ahead(data, numbers, num_workers, num_workers * (prefetch_factor or 2))) as batches:
+    with closing(make_ahead(data, numbers, threads, threads * (prefetch_factor or 2))) as batches:
         for batch in batches:
             # here and not in a loader's thread, for which another device would be the current one
             yield batch.pin_memory() if pin_memory else batch

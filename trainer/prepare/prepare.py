@@ -231,7 +231,7 @@ def encode_share(work: Work, config: Config, weights: VaeWeights, team: Team, be
     set_aside = begun.inputs.set_aside + [line for done in read_done(work, todo) for line in done.set_aside]
     total, before = len(todo.rows), len(todo.rows) - count_posts(todo, left)
     with (
-        decoders(config.data.num_workers) as pool,
+        decoders(config.data.decode_processes) as pool,
         tqdm(
             total=total, initial=before, unit="image", desc="encode", disable=not progress or not team.is_main
         ) as meter,

@@ -151,7 +151,7 @@ def start_loading(run: Run, first: int, last: int) -> Generator[Batch, None, Non
     inputs, world = run.inputs, run.inputs.accelerator.num_processes
     batches = load_batches(
         inputs.data, first_step=first, last_step=last, rank=inputs.accelerator.process_index, world=world,
-        num_workers=inputs.config.data.num_workers, prefetch_factor=inputs.config.data.prefetch_factor,
+        threads=inputs.config.data.loader_threads, prefetch_factor=inputs.config.data.prefetch_factor,
         pin_memory=inputs.accelerator.device.type == "cuda",
     )  # fmt: skip
     if world > 1:

@@ -1,0 +1,47 @@
+"""Keys of older versions: carried over with a note, in files and on the command line, and never over a new key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config.load import load_config
+
+REST = "run: {name: a, stage: '1'}\nmodel: {pretrained: b}\noptim: {unet_lr: 1.0e-5}\nschedule: {epochs: 1}\n"
+
+
+def write(folder: Path, data: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(REST + f"data: {{shards: s, {data}}}\n")
+    return path
+
+
+def test_workers_of_version_0_2_are_threads_and_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config([write(tmp_path, "num_workers: 7")])
+    assert (config.data.loader_threads, config.data.decode_processes) == (7, 7)
+    assert "num_workers" not in config.written["data"]
+    noted = capsys.readouterr().err
+    assert noted == (
+        "note: data.num_workers is data.loader_threads and data.decode_processes now: write these in its place\n"
+    )
+
+
+def test_a_new_key_wins_over_an_old_one_of_the_same_layer(tmp_path: Path) -> None:
+    config = load_config([write(tmp_path, "loader_threads: 2, num_workers: 7")])
+    assert (config.data.loader_threads, config.data.decode_processes) == (2, 7)
+
+
+def test_later_layers_win_whichever_key_they_have(tmp_path: Path) -> None:
+    file = write(tmp_path, "loader_threads: 2, decode_processes: 3")
+    config = load_config([file], ["data.num_workers=5"])
+    assert (config.data.loader_threads, config.data.decode_processes) == (5, 5)
+    config = load_config([file], ["data.num_workers=5", "data.decode_processes=6"])
+    assert (config.data.loader_threads, config.data.decode_processes) == (5, 6)
+
+
+def test_what_is_written_again_needs_no_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = load_config([write(tmp_path, "num_workers: 7")])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(first.written))
+    capsys.readouterr()
+    assert load_config([again]) == first and capsys.readouterr().err == ""

@@ -1,0 +1,23 @@
+"""Keys of older versions: what they said is carried over, with a note."""
+
+from typing import Any
+
+# old key -> the keys of the same section that took its place, each of which gets its value
+RENAMED = {"data.num_workers": ("data.loader_threads", "data.decode_processes")}
+
+
+def carry_over(layer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """One layer of a config, a file or a ``key=value`` word, with today's keys; and a note for each old one.
+
+    A new key of the same layer wins over the old one.
+    """
+    notes = []
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        values = layer.get(section)
+        if isinstance(values, dict) and name in values:
+            carried = {key.partition(".")[2]: values[name] for key in new}
+            rest = {key: value for key, value in values.items() if key != name}
+            layer = layer | {section: carried | rest}
+            notes.append(f"{old} is {' and '.join(new)} now: write these in its place")
+    return layer, notes
