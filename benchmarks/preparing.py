@@ -26,7 +26,7 @@ from PIL import Image
 from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_bytes
 from trainer.data.buckets import Fit, fit_image
-from trainer.data.images import open_image, read_bytes, read_header, read_orientation, to_rgb
+from trainer.data.images import open_image, read_bytes, read_image_header, read_orientation, to_rgb
 from trainer.prepare.decode import Decoded, Task, decoders, look, start_pool
 
 DRAWINGS = Path(__file__).parent.parent / "demo" / "images"
@@ -100,7 +100,7 @@ def look_in_stages(task: Task, spent: dict[str, float]) -> np.ndarray:
     note("read")
     sha256_bytes(data)
     note("hash")
-    fit = find_fit(task, read_header(data))
+    fit = find_fit(task, read_image_header(data))
     note("header")
     with open_image(data) as image:
         read_orientation(image, data)

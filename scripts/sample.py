@@ -14,7 +14,7 @@ import sys
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
-from trainer.sample.pictures import CARD_SIZES, check_settings, plan_pictures, read_prompts, read_size
+from trainer.sample.pictures import CARD_SIZES, check_sampling, plan_pictures, read_prompts, read_size
 from trainer.sample.prompts import OF_COMMAND, check_prompts, read_negative, read_seed
 
 
@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
     sizes = CARD_SIZES if arguments.all_sizes else [read_size(text) for text in arguments.size]
     sampling = SamplingConfig(num_inference_steps=arguments.steps, guidance_scale=arguments.guidance)
-    check_settings(sampling)
+    check_sampling(sampling)
     negative = read_negative(arguments.negative, sampling)
     sampling = dataclasses.replace(sampling, negative_prompt=negative)
     if note := check_prompts(prompts, negative, "prompts", OF_COMMAND):

@@ -20,10 +20,10 @@ STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
 
 def draw(seed: int, export: Path, prompts: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
     """One image a prompt from an exported folder alone, each at its own (width, height)."""
-    from trainer.sample.drawing import find_source, load_model
+    from trainer.sample.drawing import find_source, load_source
     from trainer.sample.sampling import draw_image
 
-    model = load_model(find_source(str(export)), "fp32")
+    model = load_source(find_source(str(export)), "fp32")
     model.pipeline.set_progress_bar_config(disable=True)
     # guidance 1: a model made from nothing without caption dropout has no unconditional branch
     sampling = SamplingConfig(guidance_scale=1.0)

@@ -17,8 +17,7 @@ from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, load_batches, make_time_ids
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import load_tokenizers, tokenize_captions
-from trainer.model.base import find_base, find_tokenizers
-from trainer.train.launch import vocab_sizes
+from trainer.model.base import find_base, find_tokenizers, read_vocab_sizes
 
 MakeConfig = Callable[..., Config]
 
@@ -36,7 +35,7 @@ def explain(config: Config, folder: Path, step: int) -> list[dict[str, object]]:
 def open_batches(config: Config) -> MicroBatches:
     index = open_index(config.data.shards)
     base = find_base(config.model.pretrained)
-    tokenizers = load_tokenizers(*find_tokenizers(base, None), vocab_sizes(base))
+    tokenizers = load_tokenizers(*find_tokenizers(base, None), read_vocab_sizes(base))
     plan = build_plan(index, config.run.seed, config.data)
     return MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
 

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer.config import rules
-from trainer.config.load import find_problems, load_config
+from trainer.config.load import find_config_problems, load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 
@@ -214,7 +214,7 @@ def test_every_rule_has_a_case() -> None:
         resolved: Any = OmegaConf.to_container(OmegaConf.from_dotlist([*MINIMAL, *words]))
         sys.settrace(trace)
         try:
-            list(find_problems(resolved))
+            list(find_config_problems(resolved))
         finally:
             sys.settrace(before)
     assert len(yields) > 30

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from trainer.data import formats
 from trainer.data.buckets import Fit
-from trainer.data.images import BadImage, has_frames, read_header, read_pixels
+from trainer.data.images import BadImage, has_frames, read_image_header, read_pixels
 from trainer.data.jxl_header import read_jxl_size
 from trainer.data.png_chunks import MAX_TEXT, leave_out_text
 
@@ -48,25 +48,25 @@ def test_a_large_text_does_not_cost_the_picture(name: str, behind: bool) -> None
     data, pixels = picture()
     at = len(data) - 12 if behind else 33  # before IEND, or behind IHDR
     data = data[:at] + TEXTS[name] + data[at:]
-    assert read_header(data) == (32, 16)
+    assert read_image_header(data) == (32, 16)
     assert np.array_equal(read_pixels(data, Fit((32, 16), (32, 16), 0, 0)), pixels)
 
 
 def test_a_small_text_may_still_say_the_orientation() -> None:
     data, _ = picture()
     xmp = chunk(b"iTXt", WORDS + b'\0\0\0\0<x tiff:Orientation="6"/>')
-    assert read_header(data[:33] + TEXTS["zTXt"] + xmp + data[33:]) == (16, 32)
+    assert read_image_header(data[:33] + TEXTS["zTXt"] + xmp + data[33:]) == (16, 32)
     exif = Image.Exif()
     exif[274] = 8
     raw = b"\nexif\n" + b"%8d\n" % len(exif.tobytes()) + exif.tobytes().hex().encode()
-    assert read_header(data[:33] + chunk(b"tEXt", b"Raw profile type exif\0" + raw) + data[33:]) == (16, 32)
+    assert read_image_header(data[:33] + chunk(b"tEXt", b"Raw profile type exif\0" + raw) + data[33:]) == (16, 32)
 
 
 def test_a_bomb_behind_a_large_text_stays_one() -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + TEXTS["zTXt"] + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     with pytest.raises(BadImage) as caught:
-        read_header(data)
+        read_image_header(data)
     assert caught.value.reason == "bomb"
 
 
@@ -110,7 +110,7 @@ def test_the_size_that_a_jpeg_xl_states() -> None:
     for data in (b"", b"\xff\x0a", boxes, boxes + b"\0" * 40, boxes[:20], b"\x89PNG\r\n\x1a\n"):
         assert read_jxl_size(data) is None
     with pytest.raises(BadImage, match="bomb"):  # before any decoder sees it
-        read_header(jxl_codestream(60_000, 60_000))
+        read_image_header(jxl_codestream(60_000, 60_000))
 
 
 class Fake(Image.Image):
@@ -131,9 +131,9 @@ def test_a_plug_in_that_is_installed_is_used(monkeypatch: pytest.MonkeyPatch) ->
     data = jxl_codestream(32, 16)
     assert "jxl" not in formats.image_extensions()
     with pytest.raises(BadImage, match="JPEG XL: pip install pillow-jxl-plugin"):
-        read_header(data)
+        read_image_header(data)
     with pytest.raises(BadImage, match="HEIC: pip install pillow-heif"):
-        read_header(b"\0\0\0\x18ftypheic" + bytes(40))
+        read_image_header(b"\0\0\0\x18ftypheic" + bytes(40))
     monkeypatch.setattr(formats, "find_spec", lambda name: name == "pillow_jxl" or None)
     monkeypatch.setitem(sys.modules, "pillow_jxl", ModuleType("pillow_jxl"))
     monkeypatch.setitem(Image.OPEN, "JXL", (lambda file, name: Fake(), lambda start: start.startswith(b"\xff\x0a")))
@@ -141,7 +141,7 @@ def test_a_plug_in_that_is_installed_is_used(monkeypatch: pytest.MonkeyPatch) ->
         cached.cache_clear()
     try:
         assert formats.is_image_name("sub/A.JXL") and not formats.is_image_name("a.heic")
-        assert read_header(data) == (32, 16) and not has_frames(data)
+        assert read_image_header(data) == (32, 16) and not has_frames(data)
     finally:
         for cached in (formats.image_extensions, formats.load_formats):
             cached.cache_clear()

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image
 
 from trainer.data.buckets import Fit, Size
-from trainer.data.images import BadImage, has_frames, pixels_to_tensor, read_bytes, read_header, read_pixels
+from trainer.data.images import BadImage, has_frames, pixels_to_tensor, read_bytes, read_image_header, read_pixels
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -46,7 +46,7 @@ def save(path: Path, image: Image.Image, **options: object) -> Path:
 )  # fmt: skip
 def test_formats(tmp_path: Path, name: str, options: dict) -> None:
     path = save(tmp_path / name, quarters(), **options)
-    assert read_header(read_bytes(path)) == (32, 16)
+    assert read_image_header(read_bytes(path)) == (32, 16)
     pixels = read_pixels(read_bytes(path), whole(32, 16))
     assert (pixels.shape, pixels.dtype) == ((16, 32, 3), np.uint8)
     expected = np.array([RED, GREEN, BLUE, WHITE], dtype=int)
@@ -90,14 +90,14 @@ def test_orientation(tmp_path: Path, suffix: str, orientation: int, shown: list)
     options = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}, "avif": {"quality": 100}}
     path = save(tmp_path / f"a.{suffix}", quarters(), exif=exif, **options.get(suffix, {}))
     size = (16, 32) if orientation in (5, 6, 7, 8) else (32, 16)
-    assert read_header(read_bytes(path)) == size
+    assert read_image_header(read_bytes(path)) == size
     seen = np.array(corners(read_pixels(read_bytes(path), whole(*size))))
     assert np.abs(seen - np.array(shown)).max() <= 8
 
 
 def test_a_tiff_whose_orientation_is_in_its_xmp(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tiff", quarters(), tiffinfo={700: b'<x tiff:Orientation="6"/>'})
-    assert read_header(read_bytes(path)) == (16, 32)
+    assert read_image_header(read_bytes(path)) == (16, 32)
     assert corners(read_pixels(read_bytes(path), whole(16, 32))) == [BLUE, RED, WHITE, GREEN]
 
 
@@ -109,7 +109,7 @@ def test_exif_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     content = path.read_bytes()
     path.write_bytes(content[:-12] + chunk + content[-12:])
-    assert read_header(read_bytes(path)) == (16, 32)
+    assert read_image_header(read_bytes(path)) == (16, 32)
     assert corners(read_pixels(read_bytes(path), whole(16, 32))) == [GREEN, WHITE, RED, BLUE]
 
 
@@ -194,7 +194,7 @@ def test_tensor_range() -> None:
 def test_headers_are_read_without_decoding(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", Image.effect_noise((600, 400), 50))
     path.write_bytes(path.read_bytes()[:1000])
-    assert read_header(read_bytes(path)) == (600, 400)
+    assert read_image_header(read_bytes(path)) == (600, 400)
     with pytest.raises(BadImage) as caught:
         read_pixels(read_bytes(path), whole(600, 400))
     assert caught.value.reason == "undecodable"
@@ -226,7 +226,7 @@ def png_of(width: int, height: int) -> bytes:
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
-    for read in (read_header, lambda data: read_pixels(data, whole(8, 8))):
+    for read in (read_image_header, lambda data: read_pixels(data, whole(8, 8))):
         with pytest.raises(BadImage) as caught:
             read(read_bytes(tmp_path / name))
         assert caught.value.reason == reason and caught.value.detail
@@ -236,7 +236,7 @@ def test_missing_folders_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for name, reason in (("none.png", "missing"), ("pipe.png", "not_an_image"), (".", "not_an_image")):
         with pytest.raises(BadImage) as caught:
-            read_header(read_bytes(tmp_path / name))
+            read_image_header(read_bytes(tmp_path / name))
         assert caught.value.reason == reason
 
 
@@ -244,7 +244,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     for suffix in ("ico", "pdf", "ppm", "tga"):
         quarters().save(tmp_path / "image", format=suffix)
         with pytest.raises(BadImage, match="not_an_image"):
-            read_header(read_bytes(tmp_path / "image"))
+            read_image_header(read_bytes(tmp_path / "image"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -259,7 +259,7 @@ def test_damaged_bytes_give_an_image_or_a_bad_image(tmp_path: Path, suffix: str)
         path = tmp_path / f"b.{suffix}"
         path.write_bytes(content)
         try:
-            width, height = read_header(read_bytes(path))
+            width, height = read_image_header(read_bytes(path))
             if width * height < 1_000_000:
                 assert read_pixels(read_bytes(path), whole(width, height)).shape == (height, width, 3)
             assert has_frames(read_bytes(path)) in (True, False)

@@ -22,7 +22,7 @@ from trainer.model.base import (
     read_state,
     read_vae,
 )
-from trainer.model.single_file import PREFIXES, to_single_file
+from trainer.model.single_file import NAME_PREFIXES, to_single_file
 
 PARTS = random_parts(seed=1)
 
@@ -224,7 +224,7 @@ def vae_places(folder, file, tmp_path) -> list[str | None]:
     shutil.copytree(folder / "vae", tmp_path / "only_vae")
     single = to_single_file({"vae": PARTS["vae"]}, TINY)
     save_file(single, tmp_path / "prefixed.safetensors")
-    bare = {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in single.items()}
+    bare = {name.removeprefix(NAME_PREFIXES["vae"]): tensor for name, tensor in single.items()}
     save_file(bare | {"loss.logvar": torch.zeros(())}, tmp_path / "bare.safetensors")
     names = ["only_vae", "prefixed.safetensors", "bare.safetensors", "only_vae/diffusion_pytorch_model.safetensors"]
     return [None, str(folder), str(file), *(str(tmp_path / name) for name in names)]

@@ -18,7 +18,7 @@ from support.tiny_model import build_module, build_parts, read_assets
 from trainer.config.schema import DiffusionConfig
 from trainer.model.base import Base, find_base, read_state
 from trainer.model.sdxl import COMPONENTS
-from trainer.model.single_file import PREFIXES
+from trainer.model.single_file import NAME_PREFIXES
 from trainer.release.export import Export, build_configs, export, single_file_tensors
 
 State = dict[str, torch.Tensor]
@@ -56,7 +56,7 @@ def test_diffusers_reads_every_tensor_at_full_size(full):
         "vae": diffusers_reader.convert_ldm_vae_checkpoint(dict(state), full.configs["vae"]),
         "text_encoder": diffusers_reader.convert_ldm_clip_checkpoint(dict(state)),
         "text_encoder_2": diffusers_reader.convert_open_clip_checkpoint(
-            encoder_2, dict(state), prefix=PREFIXES["text_encoder_2"]
+            encoder_2, dict(state), prefix=NAME_PREFIXES["text_encoder_2"]
         ),
     }
     assert tuple(read["text_encoder"].pop("text_model.embeddings.position_ids").shape) == (1, 77)

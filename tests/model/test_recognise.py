@@ -14,12 +14,12 @@ from support.tiny_model import TINY, random_parts, write_folder
 from trainer.core.errors import UserError
 from trainer.model.base import find_base, read_state
 from trainer.model.base_facts import note_weights
-from trainer.model.single_file import PREFIXES, to_single_file
+from trainer.model.single_file import NAME_PREFIXES, to_single_file
 
 PARTS = random_parts(seed=4)
 WHOLE = to_single_file(PARTS, TINY)
-UNET = {name: tensor for name, tensor in WHOLE.items() if name.startswith(PREFIXES["unet"])}
-VAE = {name: tensor for name, tensor in WHOLE.items() if name.startswith(PREFIXES["vae"])}
+UNET = {name: tensor for name, tensor in WHOLE.items() if name.startswith(NAME_PREFIXES["unet"])}
+VAE = {name: tensor for name, tensor in WHOLE.items() if name.startswith(NAME_PREFIXES["vae"])}
 ENCODERS = {name: tensor for name, tensor in WHOLE.items() if name.startswith("conditioner.")}
 NAMES = {  # a few names that each format always has
     "lora": ["lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.alpha"],

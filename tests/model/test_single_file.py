@@ -7,7 +7,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from support.tiny_model import TINY, Parts, build_parts, random_parts, read_assets
 from trainer.core.errors import UserError
-from trainer.model.single_file import PREFIXES, from_single_file, read_component, tensor_names, to_single_file
+from trainer.model.single_file import (
+    NAME_PREFIXES,
+    from_single_file,
+    read_component,
+    tensor_names,
+    to_single_file,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,9 @@ def test_full_size_layout(full_parts):
     """Recipe section 8: counts by prefix, and names and shapes as they stand in sd_xl_base_1.0.safetensors."""
     state = to_single_file(full_parts, read_assets())
     assert len(state) == 2_515
-    by_prefix = {component: sum(name.startswith(prefix) for name in state) for component, prefix in PREFIXES.items()}
+    by_prefix = {
+        component: sum(name.startswith(prefix) for name in state) for component, prefix in NAME_PREFIXES.items()
+    }
     assert by_prefix == {"unet": 1_680, "text_encoder": 197, "text_encoder_2": 390, "vae": 248}
     known = {
         "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
@@ -95,7 +103,7 @@ def test_tiny_round_trip(tiny_parts):
 def test_diffusers_reads_the_same(tiny_parts):
     """Diffusers' own converters, the independent witness, find every tensor where it belongs."""
     state = to_single_file(tiny_parts, TINY)
-    prefix = PREFIXES["text_encoder_2"]
+    prefix = NAME_PREFIXES["text_encoder_2"]
     encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TINY["text_encoder_2"]))
     read = {
         "unet": diffusers_converters.convert_ldm_unet_checkpoint(dict(state), TINY["unet"]),
@@ -112,7 +120,7 @@ def test_diffusers_reads_the_same(tiny_parts):
 def test_reads_only_what_is_asked_for(tiny_parts):
     class Guarded(dict):
         def __getitem__(self, name):
-            assert name.startswith(PREFIXES["text_encoder"]), name
+            assert name.startswith(NAME_PREFIXES["text_encoder"]), name
             return super().__getitem__(name)
 
     state = Guarded(to_single_file(tiny_parts, TINY))
@@ -137,7 +145,7 @@ def test_well_known_extras_are_left_unread(tiny_parts, extra):
     state[extra] = torch.tensor([])
     for absent in (
         "conditioner.embedders.1.model.logit_scale",
-        f"{PREFIXES['text_encoder']}text_model.embeddings.position_ids",
+        f"{NAME_PREFIXES['text_encoder']}text_model.embeddings.position_ids",
     ):
         del state[absent]
     assert {component: list(part) for component, part in from_single_file(state, TINY).items()} == names
@@ -161,7 +169,7 @@ def test_missing_tensors_are_named(tiny_parts, gone, message):
 @pytest.mark.parametrize("name", ["lora_unet_mid.alpha", "model.diffusion_model.input_blocks.99.0.weight", "edm_mean"])
 def test_unknown_tensors_are_named(tiny_parts, name):
     state = to_single_file(tiny_parts, TINY) | {name: torch.zeros(1)}
-    with pytest.raises(UserError, match=name.removeprefix(PREFIXES["unet"])):
+    with pytest.raises(UserError, match=name.removeprefix(NAME_PREFIXES["unet"])):
         from_single_file(state, TINY)
 
 
@@ -173,7 +181,7 @@ def test_a_file_without_vae_reads_when_none_is_asked(tiny_parts):
 
 
 def test_a_vae_file_has_no_prefix(tiny_parts):
-    prefix = PREFIXES["vae"]
+    prefix = NAME_PREFIXES["vae"]
     state = {
         name.removeprefix(prefix): tensor for name, tensor in to_single_file({"vae": tiny_parts["vae"]}, TINY).items()
     }

@@ -13,7 +13,7 @@ from trainer.config.load import load_config
 from trainer.release.card import Release, write_card
 from trainer.release.card_stages import Stage, cell, write_changes
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
-from trainer.sample.gallery import Sample
+from trainer.sample.pictures import Sample
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -23,15 +23,15 @@ from trainer.model.base import find_base, hash_base, read_config, read_state
 from trainer.model.hub import STEMS
 from trainer.model.single_file import to_single_file
 from trainer.sample import drawing
-from trainer.sample.drawing import default_folder, draw, find_source, load_model
-from trainer.sample.gallery import read_samples
+from trainer.sample.drawing import default_folder, draw, find_source, load_source
 from trainer.sample.pictures import (
     CARD_SIZES,
     Picture,
-    check_settings,
+    check_sampling,
     grid_scale,
     plan_pictures,
     read_prompts,
+    read_samples,
     read_size,
 )
 
@@ -113,9 +113,9 @@ def test_sizes_that_are_none(text):
 
 @pytest.mark.parametrize(("steps", "guidance"), [(0, 7.0), (1001, 7.0), (28, 0.5), (28, float("nan"))])
 def test_settings_that_mean_nothing(steps, guidance):
-    check_settings(SamplingConfig())
+    check_sampling(SamplingConfig())
     with pytest.raises(UserError, match=r"--steps|--guidance"):
-        check_settings(SamplingConfig(num_inference_steps=steps, guidance_scale=guidance))
+        check_sampling(SamplingConfig(num_inference_steps=steps, guidance_scale=guidance))
 
 
 def test_large_grids_are_shrunk():
@@ -181,7 +181,7 @@ def test_nothing_is_overwritten(tiny_base, tmp_path, monkeypatch):
     source, pictures = find_source(str(tiny_base)), plan_pictures(["a"], [(64, 64)], 1)
     draw([source], pictures, QUICK, tmp_path, columns=1)
     before = {path.name: (sha256_file(path), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
-    monkeypatch.setattr(drawing, "load_model", None)  # it is refused before anything is loaded
+    monkeypatch.setattr(drawing, "load_source", None)  # it is refused before anything is loaded
     for kept in ("grid.png", "000-64x64-seed1.png"):
         with pytest.raises(UserError, match=rf"holds {kept} already.*--out DIR"):
             draw([source], pictures, QUICK, tmp_path, columns=1)
@@ -198,7 +198,7 @@ def pixels(folder: Path) -> list[np.ndarray]:
 def test_long_prompts_are_encoded_as_in_training(tiny_base, tmp_path, capsys):
     """Three chunks are seen; what lies behind the 225th token is not, which is told."""
     source = find_source(str(tiny_base))
-    (bird,) = load_model(source, None).tokenizers[0].content_ids(["bird,"])
+    (bird,) = load_source(source, None).tokenizers[0].content_ids(["bird,"])
     assert len(bird) == 2
     middle, whole = "bird, " * 100, "bird, " * 112 + "bird"  # 200 and 225 tokens
     prompts = [f"{middle} sea", f"{middle} tree", whole, f"{whole}, sea", f"{whole}, tree"]
@@ -236,11 +236,11 @@ def test_one_model_at_a_time_is_in_memory(tiny_base, tmp_path, monkeypatch):
 
     def load(*words):
         assert all(model() is None for model in loaded)
-        model = load_model(*words)
+        model = load_source(*words)
         loaded.append(weakref.ref(model.sdxl.unet))
         return model
 
-    monkeypatch.setattr(drawing, "load_model", load)
+    monkeypatch.setattr(drawing, "load_source", load)
     source = find_source(str(tiny_base))
     draw([source, source], plan_pictures(["a", "b"], [(64, 64)], 1), QUICK, tmp_path, columns=1)
     assert len(loaded) == 2
@@ -251,12 +251,12 @@ def test_one_model_at_a_time_is_in_memory(tiny_base, tmp_path, monkeypatch):
 
 def test_the_models_own_scheduler_is_followed(tiny_base, tmp_path):
     changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    model = load_model(find_source(str(copy_with(tiny_base, tmp_path / "v", "scheduler", **changes))), None)
+    model = load_source(find_source(str(copy_with(tiny_base, tmp_path / "v", "scheduler", **changes))), None)
     assert changes.items() <= dict(model.pipeline.scheduler.config).items()
     model.pipeline.scheduler.set_timesteps(28)
     assert int(model.pipeline.scheduler.timesteps[0]) == 999  # where the signal is zero
     assert model.facts["prediction_type"] == "v_prediction" and model.facts["zero_terminal_snr"]
-    plain = load_model(find_source(str(tiny_base)), None).pipeline.scheduler.config
+    plain = load_source(find_source(str(tiny_base)), None).pipeline.scheduler.config
     assert plain.prediction_type == "epsilon" and plain.timestep_spacing == "leading"
     with pytest.raises(UserError, match="prediction_type 'sample'"):
         find_source(str(copy_with(tiny_base, tmp_path / "x", "scheduler", prediction_type="sample")))
@@ -276,7 +276,7 @@ def test_a_vae_that_overflows_is_not_run_in_half_precision(tiny_base, tmp_path):
     safe = copy_with(tiny_base, tmp_path / "safe", "vae", force_upcast=False)
     unsafe = copy_with(tiny_base, tmp_path / "unsafe", "vae", force_upcast=True)
     for folder, dtype in ((safe, torch.bfloat16), (unsafe, torch.float32)):
-        model = load_model(find_source(str(folder)), "bf16")
+        model = load_source(find_source(str(folder)), "bf16")
         assert model.pipeline.vae.dtype == dtype and model.sdxl.unet.dtype == torch.bfloat16
         draw([find_source(str(folder))], plan_pictures(["a"], [(64, 64)], 1), QUICK, tmp_path / folder.name / "out",
              columns=1, dtype="bf16")  # fmt: skip

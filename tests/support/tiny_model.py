@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.model.single_file import PREFIXES
+from trainer.model.single_file import NAME_PREFIXES
 
 CLIP = {
     "max_position_embeddings": 77,
@@ -142,4 +142,4 @@ def write_folder(folder: Path, parts: Parts, dtype: torch.dtype = torch.float32)
 def read_assets() -> dict[str, dict[str, Any]]:
     """The configs of full-size SDXL's components."""
     folder = resources.files("trainer.model") / "assets" / "sdxl"
-    return {component: json.loads((folder / component / "config.json").read_text()) for component in PREFIXES}
+    return {component: json.loads((folder / component / "config.json").read_text()) for component in NAME_PREFIXES}

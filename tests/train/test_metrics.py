@@ -21,7 +21,7 @@ from trainer.sample.sampling import make_grid
 from trainer.train import metrics
 from trainer.train.launch import build_accelerator
 from trainer.train.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
-from trainer.train.progress import Progress, flatten
+from trainer.train.progress import Progress, flatten_values
 from trainer.train.step import StepResult
 
 
@@ -196,7 +196,7 @@ def test_finite_losses_with_broken_gradients_say_so(progress: Progress) -> None:
 
 
 def test_flattened_configs_are_plain() -> None:
-    assert flatten({"a": {"b": 1, "c": [1, 2], "d": None}}) == {"a.b": 1, "a.c": "[1, 2]", "a.d": "None"}
+    assert flatten_values({"a": {"b": 1, "c": [1, 2], "d": None}}) == {"a.b": 1, "a.c": "[1, 2]", "a.d": "None"}
 
 
 def test_a_grid_has_room_for_every_image() -> None:

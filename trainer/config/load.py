@@ -98,14 +98,14 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = (), *, p
         resolved = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
-    if problems := sorted([*find_problems(resolved, preparing), *find_hidden_names(written)], key=str):
+    if problems := sorted([*find_config_problems(resolved, preparing), *find_hidden_names(written)], key=str):
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"{len(problems)} problem(s) in {', '.join(map(str, files)) or 'the config'}:\n{listed}")
     config = build_dataclass(Config, resolved)
     return dataclasses.replace(config, written=fill_in(written, dataclasses.asdict(config)))
 
 
-def find_problems(resolved: dict[str, Any], preparing: bool = False) -> Iterator[Problem]:
+def find_config_problems(resolved: dict[str, Any], preparing: bool = False) -> Iterator[Problem]:
     """All that is wrong with a resolved config: unknown and missing keys, wrong types, broken rules."""
     shape_problems = list(check_value(resolved, Config, ()))
     yield from shape_problems

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from trainer.config.schema import CaptionsConfig, Config, SourceConfig
+from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
 
-RATINGS = ("g", "s", "q", "e")
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
+RATINGS = ("g", "s", "q", "e")  # general, sensitive, questionable, explicit
 Place = Annotated[str, "a path; a leading ~ is the home folder"]  # in some fields a hub id or a word may stand instead
 
 # May change on resume: nothing of the samples, the model or the optimizer depends on it, or a hash guards what it names

@@ -48,16 +48,16 @@ def disk_space(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
         FullDisk: before anything is written where it does not fit; and instead of the system's error where it did not.
     """
     if needed > free_bytes(folder):
-        raise explain(folder, what, needed)
+        raise explain_full_disk(folder, what, needed)
     try:
         yield
     except Exception as error:
         if not is_full(error) or (isinstance(error, FullDisk) and not needed):
             raise
-        raise explain(folder, what, needed) from error
+        raise explain_full_disk(folder, what, needed) from error
 
 
-def explain(folder: Path, what: str, needed: int) -> FullDisk:
+def explain_full_disk(folder: Path, what: str, needed: int) -> FullDisk:
     """The message."""
     size = f" It needs {format_bytes(needed)}," if needed else ""
     have = f"{format_bytes(free_bytes(folder))} are free in {folder}"

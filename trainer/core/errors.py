@@ -14,6 +14,12 @@ class UserError(Exception):
     """What is wrong, where (file, key, step or sample), and what to do about it."""
 
 
+def shorten(text: str, limit: int = 300) -> str:
+    """The beginning of a text from elsewhere, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[:limit] + " ..."
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's main; a UserError is printed to stderr and ends the process with exit code 2.
 

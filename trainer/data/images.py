@@ -157,7 +157,7 @@ def map_arrow(path: Path, _mtime_ns: int, _size: int) -> pa.Table:
     return pa.ipc.open_stream(pa.memory_map(os.fspath(path))).read_all()
 
 
-def read_header(data: bytes) -> Size:
+def read_image_header(data: bytes) -> Size:
     """(width, height) after EXIF orientation, without decoding.
 
     Raises:
@@ -189,7 +189,7 @@ def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
     if fit.resized[0] * fit.resized[1] > MAX_PIXELS:
         raise BadImage("too_narrow", f"resized it would have {fit.resized[0]}x{fit.resized[1]} pixels")
     with open_image(data) as image:
-        orientation = read_orientation(image, data)  # before load, as in read_header, so that both agree
+        orientation = read_orientation(image, data)  # before load, as in read_image_header, so that both agree
         with naming_errors("undecodable"):  # palettes and the like are read as late as in the conversion
             image.load()
             rgb = to_rgb(image)

@@ -8,19 +8,18 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.config.schema import CaptionsConfig, QualityRule
+from trainer.config.schema import RATINGS, CaptionsConfig, QualityRule
 from trainer.core.errors import UserError
 from trainer.core.layout import MANIFEST_FILE, RUN_FILE
 from trainer.data.index import open_index
 
-Rating = Literal["g", "s", "q", "e", "none"]
-RATINGS: tuple[Rating, ...] = ("g", "s", "q", "e", "none")  # posts without a rating are a group of their own
+RATING_GROUPS = (*RATINGS, "none")  # posts without a rating are a group of their own
 
 OWN_SCORES = "the scores of this set itself"
 
@@ -119,10 +118,10 @@ def resolve_percentiles(rules: CaptionsConfig, table: pa.Table) -> CaptionsConfi
     resolved: list[QualityRule] = []
     # the highest first: where few scores make two thresholds equal, the higher rule counts
     for rule in sorted(rules.quality, key=lambda rule: -(rule.above_percentile or 0)):
-        for rating in RATINGS if rule.rating is None else (rule.rating,):
+        for rating in RATING_GROUPS if rule.rating is None else (rule.rating,):
             own = scores[has_score & (ratings == rating)]
             if len(own):
-                resolved.append(dataclasses.replace(resolve_rule(rule, own), rating=rating))
+                resolved.append(dataclasses.replace(resolve_rule(rule, own), rating=cast(Any, rating)))
     return dataclasses.replace(rules, quality=resolved)
 
 

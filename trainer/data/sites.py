@@ -12,7 +12,7 @@ from typing import Any
 from trainer.data.fields import check_text, is_missing, is_nan, parse_whole, show_value
 
 # words and letters of all sites, in lower case; "safe" is what sites have that know no "general"
-RATINGS = {
+RATING_NAMES = {
     "general": "g", "safe": "g", "sensitive": "s", "questionable": "q", "explicit": "e", "r-18": "e", "r-18g": "e",
     "g": "g", "s": "s", "q": "q", "e": "e",
 }  # fmt: skip
@@ -109,9 +109,9 @@ def read_rating(record: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(value, str):
         raise ValueError(
-            f"rating must be text ({', '.join(RATINGS)}), not {show_value(value)}: numbers differ from dump to dump"
+            f"rating must be text ({', '.join(RATING_NAMES)}), not {show_value(value)}: numbers differ between dumps"
         )
     word = value.strip().lower()
-    if word not in RATINGS:
-        raise ValueError(f"rating {show_value(value)} is none of {', '.join(RATINGS)}")
-    return find_site(record).s_means if word == "s" else RATINGS[word]
+    if word not in RATING_NAMES:
+        raise ValueError(f"rating {show_value(value)} is none of {', '.join(RATING_NAMES)}")
+    return find_site(record).s_means if word == "s" else RATING_NAMES[word]

@@ -24,12 +24,18 @@ from trainer.model.diffusion import Prediction, file_predictions, write_schedule
 from trainer.model.exports import find_export, find_run, suggest_exports
 from trainer.model.hub import STEMS, fetch, find_cached, find_weights, read_json, refuse_pickled
 from trainer.model.latents import LatentScale, check_vae_config
-from trainer.model.recognise import check_file, check_folder
-from trainer.model.single_file import PREFIXES, check_names, from_single_file, is_extra, read_component, tensor_names
+from trainer.model.recognise import check_model_file, check_model_folder
+from trainer.model.single_file import (
+    NAME_PREFIXES,
+    check_names,
+    from_single_file,
+    is_extra,
+    read_component,
+    tensor_names,
+)
 from trainer.model.weights_file import LazyFile, check_finite
 
 CONFIGS_KEY = "trainer.configs"  # our single files carry their component configs under this metadata key, as JSON
-PARTS = tuple(STEMS)
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -55,7 +61,7 @@ def find_base(
     revision: str | None = None,
     key: str = "model.pretrained",
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = tuple(STEMS),
     runs: Path = Path("runs"),
 ) -> Base:
     """What ``model.pretrained`` names: a local folder or file, a run or checkpoint, else a hub id, which is downloaded.
@@ -75,16 +81,16 @@ def find_base(
         refuse_pickled(path)
         if path.suffix != ".safetensors":
             raise UserError(f"{reference} is neither a diffusers folder nor a .safetensors file")
-        check_file(path)
+        check_model_file(path)
         return Base(reference, path, None)
     if path.is_dir():
         if not (path / MODEL_INDEX_FILE).is_file() and (run := find_run(path)) is not None:
             path = find_export(*run)
             reference = str(path)  # a later export must not take its place
-        check_folder(path, parts)
+        check_model_folder(path, parts)
         return Base(reference, path, None)
     folder = fetch(reference, revision, key, parts, hint=suggest_exports(reference, runs))
-    check_folder(folder, parts)
+    check_model_folder(folder, parts)
     return Base(reference, folder, folder.name)
 
 
@@ -130,14 +136,14 @@ def read_state(base: Base, component: str) -> dict[str, Tensor]:
         if base.path.is_file():
             state = from_single_file(LazyFile(base.path), {component: config})[component]
         else:
-            state = read_folder(base.path / component, component, config)
+            state = read_component_folder(base.path / component, component, config)
         check_finite(state, component)
         return state
     except UserError as error:
         raise UserError(f"{base.path}: {error}") from error
 
 
-def read_folder(folder: Path, component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_component_folder(folder: Path, component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A component's tensors from its diffusers folder, whatever version of the libraries wrote it."""
     stored: dict[str, Tensor] = {}
     for path in find_weights(folder, STEMS[component]):
@@ -192,6 +198,12 @@ def find_tokenizers(base: Base, tokenizer: str | None, key: str = "model.tokeniz
                 "(any SDXL model in diffusers layout; single files carry none)"
             )
     return first, second
+
+
+def read_vocab_sizes(base: Base) -> tuple[int, int]:
+    """Vocabulary sizes of both text encoders."""
+    sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
+    return sizes[0], sizes[1]
 
 
 def read_vae(vae: str | None, base: Base, revision: str | None = None) -> VaeWeights:
@@ -262,21 +274,21 @@ def has_vae(base: Base) -> bool:
     """Whether a base brings a VAE of its own."""
     if base.path.is_dir():
         return (base.path / "vae").is_dir()
-    return any(name.startswith(PREFIXES["vae"]) for name in LazyFile(base.path))
+    return any(name.startswith(NAME_PREFIXES["vae"]) for name in LazyFile(base.path))
 
 
 def read_vae_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A VAE's config and tensors from its own folder, or from the vae/ of a whole model."""
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     config = read_json(folder / COMPONENT_FILE)
-    return config, read_folder(folder, "vae", config)
+    return config, read_component_folder(folder, "vae", config)
 
 
 def read_vae_file(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A VAE from a single file: its own config if it carries one, else ``config`` or SDXL's; any of three namings."""
     file = LazyFile(path)
     config = json.loads(file.metadata.get(CONFIGS_KEY, "{}")).get("vae") or config or read_sdxl_config("vae")
-    if any(name.startswith(PREFIXES["vae"]) for name in file):
+    if any(name.startswith(NAME_PREFIXES["vae"]) for name in file):
         return config, read_component("vae", file, config)
     if any(".mid_block." in name for name in file):
         return config, normalise("vae", file, config)

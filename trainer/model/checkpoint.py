@@ -30,9 +30,9 @@ from trainer.core.layout import (
 from trainer.model.sdxl import load_trained, trained_parameters
 from trainer.model.weights_file import check_finite
 
-FORMAT_VERSION = 1
+CHECKPOINT_FORMAT = 1
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
-SHOWN = 8  # checkpoints, or runs, in a message
+MAX_LISTED = 8  # checkpoints, or runs, in a message
 NEWEST = ("latest", "newest", "last")  # words for a run's newest checkpoint
 OLDER = "move this checkpoint away to resume from the one before it"
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
@@ -102,11 +102,11 @@ def tell_checkpoints(path: Path, home: Path) -> str:
     """Which checkpoints there are: of the run that was meant, else which runs beside it have some."""
     for run in (home, path, *path.parents):
         if steps := [step.name for step in list_checkpoints(run / CHECKPOINTS_FOLDER)]:
-            left_out = f"{len(steps) - SHOWN} older ones and " if len(steps) > SHOWN else ""
-            return f"There are, in {run / 'checkpoints'}: {left_out}{', '.join(steps[-SHOWN:])}"
+            left_out = f"{len(steps) - MAX_LISTED} older ones and " if len(steps) > MAX_LISTED else ""
+            return f"There are, in {run / 'checkpoints'}: {left_out}{', '.join(steps[-MAX_LISTED:])}"
     for folder in (path, home, home.parent, Path("runs")):
         if runs := sorted({state.parents[2] for state in folder.glob(f"*/checkpoints/step-*/{STATE_FILE}")}):
-            return f"Runs with checkpoints are: {', '.join(map(str, runs[:SHOWN]))}"
+            return f"Runs with checkpoints are: {', '.join(map(str, runs[:MAX_LISTED]))}"
     return "There is none; a run's lie in its checkpoints/step-XXXXXXXX"
 
 
@@ -120,8 +120,10 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {STATE_FILE} cannot be read ({error})") from error
-    if state.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{checkpoint} has format {state.get('format_version')}, this program reads {FORMAT_VERSION}")
+    if state.get("format_version") != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{checkpoint} has format {state.get('format_version')}, this program reads {CHECKPOINT_FORMAT}"
+        )
     return state
 
 

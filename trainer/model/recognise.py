@@ -20,7 +20,7 @@ EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_mi
 EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "string_to_param", "t5xxl"}
 
 
-def check_file(path: Path) -> None:
+def check_model_file(path: Path) -> None:
     """Refuse what is not SDXL's single-file layout, or not whole.
 
     Raises:
@@ -30,7 +30,7 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} {what}")
 
 
-def check_folder(folder: Path, parts: Sequence[str]) -> None:
+def check_model_folder(folder: Path, parts: Sequence[str]) -> None:
     """Refuse what is not SDXL's diffusers layout with whole safetensors weights."""
     if not (folder / MODEL_INDEX_FILE).is_file():
         raise UserError(f"{folder} is not a diffusers folder: {explain_other_folder(folder)}")
@@ -49,10 +49,10 @@ def check_folder(folder: Path, parts: Sequence[str]) -> None:
 
 def explain_file(file: LazyFile) -> str | None:
     """What a single file is and what to do, where it is not an SDXL model with UNet and both text encoders."""
-    return next(explain_names(file), None) or explain_shapes(file)
+    return next(explain_tensor_names(file), None) or explain_shapes(file)
 
 
-def explain_names(file: LazyFile) -> Iterator[str]:
+def explain_tensor_names(file: LazyFile) -> Iterator[str]:
     """What the names of a file's tensors tell, the surest kind first."""
     names = list(file)
 
@@ -92,10 +92,10 @@ def explain_names(file: LazyFile) -> Iterator[str]:
         yield "holds fp8 weights with scales of their own (scaled fp8): take the model in fp16, bf16 or fp32"
     if any_holds(QUANTISED):
         yield "holds quantised weights, which cannot be trained: take the model in fp16, bf16 or fp32"
-    yield from explain_parts(any_begins)
+    yield from explain_missing_parts(any_begins)
 
 
-def explain_parts(any_begins: Callable[..., bool]) -> Iterator[str]:
+def explain_missing_parts(any_begins: Callable[..., bool]) -> Iterator[str]:
     """Parts of a model that lie alone, or in a layout that is not a single file's."""
     if any_begins(UNET) and not any_begins(f"{UNET}input_blocks."):
         yield "is a diffusion model of another architecture than SDXL's UNet: only SDXL can be trained"

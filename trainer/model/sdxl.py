@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from trainer.config.schema import Dtype, MemoryConfig, ModelConfig, PrecisionConfig
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.model.base import Base, read_config, read_state
 from trainer.model.text import encode_prompts
 from trainer.model.weights_file import check_finite
@@ -179,9 +179,3 @@ def use_attention(unet: Any, attention: str) -> None:
             f"model.attention: xformers does not work here ({shorten(str(error))}); use sdpa, or install the cuda extra"
         ) from error
     unet.enable_xformers_memory_efficient_attention()
-
-
-def shorten(text: str, limit: int = 300) -> str:
-    """The beginning of a library's message, on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[:limit] + " ..."

@@ -17,10 +17,10 @@ from torch import Tensor
 from trainer.core.errors import UserError
 
 State = dict[str, Tensor]
-Config = Mapping[str, Any]
+ComponentConfig = Mapping[str, Any]
 Pairs = Iterator[tuple[str, str]]
 
-PREFIXES = {
+NAME_PREFIXES = {
     "unet": "model.diffusion_model.",
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.model.",
@@ -37,7 +37,7 @@ EXTRAS = [
 ]  # fmt: skip
 
 
-def to_single_file(parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Config]) -> State:
+def to_single_file(parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, ComponentConfig]) -> State:
     """Whole components under diffusers' names -> one state dict in Stability's layout.
 
     Raises:
@@ -52,7 +52,7 @@ def to_single_file(parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[s
     return state
 
 
-def from_single_file(state: Mapping[str, Tensor], configs: Mapping[str, Config]) -> dict[str, State]:
+def from_single_file(state: Mapping[str, Tensor], configs: Mapping[str, ComponentConfig]) -> dict[str, State]:
     """One state dict in Stability's layout -> the components of ``configs`` under diffusers' names.
 
     Only the tensors of the components asked for are fetched from ``state``, which may read them from disk.
@@ -60,23 +60,27 @@ def from_single_file(state: Mapping[str, Tensor], configs: Mapping[str, Config])
     Raises:
         UserError: on tensors that are missing or belong to nothing, naming a few.
     """
-    if strange := [name for name in state if not (name.startswith(tuple(PREFIXES.values())) or is_extra(name))]:
+    if strange := [name for name in state if not (name.startswith(tuple(NAME_PREFIXES.values())) or is_extra(name))]:
         raise UserError(f"not the layout of an SDXL single file; tensors that belong to no part of it: {some(strange)}")
     return {component: read_component(component, state, config) for component, config in configs.items()}
 
 
-def read_component(component: str, state: Mapping[str, Tensor], config: Config, prefix: str | None = None) -> State:
+def read_component(
+    component: str, state: Mapping[str, Tensor], config: ComponentConfig, prefix: str | None = None
+) -> State:
     """One component out of a single file; ``prefix`` if not Stability's (files of a VAE alone have none).
 
     Raises:
         UserError: on tensors that are missing or unknown under the prefix, naming a few.
     """
-    prefix = PREFIXES[component] if prefix is None else prefix
+    prefix = NAME_PREFIXES[component] if prefix is None else prefix
     names = tensor_names(component, config)
     present = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
     wanted = set(names.values())
     check_names(
-        component, wanted, {name for name in present if name in wanted or not is_extra(PREFIXES[component] + name)}
+        component,
+        wanted,
+        {name for name in present if name in wanted or not is_extra(NAME_PREFIXES[component] + name)},
     )
     part: State = {}
     for name, single in names.items():
@@ -93,7 +97,9 @@ def read_component(component: str, state: Mapping[str, Tensor], config: Config, 
     return {name: part[name] for name in names}
 
 
-def write_component(component: str, part: Mapping[str, Tensor], names: Mapping[str, str], config: Config) -> State:
+def write_component(
+    component: str, part: Mapping[str, Tensor], names: Mapping[str, str], config: ComponentConfig
+) -> State:
     """One component under Stability's names, prefix included, with the extra tensors its files carry."""
     state: State = {}
     for name, single in names.items():
@@ -112,7 +118,7 @@ def write_component(component: str, part: Mapping[str, Tensor], names: Mapping[s
         state[POSITION_IDS] = position_ids[None].to(next(iter(part.values())).device)  # (1, 77), int64
     if component == "text_encoder_2":
         state["logit_scale"] = state["positional_embedding"].new_full((), LOGIT_SCALE)
-    return {PREFIXES[component] + single: tensor for single, tensor in state.items()}
+    return {NAME_PREFIXES[component] + single: tensor for single, tensor in state.items()}
 
 
 def split_attention(state: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> State:
@@ -150,7 +156,7 @@ def some(names: Collection[str], count: int = 4) -> str:
     return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
 
 
-def tensor_names(component: str, config: Config) -> dict[str, str]:
+def tensor_names(component: str, config: ComponentConfig) -> dict[str, str]:
     """Every tensor of a component: diffusers' name -> name in the single file, without the prefix."""
     match component:
         case "unet":
@@ -171,7 +177,7 @@ def layers(prefix: str, single_prefix: str, table: Mapping[str, str]) -> Pairs:
             yield f"{prefix}{name}.{kind}", f"{single_prefix}{single}.{kind}"
 
 
-def unet_pairs(config: Config) -> Pairs:
+def unet_pairs(config: ComponentConfig) -> Pairs:
     """The UNet: input_blocks, middle_block and output_blocks are numbered through in the order of the forward pass."""
     ends = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     for name, single in {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}.items():
@@ -187,7 +193,7 @@ def unet_pairs(config: Config) -> Pairs:
     yield from unet_up_pairs(config, depths[::-1])
 
 
-def unet_down_pairs(config: Config, depths: list[int]) -> Pairs:
+def unet_down_pairs(config: ComponentConfig, depths: list[int]) -> Pairs:
     """The downward half of the UNet."""
     channels, number = config["block_out_channels"], 1
     for block, kind in enumerate(config["down_block_types"]):
@@ -203,7 +209,7 @@ def unet_down_pairs(config: Config, depths: list[int]) -> Pairs:
             number += 1
 
 
-def unet_up_pairs(config: Config, depths: list[int]) -> Pairs:
+def unet_up_pairs(config: ComponentConfig, depths: list[int]) -> Pairs:
     """The upward half of the UNet; a block's last entry also holds its upsampler."""
     channels, number = config["block_out_channels"][::-1], 0
     for block, kind in enumerate(config["up_block_types"]):
@@ -241,7 +247,7 @@ def transformer_pairs(prefix: str, single_prefix: str, depth: int) -> Pairs:
     yield from layers(prefix, single_prefix, {name: name for name in names})
 
 
-def clip_pairs(config: Config) -> Pairs:
+def clip_pairs(config: ComponentConfig) -> Pairs:
     """A CLIP text encoder: Hugging Face's name -> OpenCLIP's; q, k and v share one."""
     yield "text_model.embeddings.token_embedding.weight", "token_embedding.weight"
     yield "text_model.embeddings.position_embedding.weight", "positional_embedding"
@@ -256,7 +262,7 @@ def clip_pairs(config: Config) -> Pairs:
     yield from layers("text_model.", "", {"final_layer_norm": "ln_final"})
 
 
-def vae_pairs(config: Config) -> Pairs:
+def vae_pairs(config: ComponentConfig) -> Pairs:
     """The VAE; single files count the decoder's blocks from the picture's end."""
     channels, depth = config["block_out_channels"], config.get("layers_per_block", 1)
     last = len(channels) - 1

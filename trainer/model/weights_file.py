@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 
 PICKLED_BYTES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ARCHIVE_BYTES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")
@@ -79,7 +79,8 @@ def explain_unreadable(path: Path, error: Exception) -> str:
             "again, with the site's token where it wants one"
         )
     if start.lstrip().startswith(b"{"):
-        return f"it is JSON text, such as a server's answer to a failed download: {shorten(start)}"
+        text = shorten(start.decode("utf-8", errors="replace"), 120)
+        return f"it is JSON text, such as a server's answer to a failed download: {text}"
     if start.startswith(PICKLED_BYTES) or b"/data.pkl" in start:
         return "it is a pickled checkpoint (.ckpt, .pt), which could run code when opened: convert it first"
     if start.startswith(ARCHIVE_BYTES):
@@ -115,11 +116,6 @@ def explain_frame(path: Path, size: int) -> str | None:
     return (
         f"it has {size:,} bytes, its header names {whole:,}: it is damaged; download it again" if size > whole else None
     )
-
-
-def shorten(text: bytes) -> str:
-    """The beginning of a text of unknown origin, on one line."""
-    return " ".join(text.decode("utf-8", errors="replace").split())[:120]
 
 
 def check_finite(state: Mapping[str, Tensor], where: str, remedy: str = "take a sound copy of the model") -> None:

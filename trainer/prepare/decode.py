@@ -24,7 +24,7 @@ from trainer.config.schema import BucketsConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes
 from trainer.data.buckets import Fit, Size, fit_image
-from trainer.data.images import BadImage, has_frames, read_bytes, read_header, read_pixels
+from trainer.data.images import BadImage, has_frames, read_bytes, read_image_header, read_pixels
 from trainer.data.post import ImagePlace
 from trainer.data.sources.records import Reject
 
@@ -76,7 +76,7 @@ def look(task: Task) -> Outcome:
         content_hash = sha256_bytes(data)
         if content_hash == task.known_hash:
             return Unchanged()
-        size = read_header(data)
+        size = read_image_header(data)
         if task.min_side is not None and min(size) < task.min_side:
             return Filtered("min_side")
         fit = fit_image(size, **asdict(task.buckets))

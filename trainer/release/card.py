@@ -24,7 +24,7 @@ from trainer.release.card_stages import (
 )
 from trainer.release.card_tags import best_quality, caution, tag_tables
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
-from trainer.sample.gallery import Sample
+from trainer.sample.pictures import Sample
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from trainer.core.errors import UserError
 from trainer.core.files import write_text
 from trainer.core.layout import SUMS_FILE
 from trainer.release.artefacts import hash_files
+from trainer.sample.pictures import SAMPLE_CHUNKS, read_chunks
 
 ALLOWED = (
     r"README\.md|LICENSE\.md|LICENSE-base(-\d+)?\.md|CHANGES\.md|SHA256SUMS|lineage\.json|model_index\.json"
@@ -21,7 +20,6 @@ ALLOWED = (
     r"|configs/\d+-[A-Za-z0-9_][\w.-]*\.yaml|samples/[A-Za-z0-9_][\w.-]*\.png"
 )
 VOCABULARY = {"vocab.json", "merges.txt"}  # every letter and sign of the language, no sentence of anyone's
-CHUNKS = {"prompt", "negative_prompt", "settings"}  # a sample's texts: what is published is a list, here too
 # strings that look random, in which digits and letters mix: words joined by _ or - do not
 RANDOM = (
     r"(?:(?=(?:[\w/+-]*?\d){3})(?=[\w/+-]*[A-Za-z])|(?=[\w/+-]*\d)(?=(?:[\w/+-]*?[A-Z]){2})(?=(?:[\w/+-]*?[a-z]){2}))"
@@ -79,9 +77,10 @@ def check_folder(folder: Path, run: str, named: Path | None = None) -> None:
         elif not path.is_file() or not allowed.fullmatch(name):
             problems.append(f"{name} is not a file that is published")
         else:
-            if path.suffix == ".png" and (strange := find_chunks(path) - CHUNKS):
-                problems.append(f"{name} holds {', '.join(sorted(strange))} beside {', '.join(sorted(CHUNKS))}: draw "
-                                "it with scripts/sample.py, or take it out")  # fmt: skip
+            if path.suffix == ".png" and (strange := read_chunks(path).keys() - SAMPLE_CHUNKS):
+                own = ", ".join(sorted(SAMPLE_CHUNKS))
+                problems.append(f"{name} holds {', '.join(sorted(strange))} beside {own}: draw it with "
+                                "scripts/sample.py, or take it out")  # fmt: skip
             for what, text, place in find_secrets(path):
                 found.setdefault((what, text), []).append(f"{name} {place}")
     for (what, text), places in found.items():
@@ -145,22 +144,6 @@ def texts_of(value: object, key: str) -> Iterator[tuple[str, str]]:
             yield from texts_of(item, f"{key}.{number}")
     elif isinstance(value, str):
         yield key, f"{key.rpartition('.')[2]}: {value}"
-
-
-def read_chunks(path: Path) -> dict[str, str]:
-    """The texts in a PNG: of text chunks, and whatever else Pillow finds there as text or bytes, such as EXIF."""
-    with Image.open(path, formats=["PNG"]) as image:
-        image.load()  # text chunks may also stand behind the pixels
-        said = {key: value for key, value in image.info.items() if isinstance(value, str | bytes)}
-    return {
-        str(key): value if isinstance(value, str) else value.decode("utf-8", errors="replace")
-        for key, value in said.items()
-    }
-
-
-def find_chunks(path: Path) -> set[str]:
-    """Names of a PNG's texts; "transparency" is none, Pillow only tells a palette's or a colour's in bytes."""
-    return read_chunks(path).keys() - {"transparency"}
 
 
 def write_sums(folder: Path) -> None:

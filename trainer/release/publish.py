@@ -30,7 +30,7 @@ from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_
 from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
 from trainer.release.shapes import has_sdxl_shapes
-from trainer.sample.gallery import Sample, read_samples
+from trainer.sample.pictures import Sample, read_samples
 from trainer.train.run import Work, locate_from_run, read_work
 
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}

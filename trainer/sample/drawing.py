@@ -35,8 +35,8 @@ from trainer.model.base import (
     find_tokenizers,
     has_vae,
     hash_base,
-    read_config,
     read_vae,
+    read_vocab_sizes,
 )
 from trainer.model.base_facts import read_predictions
 from trainer.model.lineage import Lineage, read_lineage, read_versions
@@ -44,7 +44,7 @@ from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import (
     Picture,
-    describe,
+    describe_picture,
     file_name,
     grid_scale,
     label,
@@ -126,7 +126,7 @@ def draw_pictures(
     source: Source, pictures: Sequence[Picture], sampling: SamplingConfig, dtype: Dtype | None
 ) -> Iterator[tuple[Image.Image, dict[str, str]]]:
     """Each picture as drawn by one model, with the texts for its file; the model is loaded here and dropped behind."""
-    model = load_model(source, dtype)
+    model = load_source(source, dtype)
     prompts = dict.fromkeys([*(picture.prompt for picture in pictures), sampling.negative_prompt])
     for note in find_cut_prompts(model, list(prompts)):
         tqdm.write(note, file=sys.stderr)
@@ -135,7 +135,7 @@ def draw_pictures(
             model.pipeline, model.sdxl, model.tokenizers, picture.prompt, sampling, size=picture.size,
             seed=(picture.seed, 0), max_token_length=model.max_token_length, compute=model.compute,
         )  # fmt: skip
-        yield image, describe(picture, sampling, model.facts)
+        yield image, describe_picture(picture, sampling, model.facts)
 
 
 def find_source(reference: str, tokenizer: str | None = None) -> Source:
@@ -177,7 +177,7 @@ def trained_token_length(lineage: Lineage | None) -> int:
     return length if length in (75, 150, 225) else CaptionsConfig.max_token_length
 
 
-def load_model(source: Source, dtype: Dtype | None) -> LoadedModel:
+def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
     """The model with its weights in ``dtype``, on the GPU if there is one."""
     base, device = source.base, choose_device()
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
@@ -187,13 +187,12 @@ def load_model(source: Source, dtype: Dtype | None) -> LoadedModel:
     # SDXL's own VAE overflows in fp16; one that does not says so in its config
     vae_dtype: Dtype = "fp32" if weights.config.get("force_upcast", True) else dtype
     vae = build_vae(weights.config, weights.state, DTYPES[vae_dtype]).to(device)
-    vocab_sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
     pipeline = build_pipeline(sdxl, vae, source.diffusion)
     pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, position=1)
     return LoadedModel(
         sdxl=sdxl,
         pipeline=pipeline,
-        tokenizers=load_tokenizers(*source.tokenizers, (vocab_sizes[0], vocab_sizes[1])),
+        tokenizers=load_tokenizers(*source.tokenizers, read_vocab_sizes(base)),
         max_token_length=source.max_token_length,
         compute=DTYPES[dtype],
         facts={

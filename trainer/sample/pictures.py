@@ -2,22 +2,26 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from trainer.config.schema import NUM_TIMESTEPS, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
+from trainer.core.layout import GRID_FILE
 
 CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0
     (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344),
     (1536, 640), (640, 1536),
 )  # fmt: skip
+SAMPLE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.png")
+SAMPLE_CHUNKS = {"prompt", "negative_prompt", "settings"}  # the last is a JSON object
 GRID_PIXELS = 64_000_000  # a larger grid is shrunk: Pillow takes files of more than 89 million pixels for bombs
 
 
@@ -28,6 +32,16 @@ class Picture:
     prompt: str
     size: tuple[int, int]  # (width, height)
     seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and how it was made."""
+
+    path: Path
+    prompt: str
+    negative_prompt: str
+    settings: dict[str, Any]  # JSON values: steps, guidance, seed, size, ...
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -65,7 +79,7 @@ def plan_pictures(prompts: Sequence[str], sizes: Sequence[tuple[int, int]], seed
     return [Picture(prompt, size, seed + number) for number, (prompt, size) in enumerate(pairs)]
 
 
-def check_settings(sampling: SamplingConfig) -> None:
+def check_sampling(sampling: SamplingConfig) -> None:
     """Refuse steps and guidance that mean nothing."""
     if not 1 <= sampling.num_inference_steps <= NUM_TIMESTEPS:
         raise UserError(f"--steps {sampling.num_inference_steps}: there can be 1 to {NUM_TIMESTEPS}")
@@ -75,7 +89,7 @@ def check_settings(sampling: SamplingConfig) -> None:
         )
 
 
-def describe(picture: Picture, sampling: SamplingConfig, facts: dict[str, Any]) -> dict[str, str]:
+def describe_picture(picture: Picture, sampling: SamplingConfig, facts: dict[str, Any]) -> dict[str, str]:
     """The text chunks of an image's file: all that is needed to draw it again."""
     settings = {
         "size": f"{picture.size[0]}x{picture.size[1]}",
@@ -131,3 +145,47 @@ def shrink(image: Image.Image, scale: float) -> Image.Image:
     if scale == 1.0:
         return image
     return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.LANCZOS)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The samples of a folder, by name; none where the folder does not exist.
+
+    Raises:
+        UserError: for a PNG that is a link, has a strange name, or does not say from what it was made.
+    """
+    files = sorted(file for file in folder.glob("*.png") if file.name != GRID_FILE) if folder.is_dir() else []
+    return [read_sample(file) for file in files]
+
+
+def read_sample(path: Path) -> Sample:
+    """One sample from the text chunks ``prompt``, ``negative_prompt`` and ``settings`` (a JSON object).
+
+    Raises:
+        UserError: see :func:`read_samples`.
+    """
+    if path.is_symlink() or not SAMPLE_NAME.fullmatch(path.name):
+        raise UserError(f"{path} is a link or has a name of other than letters, digits, . _ and -: it is not published")
+    try:
+        said = read_chunks(path)
+        settings = json.loads(said.get("settings", "{}"))
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a PNG with readable settings: {error}") from error
+    if "prompt" not in said or not isinstance(settings, dict):
+        raise UserError(
+            f"{path} does not say from which prompt it was made (PNG text chunks prompt, negative_prompt, settings "
+            "as a JSON object): draw it with scripts/sample.py, or take it out of the folder"
+        )
+    return Sample(path, said["prompt"], said.get("negative_prompt", ""), settings)
+
+
+def read_chunks(path: Path) -> dict[str, str]:
+    """The texts in a PNG: of text chunks, and whatever else Pillow finds there as text or bytes, such as EXIF."""
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()  # text chunks may also stand after the pixels
+        said = {str(key): value for key, value in image.info.items() if isinstance(value, str | bytes)}
+    if isinstance(said.get("transparency"), bytes):  # a palette's, and no text
+        del said["transparency"]
+    return {
+        key: str(value) if isinstance(value, str) else value.decode("utf-8", errors="replace")  # plain ones
+        for key, value in said.items()
+    }

@@ -28,7 +28,7 @@ SYNTAX = (  # of other programs
     r"\\[()]",  # parentheses are not escaped here
 )
 PLAIN = re.compile("|".join(SYNTAX))
-SHOWN = 8
+MAX_SHOWN_WORDS = 8
 
 
 def check_config_prompts(sampling: SamplingConfig) -> str | None:
@@ -64,8 +64,8 @@ def check_prompts(prompts: Iterable[str], negative: str, where: str, options: Ma
     found = list(dict.fromkeys(find_syntax(texts)))
     if not found:
         return None
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"{where}: plain text here as in the captions, not a command: {'  '.join(found[:SHOWN])}{more}"
+    more = f" and {len(found) - MAX_SHOWN_WORDS} more" if len(found) > MAX_SHOWN_WORDS else ""
+    return f"{where}: plain text here as in the captions, not a command: {'  '.join(found[:MAX_SHOWN_WORDS])}{more}"
 
 
 def find_syntax(texts: Iterable[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from trainer.core.layout import CHECKPOINTS_FOLDER
 from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
-from trainer.train.launch import Inputs
+from trainer.train.launch import RunInputs
 from trainer.train.resume import Resumed
 from trainer.train.run import run_path
 from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers, measure_checkpoint
@@ -19,7 +19,7 @@ from trainer.train.save import count_more_checkpoints, estimate_size, find_lefto
 MAX_NAMED = 4  # buckets
 
 
-def describe_start(inputs: Inputs, sdxl: nn.Module, resumed: Resumed | None, first: int, last: int) -> str:
+def describe_start(inputs: RunInputs, sdxl: nn.Module, resumed: Resumed | None, first: int, last: int) -> str:
     """The run of steps ``first`` .. ``last`` - 1 in some lines, and its warnings."""
     config, plan = inputs.config, inputs.data.plan
     data, processes = config.data, inputs.accelerator.num_processes
@@ -65,7 +65,7 @@ def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str
         yield f"the run ends at {epochs:.2f} of its first epoch: some images may never be seen"
 
 
-def warn_of_disk(inputs: Inputs, size: int, first: int, last: int) -> Iterator[str]:
+def warn_of_disk(inputs: RunInputs, size: int, first: int, last: int) -> Iterator[str]:
     """Whether the checkpoints to come fit."""
     keep, folder = inputs.config.checkpoint, run_path(inputs.config) / CHECKPOINTS_FOLDER
     existing = [step_of(path) for path in list_checkpoints(folder)]
@@ -80,7 +80,7 @@ def warn_of_disk(inputs: Inputs, size: int, first: int, last: int) -> Iterator[s
         )
 
 
-def describe_end(inputs: Inputs, first: int, made: int, last: int, seconds: float, skipped: int) -> str:
+def describe_end(inputs: RunInputs, first: int, made: int, last: int, seconds: float, skipped: int) -> str:
     """What has been made, where it lies, and what comes next."""
     path, plan = run_path(inputs.config), inputs.data.plan
     took = datetime.timedelta(seconds=round(seconds))

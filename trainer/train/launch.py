@@ -29,7 +29,7 @@ from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
-from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_config, read_vae
+from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_vae, read_vocab_sizes
 from trainer.model.base_facts import note_weights, read_predictions
 from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
 from trainer.model.diffusion import check_prediction
@@ -41,7 +41,7 @@ from trainer.train.run import run_path
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What a run is made from."""
 
     config: Config
@@ -169,7 +169,7 @@ def check_processes(config: Config, processes: int) -> None:
         raise UserError(explain_processes(processes, data.micro_batch_size, data.global_batch_size))
 
 
-def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
+def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     """Index, plan, base, tokenizers and VAE, found and checked; no model is built.
 
     Raises:
@@ -186,8 +186,8 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
             accelerator.print(f"note: {note}")
         vae = read_vae(config.model.vae, base, config.model.vae_revision)
         folders = find_tokenizers(base, config.model.tokenizer)
-    check_latents(config.data.shards, index.manifest["latents"], vae)
-    tokenizers = load_tokenizers(*folders, vocab_sizes(base))
+    check_latents_made_by(config.data.shards, index.manifest["latents"], vae)
+    tokenizers = load_tokenizers(*folders, read_vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
     wrote = config.written["model"]["pretrained"]
     base_facts = {
@@ -214,7 +214,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{told}")
     facts["thresholds"] = thresholds.thresholds
     data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
-    return Inputs(config, accelerator, data, base, vae, facts, describe_fixed(config), software)
+    return RunInputs(config, accelerator, data, base, vae, facts, describe_fixed(config), software)
 
 
 def find_chosen(config: Config) -> Path | None:
@@ -266,7 +266,7 @@ def find_start(config: Config) -> Base:
     return find_base(config.model.pretrained, config.model.revision or (began["revision"] if same_id else None))
 
 
-def check_latents(shards: str, made_by: dict[str, Any], vae: VaeWeights) -> None:
+def check_latents_made_by(shards: str, made_by: dict[str, Any], vae: VaeWeights) -> None:
     """Compare the VAE with the manifest's section of the one that made the latents.
 
     Raises:
@@ -282,12 +282,6 @@ def check_latents(shards: str, made_by: dict[str, Any], vae: VaeWeights) -> None
             f"the latents in {shards} were made by a VAE with the same weights but other numbers in its config: "
             f"{differing}; set model.vae to a folder whose config.json has the former"
         )
-
-
-def vocab_sizes(base: Base) -> tuple[int, int]:
-    """Vocabulary sizes of both text encoders."""
-    sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
-    return sizes[0], sizes[1]
 
 
 def total_steps(config: Config, plan: Plan) -> int:

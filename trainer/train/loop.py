@@ -22,11 +22,11 @@ from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.lineage import build_lineage
-from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
+from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
 from trainer.sample.sampling import make_grid, sample_images
 from trainer.train.announce import describe_end, describe_last, describe_start
-from trainer.train.launch import Inputs, build_accelerator, open_inputs, total_steps
+from trainer.train.launch import RunInputs, build_accelerator, open_inputs, total_steps
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.progress import Progress
@@ -78,7 +78,7 @@ def train(config: Config, check: bool = False) -> None:
         say(inputs, describe_end(inputs, first, made, last, run.progress.seconds, run.progress.skipped["all"]))
 
 
-def say(inputs: Inputs, text: str) -> None:
+def say(inputs: RunInputs, text: str) -> None:
     """Print on the main process."""
     inputs.accelerator.print(text, flush=True)
 
@@ -92,7 +92,7 @@ def due(step: int, every: int | None) -> bool:
 class Run:
     """All that a step needs."""
 
-    inputs: Inputs
+    inputs: RunInputs
     model: Any  # SDXL, under Accelerate's wrappers
     optimizer: Optimizer
     objective: Objective
@@ -106,12 +106,12 @@ class Run:
         return unwrap(self.inputs, self.model)
 
 
-def unwrap(inputs: Inputs, model: Any) -> SDXL:
+def unwrap(inputs: RunInputs, model: Any) -> SDXL:
     """The model without Accelerate's wrappers."""
     return inputs.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
 
 
-def load_model(inputs: Inputs, resumed: Resumed | None) -> tuple[Any, Optimizer]:
+def load_model(inputs: RunInputs, resumed: Resumed | None) -> tuple[Any, Optimizer]:
     """The model, under Accelerate's wrappers, and the optimizer, as the base or a checkpoint has them."""
     config, accelerator = inputs.config, inputs.accelerator
     model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
@@ -123,7 +123,9 @@ def load_model(inputs: Inputs, resumed: Resumed | None) -> tuple[Any, Optimizer]
     return model, optimizer
 
 
-def build_run(inputs: Inputs, model: Any, optimizer: Optimizer, resumed: Resumed | None, first: int, last: int) -> Run:
+def build_run(
+    inputs: RunInputs, model: Any, optimizer: Optimizer, resumed: Resumed | None, first: int, last: int
+) -> Run:
     """What reads the steps from ``first`` on; with it a new attempt is written down."""
     config, accelerator = inputs.config, inputs.accelerator
     fork = resumed.fork if resumed else None
@@ -134,7 +136,7 @@ def build_run(inputs: Inputs, model: Any, optimizer: Optimizer, resumed: Resumed
     )  # fmt: skip
     peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
-    trained = {part: getattr(config.model, f"train_{part}") for part in ("unet", "text_encoder_1", "text_encoder_2")}
+    trained = {part: getattr(config.model, f"train_{part}") for part in COMPONENTS}
     progress = Progress(
         config, accelerator, run_path(config), attempt=attempt, tracker_run_id=tracker_run_id, plan=inputs.data.plan,
         first=first, last=last, fork=fork, peak_flops=peak,

@@ -37,7 +37,7 @@ PEAK_FLOPS = {
     r"GeForce RTX 3090": 71e12,
     r"RTX A6000": 155e12,
 }
-STEP = "step"  # wandb's own step must grow, so ours is a metric of its own there, and the axis of all others
+STEP_METRIC = "step"  # wandb's own step must grow, so ours is a metric of its own there, and the axis of all others
 
 
 class MetricsFile:

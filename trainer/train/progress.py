@@ -21,14 +21,14 @@ from trainer.core.errors import UserError
 from trainer.core.layout import METRICS_FILE
 from trainer.data.plan import Plan
 from trainer.model.lineage import count_samples
-from trainer.train.metrics import STEP, MetricsFile, Window, memory_gb, tracker_settings
+from trainer.model.sdxl import COMPONENTS
+from trainer.train.metrics import STEP_METRIC, MetricsFile, Window, memory_gb, tracker_settings
 from trainer.train.optim import lr_factor
 from trainer.train.step import StepResult
 
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
     "To continue at a lower rate or in bf16, begin another run with checkpoint.fork naming this one"
 )
-PARTS = ("unet", "text_encoder_1", "text_encoder_2")
 
 
 class Progress:
@@ -62,10 +62,10 @@ class Progress:
         )
         if config.logging.trackers:
             settings = tracker_settings(config.logging.trackers, tracker_run_id, config.run.name, path, first)
-            accelerator.init_trackers(config.logging.project, flatten(config.written), settings)
+            accelerator.init_trackers(config.logging.project, flatten_values(config.written), settings)
             for tracker in accelerator.trackers:
                 if tracker.name == "wandb" and accelerator.is_main_process:
-                    tracker.tracker.define_metric("*", step_metric=STEP)
+                    tracker.tracker.define_metric("*", step_metric=STEP_METRIC)
 
     def __enter__(self) -> "Progress":
         return self
@@ -117,7 +117,7 @@ class Progress:
             "train/loss": self.window.mean_loss(),
             "train/loss_last": float(result.loss),
             "train/grad_norm": float(result.grad_norm),
-            **{f"lr/{part}": getattr(self.config.optim, f"{part}_lr") * factor for part in PARTS},
+            **{f"lr/{part}": getattr(self.config.optim, f"{part}_lr") * factor for part in COMPONENTS},
             "perf/images_per_second": speed,
             "perf/mfu": mfu,
             "perf/memory_gb": memory_gb(self.accelerator.device),
@@ -138,7 +138,7 @@ class Progress:
         """Give a line to the trackers."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":  # it drops what comes with a step that it has seen, as after a resume
-                tracker.log({**values, STEP: made, "attempt": self.attempt})
+                tracker.log({**values, STEP_METRIC: made, "attempt": self.attempt})
             else:
                 tracker.log(values, step=made)
 
@@ -178,18 +178,19 @@ class Progress:
         images = np.asarray(grid)[None]  # (1, H, W, 3)
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
-                tracker.log({STEP: step, "attempt": self.attempt})  # the images go to the last step that it was given
+                # the images go to the last step that it was given
+                tracker.log({STEP_METRIC: step, "attempt": self.attempt})
                 tracker.log_images({"samples": images})
             else:
                 tracker.log_images({"samples": images}, step=step, dataformats="NHWC")
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+def flatten_values(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
     """Nested config -> dotted keys and plain values, as the trackers want them; lists become text."""
     flat: dict[str, str | int | float | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= flatten_values(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value if isinstance(value, str | int | float | bool) else str(value)
     return flat

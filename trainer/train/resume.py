@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state, verify_checkpoint
-from trainer.train.launch import Inputs, find_chosen, total_steps
+from trainer.train.launch import RunInputs, find_chosen, total_steps
 from trainer.train.run import run_path
 
 # what a run reads is compared by hashes, so that where it lies is free
@@ -46,7 +46,7 @@ class Resumed:
         return None if begins else self.state["tracker_run_id"]
 
 
-def find_resumed(inputs: Inputs) -> Resumed | None:
+def find_resumed(inputs: RunInputs) -> Resumed | None:
     """The checkpoint that ``checkpoint.resume`` names, checked against this config and these data; None to begin.
 
     Raises:
@@ -72,7 +72,7 @@ def find_resumed(inputs: Inputs) -> Resumed | None:
     return Resumed(chosen, state["step"], state, state.get("fork"))
 
 
-def find_fork(inputs: Inputs, reference: str) -> Resumed:
+def find_fork(inputs: RunInputs, reference: str) -> Resumed:
     """Another run's checkpoint, with whose weights, optimizer state and step this run begins.
 
     Data, captions, rates and schedule may be other ones; what weights and optimizer state are made for may not.
@@ -102,7 +102,7 @@ def find_fork(inputs: Inputs, reference: str) -> Resumed:
     return Resumed(folder, state["step"], state, fork)
 
 
-def verify(inputs: Inputs, checkpoint: Path) -> None:
+def verify(inputs: RunInputs, checkpoint: Path) -> None:
     """Compare a checkpoint's files with their hashes, on one process."""
     if inputs.accelerator.is_main_process:
         verify_checkpoint(checkpoint)

@@ -15,7 +15,7 @@ from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
 from trainer.core.layout import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
-from trainer.model.checkpoint import FORMAT_VERSION, SHARED, list_checkpoints, step_of
+from trainer.model.checkpoint import CHECKPOINT_FORMAT, SHARED, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
 
 OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen
@@ -61,7 +61,7 @@ def write_train_state(folder: Path, train_state: dict[str, Any]) -> None:
         (folder / name).chmod(0o644)  # safetensors writes 0600
         sync_file(folder / name)
         hashes[name] = sha256_file(folder / name)
-    write_json(folder / STATE_FILE, {"format_version": FORMAT_VERSION, **train_state, "files": hashes})
+    write_json(folder / STATE_FILE, {"format_version": CHECKPOINT_FORMAT, **train_state, "files": hashes})
     sync_folder(folder)
 
 

@@ -21,7 +21,7 @@ from support.paths import REPOSITORY
 from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.buckets import Fit
-from trainer.data.images import BadImage, open_arrow, read_bytes, read_header, read_pixels
+from trainer.data.images import BadImage, open_arrow, read_bytes, read_image_header, read_pixels
 from trainer.data.post import Post, TableCell, TarMember
 from trainer.data.sources.hub_datasets import find_image_column, iterate_rows
 from trainer.data.sources.image_folders import list_images
@@ -113,7 +113,7 @@ def test_modes_whole_and_damaged(mode: str, form: str) -> None:
         if number:
             content = flip(content, random)
         try:
-            size = read_header(content)
+            size = read_image_header(content)
             if size[0] * size[1] < 10**6:
                 pixels = read_pixels(content, Fit(size, size, 0, 0))
                 assert pixels.shape == (size[1], size[0], 3) and pixels.dtype == np.uint8
@@ -129,7 +129,7 @@ def test_modes_whole_and_damaged(mode: str, form: str) -> None:
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"BM", b"GIF89a"]),
 )
 def test_bytes_that_are_no_image(content: bytes, magic: bytes) -> None:
-    for read in (read_header, lambda data: read_pixels(data, Fit((8, 8), (8, 8), 0, 0))):
+    for read in (read_image_header, lambda data: read_pixels(data, Fit((8, 8), (8, 8), 0, 0))):
         with pytest.raises(BadImage):
             read(magic + content + b"\xff" * 8)
 

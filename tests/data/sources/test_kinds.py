@@ -20,7 +20,7 @@ from PIL import Image
 from support.paths import REPOSITORY
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
-from trainer.data.images import BadImage, read_bytes, read_header, stat_image
+from trainer.data.images import BadImage, read_bytes, read_image_header, stat_image
 from trainer.data.post import Post, TableCell, TarMember
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.records import Reject, Remark
@@ -88,7 +88,7 @@ def test_every_kind_gives_the_same_posts(tmp_path: Path, monkeypatch: pytest.Mon
         assert (post.year, post.tags_general, post.tags_artist, post.extra) == (
             same.year, same.tags_general, same.tags_artist, same.extra)  # fmt: skip
         data = read_bytes(pickle.loads(pickle.dumps(post.image)))
-        assert data == read_bytes(same.image) and read_header(data) == (same.stated_width, same.stated_height)
+        assert data == read_bytes(same.image) and read_image_header(data) == (same.stated_width, same.stated_height)
     kinds = [type(post.image) for post in posts[::12]]
     assert kinds[3:] == [TarMember, TableCell] and all(issubclass(kind, Path) for kind in kinds[:3])
 
@@ -442,4 +442,4 @@ def test_places_that_are_gone(tmp_path: Path) -> None:
     for gone in (tmp_path / "none.png", TarMember(tmp_path / "none.tar", 0, 5), TableCell(tmp_path / "none", 0, "i")):
         with pytest.raises(BadImage, match="missing"):
             stat_image(gone)
-    assert Image.open(io.BytesIO(PNG)).size == read_header(PNG)
+    assert Image.open(io.BytesIO(PNG)).size == read_image_header(PNG)
