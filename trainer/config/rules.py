@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import assert_never
 
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
 
@@ -239,9 +240,14 @@ def diffusion_rules(config: Config) -> Iterator[Broken]:
         yield ("diffusion.max_timestep",), f"must be at most 1000, not {diffusion.max_timestep}"
     if diffusion.min_timestep >= diffusion.max_timestep:
         yield ("diffusion.min_timestep", "diffusion.max_timestep"), "must be below diffusion.max_timestep"
-    if diffusion.zero_terminal_snr and diffusion.prediction_type == "epsilon":
-        keys = ("diffusion.zero_terminal_snr", "diffusion.prediction_type")
-        yield keys, "needs prediction_type v_prediction: pure noise says nothing about itself"
+    match diffusion.prediction_type:
+        case "epsilon" if diffusion.zero_terminal_snr:
+            keys = ("diffusion.zero_terminal_snr", "diffusion.prediction_type")
+            yield keys, "needs prediction_type v_prediction: pure noise says nothing about itself"
+        case "epsilon" | "v_prediction":
+            pass
+        case other:
+            assert_never(other)
 
 
 def optim_rules(config: Config) -> Iterator[Broken]:

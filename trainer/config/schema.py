@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+PredictionType = Literal["epsilon", "v_prediction"]  # what they mean: trainer.model.diffusion
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
 RATINGS = ("g", "s", "q", "e")  # general, sensitive, questionable, explicit
 Place = Annotated[str, "a path; a leading ~ is the home folder"]  # in some fields a hub id or a word may stand instead
@@ -212,7 +213,7 @@ class BucketsConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction_type: PredictionType = "epsilon"
     min_timestep: int = 0  # timesteps are uniform over min_timestep .. max_timestep - 1
     max_timestep: int = NUM_TIMESTEPS
     noise_offset: float = 0.0

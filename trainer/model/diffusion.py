@@ -5,32 +5,52 @@ DDPM with SDXL's scaled-linear schedule: recipe, section 6. What files say of a 
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple, assert_never, get_args
 
 import torch
 from torch import Tensor
 
-from trainer.config.schema import NUM_TIMESTEPS, DiffusionConfig
+from trainer.config.schema import NUM_TIMESTEPS, DiffusionConfig, PredictionType
 from trainer.core.errors import UserError
 
 SCHEDULE = {  # SDXL's, as a scheduler's config names it
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": NUM_TIMESTEPS,
     "trained_betas": None,
 }  # fmt: skip
-V_MARKER, ZTSNR_MARKER = "v_pred", "ztsnr"  # empty tensors by which single files say what the model predicts
+ZTSNR_MARKER = "ztsnr"  # an empty tensor by which single files say that their schedule ends in pure noise
 MODELSPEC_KEY = "modelspec.prediction_type"
-MODELSPEC_WORDS: dict[str, Literal["epsilon", "v_prediction"]] = {
-    "epsilon": "epsilon", "eps": "epsilon",
-    "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "vpred": "v_prediction",
-}  # fmt: skip
 SILENT = "without a word on it"  # where an SDXL file says nothing of what it predicts
+
+
+class Spelling(NamedTuple):
+    """How files and cards say that a model predicts something."""
+
+    modelspec: tuple[str, ...]  # ModelSpec's word, and others that are found in its place
+    marker: str | None  # the empty tensor of single files
+    card: str
+
+
+def spell(kind: PredictionType) -> Spelling:
+    """The words for a prediction; a file without any of them predicts epsilon."""
+    match kind:
+        case "epsilon":
+            return Spelling(("epsilon", "eps"), None, "the noise (epsilon)")
+        case "v_prediction":
+            return Spelling(("v", "v_prediction", "v-prediction", "vpred"), "v_pred", "v")
+        case _:
+            assert_never(kind)
+
+
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+KINDS_BY_MARKER = {marker: kind for kind in PREDICTION_TYPES if (marker := spell(kind).marker)}
+KINDS_BY_MODELSPEC = {word: kind for kind in PREDICTION_TYPES for word in spell(kind).modelspec}
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What a model predicts, and from which noise schedule."""
 
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction_type: PredictionType = "epsilon"
     zero_terminal_snr: bool | None = False  # None where what was read does not say
 
     def __str__(self) -> str:
@@ -58,8 +78,9 @@ def scheduler_prediction(scheduler: Mapping[str, Any]) -> Prediction:
     if kind.startswith(("EDM", "FlowMatch")):
         what = "EDM" if kind.startswith("EDM") else "flow matching"
         raise UserError(f"its scheduler is {kind}: {what} predicts neither epsilon nor v of SDXL's schedule")
-    if said not in ("epsilon", "v_prediction"):
-        raise UserError(f"its scheduler says prediction_type {said!r}: only epsilon and v_prediction are known here")
+    if said not in PREDICTION_TYPES:
+        known = " and ".join(PREDICTION_TYPES)
+        raise UserError(f"its scheduler says prediction_type {said!r}: only {known} are known here")
     for name, own in SCHEDULE.items():
         if (value := scheduler.get(name, own)) != own:
             raise UserError(f"its scheduler says {name} {value}, SDXL's noise schedule has {own}")
@@ -73,13 +94,14 @@ def file_predictions(names: Collection[str], metadata: Mapping[str, str]) -> dic
         UserError: for a word of ModelSpec's that is neither epsilon nor v.
     """
     said: dict[str, Prediction] = {}
-    if markers := [name for name in (V_MARKER, ZTSNR_MARKER) if name in names]:
-        kind: Literal["epsilon", "v_prediction"] = "v_prediction" if V_MARKER in names else "epsilon"
+    if markers := [name for name in (*KINDS_BY_MARKER, ZTSNR_MARKER) if name in names]:
+        kind = KINDS_BY_MARKER.get(markers[0], "epsilon")
         said[f"by {' and '.join(markers)}"] = Prediction(kind, ZTSNR_MARKER in names)
     if word := metadata.get(MODELSPEC_KEY):
-        if word.lower() not in MODELSPEC_WORDS:
-            raise UserError(f"its {MODELSPEC_KEY} is {word!r}: only epsilon and v are known here")
-        said[f"by {MODELSPEC_KEY}"] = Prediction(MODELSPEC_WORDS[word.lower()], None)
+        if word.lower() not in KINDS_BY_MODELSPEC:
+            known = " and ".join(spell(kind).modelspec[0] for kind in PREDICTION_TYPES)
+            raise UserError(f"its {MODELSPEC_KEY} is {word!r}: only {known} are known here")
+        said[f"by {MODELSPEC_KEY}"] = Prediction(KINDS_BY_MODELSPEC[word.lower()], None)
     return said
 
 
@@ -95,14 +117,8 @@ def write_scheduler(scheduler: Mapping[str, Any], prediction: Prediction) -> dic
 
 def marker_names(prediction: Prediction) -> list[str]:
     """The marker tensors by which other programs know what a single file predicts; none for epsilon."""
-    if prediction.prediction_type == "epsilon":
-        return []
-    return [V_MARKER, *([ZTSNR_MARKER] if prediction.zero_terminal_snr else [])]
-
-
-def modelspec_word(prediction: Prediction) -> str:
-    """ModelSpec's word for a prediction."""
-    return "epsilon" if prediction.prediction_type == "epsilon" else "v"
+    own = spell(prediction.prediction_type).marker
+    return [*([own] if own else []), *([ZTSNR_MARKER] if prediction.zero_terminal_snr else [])]
 
 
 def check_prediction(reference: str, said: Mapping[str, Prediction], config: DiffusionConfig) -> Prediction:
@@ -163,6 +179,8 @@ def make_target(
         case "v_prediction":
             alpha = cumulative[timesteps].view(-1, 1, 1, 1)
             return alpha.sqrt() * noise - (1.0 - alpha).sqrt() * latents
+        case _:
+            assert_never(config.prediction_type)
 
 
 def loss_weights(timesteps: Tensor, cumulative: Tensor, config: DiffusionConfig) -> Tensor | None:
@@ -171,7 +189,13 @@ def loss_weights(timesteps: Tensor, cumulative: Tensor, config: DiffusionConfig)
         return None
     snr = signal_to_noise(cumulative)[timesteps]
     clipped = snr.clamp(max=config.min_snr_gamma)
-    return clipped / snr if config.prediction_type == "epsilon" else clipped / (snr + 1.0)
+    match config.prediction_type:
+        case "epsilon":
+            return clipped / snr
+        case "v_prediction":
+            return clipped / (snr + 1.0)
+        case _:
+            assert_never(config.prediction_type)
 
 
 def sample_losses(model_pred: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import yaml
 
 from trainer.config.schema import Config
 from trainer.data.buckets import list_buckets
+from trainer.model.diffusion import spell
 from trainer.release.card_stages import (
     NOT_RECORDED,
     Stage,
@@ -106,7 +107,7 @@ def details(release: Release) -> Iterator[str]:
         [
             f"- **Developed by**: {cell(release.config.publish.author or NOT_RECORDED)}",
             "- **Model type**: diffusion model for text to image, SDXL's architecture, predicts "
-            + ("v" if release.config.diffusion.prediction_type == "v_prediction" else "the noise (epsilon)"),
+            + spell(release.config.diffusion.prediction_type).card,
             f"- **Finetuned from**: {base_words(first['base'])}",
             f"- **Trained in**: {cell(trained)}",
             "- **Text**: tags in English, separated by commas, in the manner of Danbooru",

@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.config.schema import Config
 from trainer.model.base import CONFIGS_KEY
-from trainer.model.diffusion import modelspec_word, trained_prediction
+from trainer.model.diffusion import spell
 from trainer.model.lineage import LINEAGE_KEY, shorten_paths
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
@@ -28,7 +28,7 @@ def build_metadata(
         "description": described,
         "date": lineage["written_at"],  # of the checkpoint: exporting it again gives the same bytes
         "resolution": f"{side}x{side}",
-        "prediction_type": modelspec_word(trained_prediction(config.diffusion)),
+        "prediction_type": spell(config.diffusion.prediction_type).modelspec[0],
     }
     ours = {LINEAGE_KEY: lineage, CONFIGS_KEY: configs, RECIPE_KEY: shorten_paths(state["config"])}
     return (
