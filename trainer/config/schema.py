@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor"]
 PredictionType = Literal["epsilon", "v_prediction"]  # what they mean: trainer.model.diffusion
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
 RATINGS = ("g", "s", "q", "e")  # general, sensitive, questionable, explicit
@@ -225,7 +226,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    name: OptimizerName = "adamw"
     unet_lr: float = 0.0  # above 0 exactly when the part is trained
     text_encoder_1_lr: float = 0.0
     text_encoder_2_lr: float = 0.0

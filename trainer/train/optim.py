@@ -1,14 +1,13 @@
 """build_optimizer, and lr_factor(step): the learning rate as a pure function of the step."""
 
 import math
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.config.schema import OptimConfig, ScheduleConfig
-from trainer.core.errors import UserError
+from trainer.config.schema import OptimConfig, OptimizerName, ScheduleConfig
 from trainer.model.sdxl import COMPONENTS, trained_parameters
 
 
@@ -39,10 +38,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             # fused: one kernel, no temporary copies, and the update can be gated on the device
             return torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
         case "adamw8bit":
-            try:
-                import bitsandbytes
-            except ImportError as error:
-                raise UserError("optim.name adamw8bit needs bitsandbytes: install the cuda extra") from error
+            import bitsandbytes
+
             assert config.betas is not None and config.eps is not None
             return bitsandbytes.optim.AdamW8bit(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps)
         case "adafactor":
@@ -50,6 +47,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
             # the fixed-rate form: the rate is the config's, not a function of the weights or of the step
             return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
+        case _:
+            assert_never(config.name)
+
+
+def state_bytes(shape: torch.Size, name: OptimizerName) -> int:
+    """Bytes of one parameter's state."""
+    numel = shape.numel()
+    match name:
+        case "adamw8bit" if numel >= 4096:  # bitsandbytes: two bytes, and two fp32 scales for each 256
+            return 2 * numel + 2 * 4 * (-(-numel // 256))
+        case "adamw" | "adamw8bit":
+            return 2 * 4 * numel
+        case "adafactor" if len(shape) >= 2:  # rows and columns of the last two dimensions
+            return 4 * (numel // shape[-1] + numel // shape[-2])
+        case "adafactor":
+            return 4 * numel
+        case _:
+            assert_never(name)
 
 
 def gated_step(optimizer: Optimizer, bad: Tensor) -> None:

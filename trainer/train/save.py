@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.config.schema import OptimizerName
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
 from trainer.core.layout import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
 from trainer.model.checkpoint import CHECKPOINT_FORMAT, SHARED, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
+from trainer.train.optim import state_bytes
 
 OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen
 
@@ -65,25 +66,11 @@ def write_train_state(folder: Path, train_state: dict[str, Any]) -> None:
     sync_folder(folder)
 
 
-def estimate_size(model: nn.Module, optimizer: str) -> int:
+def estimate_size(model: nn.Module, optimizer: OptimizerName) -> int:
     """Bytes of a checkpoint of a run that has made none: an optimizer makes its state in its first step."""
     return OVERHEAD + sum(
         4 * value.numel() + state_bytes(value.shape, optimizer) for value in trained_parameters(model).values()
     )
-
-
-def state_bytes(shape: torch.Size, optimizer: str) -> int:
-    """Bytes of a parameter's state in one of the config's optimizers."""
-    numel = shape.numel()
-    match optimizer:
-        case "adamw8bit" if numel >= 4096:  # bitsandbytes: two bytes, and two fp32 scales for each 256
-            return 2 * numel + 2 * 4 * (-(-numel // 256))
-        case "adafactor" if len(shape) >= 2:  # rows and columns of the last two dimensions
-            return 4 * (numel // shape[-1] + numel // shape[-2])
-        case "adafactor":
-            return 4 * numel
-        case _:
-            return 8 * numel
 
 
 def measure_checkpoint(path: Path) -> int:
