@@ -25,6 +25,21 @@ from trainer.train.progress import Progress, flatten_values
 from trainer.train.step import StepResult
 
 
+def test_a_step_may_have_several_lines_of_one_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 1)
+    first.write(4, {"train/loss": 1.0})
+    first.write(4, {"other/loss": 2.0})
+    first.file.close()
+    line = read_metrics(path)[4]
+    assert (line["train/loss"], line["other/loss"]) == (1.0, 2.0)
+    second = MetricsFile(path, 2)
+    second.write(4, {"train/loss": 3.0})
+    second.file.close()
+    line = read_metrics(path)[4]
+    assert line["train/loss"] == 3.0 and "other/loss" not in line
+
+
 def test_the_last_attempt_wins_and_torn_lines_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path, 1)

@@ -59,15 +59,16 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its line of the last attempt; torn lines are passed over."""
+    """Step -> its metrics of the last attempt, from one line or several; torn lines are passed over."""
     lines: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if line["step"] not in lines or line["attempt"] >= lines[line["step"]]["attempt"]:
-            lines[line["step"]] = line
+        before = lines.get(line["step"], line)
+        if line["attempt"] >= before["attempt"]:
+            lines[line["step"]] = before | line if line["attempt"] == before["attempt"] else line
     return lines
 
 

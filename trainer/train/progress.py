@@ -103,12 +103,12 @@ class Progress:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
         if made % self.config.logging.every_steps == 0 or made == self.last:
-            self.write(result, made, images)
+            self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
         return bool(result.stop)
 
-    def write(self, result: StepResult, made: int, speed: float) -> None:
-        """One line of metrics, to the file and to the trackers; ``speed`` in images a second."""
+    def measure(self, result: StepResult, made: int, speed: float) -> dict[str, float | None]:
+        """The metrics of a step; ``speed`` in images a second."""
         factor = lr_factor(result.step, self.last, self.config.schedule)
         mfu = None
         if self.flops_per_sample and self.peak_flops:
@@ -128,19 +128,20 @@ class Progress:
         }
         if result.loss_scale is not None:
             values |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": self.skipped["all"]}
+        return values
+
+    def record(self, values: dict[str, float | None], made: int) -> None:
+        """Write metrics after ``made`` steps to the file and to the trackers; a step may have several lines."""
         # JSON has no Infinity, which is the gradient's norm where loss scaling skips a step
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         if self.file is not None:
             self.file.write(made, values)
-        self.track({name: value for name, value in values.items() if value is not None}, made)
-
-    def track(self, values: dict[str, float], made: int) -> None:
-        """Give a line to the trackers."""
+        known = {name: value for name, value in values.items() if value is not None}
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":  # it drops what comes with a step that it has seen, as after a resume
-                tracker.log({**values, STEP_METRIC: made, "attempt": self.attempt})
+                tracker.log({**known, STEP_METRIC: made, "attempt": self.attempt})
             else:
-                tracker.log(values, step=made)
+                tracker.log(known, step=made)
 
     @property
     def seconds(self) -> float:
@@ -150,7 +151,7 @@ class Progress:
     def timed(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Around what is done between steps: "checkpoint" or "sample"."""
         if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)  # what is left of the step itself is the step's
+            torch.cuda.synchronize(self.accelerator.device)  # the rest of the step itself is the step's
         return self.window.timed(what)
 
     def count_skips(self, result: StepResult) -> None:
