@@ -109,7 +109,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
      "captions.columns", "the same above"),
     (["filters.ratings=[g, safe]"], "filters.ratings", "is g, s, q or e, never safe"),
     (["filters.ratings=[]"], "filters.ratings", "an empty list removes everything"),
-    (["filters.first_year=2020", "filters.last_year=2019"], "filters.first_year", "is behind filters.last_year"),
+    (["filters.first_year=2020", "filters.last_year=2019"], "filters.first_year", "is after filters.last_year"),
     (["filters.required_tags=[a_b]", "filters.forbidden_tags=[a b]"], "filters.required_tags", "a b is required and"),
     (["captions.years=[{first: 1, last: 5, tag: a}, {first: 5, last: 6, tag: b}]"], "captions.years", "not overlap"),
     (["captions.years=[{first: 6, last: 5, tag: a}]"], "captions.years", "ends before it begins"),

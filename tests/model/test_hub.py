@@ -49,7 +49,9 @@ def test_a_part_in_the_cache_is_no_model(tmp_path: Path, monkeypatch: pytest.Mon
     for part in ("unet", "text_encoder"):
         for path in (whole / part).glob("*.safetensors"):
             path.unlink()
-    with pytest.raises(UserError, match=r"only a part is in the cache \(unet, text_encoder is missing\).*no route"):
+    with pytest.raises(
+        UserError, match=r"holds only a part of someone/model \(unet, text_encoder is missing\).*no route"
+    ):
         find_base("someone/model")
     assert find_base("someone/model", parts=("vae",)).path == whole
 

@@ -74,7 +74,7 @@ def test_a_run_does_not_resume_from_a_base_that_says_something_else_now(make_con
     words = [f"model.pretrained={copy}", "schedule.max_steps=2"]
     with pytest.raises(UserError, match="trains epsilon, and the base"):
         train(make_config(*words))
-    with pytest.raises(UserError, match="another word of the base on what it predicts"):
+    with pytest.raises(UserError, match="another prediction type of the base"):
         train(make_config(*words, "diffusion.convert_prediction=true"))
 
 

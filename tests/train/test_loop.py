@@ -197,7 +197,7 @@ def test_a_signal_saves_stops_and_continues(
     before = signal.getsignal(number)
     train(config)
     assert signal.getsignal(number) is before
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "the same command resumes there" in capsys.readouterr().out
     newest = find_newest(folder_of(config))
     # asked within step 1, told to all ranks by step 2, read by the host behind step 3
     assert newest is not None and read_train_state(newest)["step"] == 4

@@ -1,7 +1,7 @@
 """Read configs: YAML files, later over earlier, then ``key=value`` words; check them; build the dataclasses.
 
 OmegaConf stops at the first unknown key and coerces silently ("12" to 12, a bare ``no`` to "False"), so keys
-and types are compared here first, and all problems are told at once.
+and types are compared here first, and all problems are reported together.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     """The parser of those words; a command adds its own options to it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", action="append", nargs="+", required=True, metavar="FILE",
-                        help="YAML file; later ones lie over earlier ones")  # fmt: skip
+                        help="YAML file; later ones override earlier ones")  # fmt: skip
     return parser
 
 
@@ -187,7 +187,7 @@ def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
         if item.name in value:
             yield from check_value(value[item.name], hints[item.name], (*path, item.name))
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            # a missing section is told by its required keys, so that the user sees all there is to write
+            # a missing section is reported by its required keys, so that the user sees all that must be written
             if dataclasses.is_dataclass(hints[item.name]):
                 yield from check_section({}, hints[item.name], (*path, item.name))
             else:

@@ -172,7 +172,7 @@ def filter_rules(config: Config) -> Iterator[Broken]:
             yield ("filters.ratings",), "an empty list removes everything; null keeps all ratings"
     first, last = filters.first_year, filters.last_year
     if first is not None and last is not None and first > last:
-        yield ("filters.first_year", "filters.last_year"), "is behind filters.last_year"
+        yield ("filters.first_year", "filters.last_year"), "is after filters.last_year"
     required, forbidden = (
         {tag.replace("_", " ") for tag in tags} for tags in (filters.required_tags, filters.forbidden_tags)
     )

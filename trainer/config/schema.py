@@ -88,7 +88,7 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     shards: Place = free()  # folder of tar shards, index.arrow and manifest.json
-    posts: list[Place] | None = free(None)  # posts files, see SourceConfig; null: images brings its own sidecars
+    posts: list[Place] | None = free(None)  # posts files, see SourceConfig; null: images has sidecars
     images: Place | None = free(None)  # folder of images, found by the post's `file` or its id
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
@@ -127,7 +127,7 @@ class QualityRule:
 
 @dataclass(frozen=True)
 class ColumnRule:
-    """A tag from a number that the post brings beside its own fields, such as an aesthetic score."""
+    """A tag from a number among a post's other fields, such as an aesthetic score."""
 
     column: str  # the post's field; the index keeps it in `extra`
     tag: str
@@ -185,7 +185,7 @@ def default_people() -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    # before it fixed, behind it shuffled, behind a second one fixed again; inside a tag it is written with spaces
+    # tags before it are fixed, after it shuffled, after a second one fixed again; in a tag it is written with spaces
     keep_tokens_separator: str = "|||"
     keep_tokens: int = 0  # leading tags kept in place where a caption has no separator
     shuffle: bool = True  # of the free part
@@ -197,7 +197,7 @@ class CaptionsConfig:
     thresholds_from: Place | None = free(None)
     years: list[YearRule] = field(default_factory=default_years)
     ratings: dict[str, str] = field(default_factory=default_ratings)
-    columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, behind the quality tag
+    columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, after the quality tag
     people: list[str] = field(default_factory=default_people)  # tags that go to the front
     keep_underscore_max_length: int = 3  # tags up to this long keep their underscores: ^_^
     max_token_length: Literal[75, 150, 225] = 225
@@ -302,7 +302,7 @@ class SamplingConfig:
 class PublishConfig:
     repo_id: str | None = None  # owner/name on the Hub; only an upload needs it
     private: bool = True  # stays private on the Hub; false makes it public once what was uploaded is verified
-    source_url: str | None = None  # where the corresponding source is to be had, which the licence asks for
+    source_url: str | None = None  # where the corresponding source can be obtained, as the licence requires
     title: str | None = None  # null: the run's name
     author: str | None = None
     formats: list[Literal["single_file", "diffusers"]] = field(default_factory=lambda: ["single_file", "diffusers"])

@@ -78,12 +78,12 @@ def restore_text(value: Any, node: yaml.Node | None, hint: Any) -> Any:
 
 
 def nodes_by_key(node: yaml.MappingNode) -> dict[str, yaml.Node]:
-    """The values of a mapping under the keys as written; those that << brings too, over which its own lie."""
+    """The values of a mapping under the keys as written; those that << merges in too, which its own override."""
     merged: dict[str, yaml.Node] = {}
     for key, value in node.value:
         if key.tag == MERGE:
-            for brought in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
-                merged |= nodes_by_key(brought)
+            for merged_in in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                merged |= nodes_by_key(merged_in)
     return merged | {key.value: value for key, value in node.value if key.tag != MERGE}
 
 

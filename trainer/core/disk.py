@@ -1,4 +1,4 @@
-"""Full disks: what does not fit is refused before it is written; where a disk fills up meanwhile, that is said."""
+"""Full disks: what does not fit is refused before it is written; a disk that fills up meanwhile is reported."""
 
 import errno
 import shutil
@@ -42,7 +42,7 @@ def is_full(error: BaseException) -> bool:
 def disk_space(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
     """Around the writing of ``what`` into ``folder``; ``needed`` is its size in bytes, 0 where it is not known.
 
-    What was written in part must be removed inside, so that the free space is told as it is afterwards.
+    What was written in part must be removed inside, so that the message names the free space as it is afterwards.
 
     Raises:
         FullDisk: before anything is written where it does not fit; and instead of the system's error where it did not.

@@ -60,13 +60,13 @@ def join_team() -> Iterator[Team]:
 
 
 def uses_cpu() -> bool:
-    """Whether there is no GPU, or Accelerate was told to use the CPU."""
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return told or not torch.cuda.is_available()
+    """Whether there is no GPU, or ACCELERATE_USE_CPU is set."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return asked or not torch.cuda.is_available()
 
 
 def choose_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none or Accelerate was told to use it.
+    """This process's GPU, or the CPU where there is none or ACCELERATE_USE_CPU is set.
 
     Raises:
         UserError: for more processes on a machine than it has GPUs.

@@ -1,4 +1,4 @@
-"""UserError: the user's problem, told in one message. Only it becomes exit code 2 without a traceback."""
+"""UserError: the user's problem in one message. Only it becomes exit code 2 without a traceback."""
 
 import contextlib
 import errno

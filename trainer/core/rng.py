@@ -26,7 +26,7 @@ def philox_key(purpose: str, *names: int | str) -> int:
 
 
 class KeySeed(ISeedSequence):
-    """A Philox key as a seed. ``Philox(key=...)`` makes the same generator, but reads the system's entropy in vain."""
+    """A Philox key as a seed. ``Philox(key=...)`` makes the same generator, but reads the system's entropy first."""
 
     def __init__(self, key: int) -> None:
         self._words = np.frombuffer(key.to_bytes(16, "little"), dtype="<u8")

@@ -98,7 +98,7 @@ def column_tags(extra: str | None, rules: CaptionsConfig) -> list[str]:
 def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Generator) -> str:
     """What the model sees of a caption this time: one of its variants, free tags dropped and shuffled, no separator.
 
-    Text behind a second separator is a fixed tail. A caption without separator is free as a whole but for its
+    Text after a second separator is a fixed tail. A caption without separator is free as a whole but for its
     ``keep_tokens`` leading tags. Recipe, section 2. Only a caption with variants has a draw for them.
     """
     # all is drawn always and in this order, so that turning one knob leaves the draws of the others as they were

@@ -173,7 +173,7 @@ def has_frames(data: bytes) -> bool:
         try:
             return bool(getattr(image, "is_animated", False))
         except Exception:
-            return False  # damage behind a good first frame
+            return False  # damage after a good first frame
 
 
 def read_pixels(data: bytes, fit: Fit) -> np.ndarray:

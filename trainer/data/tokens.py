@@ -36,7 +36,7 @@ class TagIds:
     def __init__(self, bpe: Any) -> None:
         """``bpe``: the tokenizers library's Tokenizer."""
         self.bpe = bpe
-        # a part's ids with a comma behind it and without, int32: bytes are a fourth of the lists
+        # a part's ids with and without a comma after it, int32: bytes are a fourth of the lists
         self._known: dict[str, tuple[bytes, bytes]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -271,7 +271,7 @@ def load_vae(vae: str, path: Path, config: dict[str, Any] | None) -> VaeWeights:
 
 
 def has_vae(base: Base) -> bool:
-    """Whether a base brings a VAE of its own."""
+    """Whether a base has a VAE."""
     if base.path.is_dir():
         return (base.path / "vae").is_dir()
     return any(name.startswith(NAME_PREFIXES["vae"]) for name in LazyFile(base.path))

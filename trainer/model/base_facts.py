@@ -35,5 +35,5 @@ def note_weights(base: Base) -> str | None:
         for component in ("unet", "text_encoder", "text_encoder_2")
         for path in find_weights(base.path / component, STEMS[component])
     }  # fmt: skip
-    told = note_fp8(files)
-    return None if told is None else f"{base.reference}: {told}"
+    note = note_fp8(files)
+    return None if note is None else f"{base.reference}: {note}"

@@ -34,7 +34,7 @@ CHECKPOINT_FORMAT = 1
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 MAX_LISTED = 8  # checkpoints, or runs, in a message
 NEWEST = ("latest", "newest", "last")  # words for a run's newest checkpoint
-OLDER = "move this checkpoint away to resume from the one before it"
+OLDER = "move this checkpoint away to resume from the one before"
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
 
 
@@ -79,7 +79,9 @@ def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "
     else:
         found = find_newest(path.parent if path.name == CHECKPOINTS_FOLDER else path)
     if found is None:
-        raise UserError(f"{f'{key}: ' if key else ''}{reference} {describe_path(path)}. {tell_checkpoints(path, home)}")
+        raise UserError(
+            f"{f'{key}: ' if key else ''}{reference} {describe_path(path)}. {suggest_checkpoints(path, home)}"
+        )
     return found
 
 
@@ -98,7 +100,7 @@ def describe_path(path: Path) -> str:
     return "is neither a checkpoint nor a run"
 
 
-def tell_checkpoints(path: Path, home: Path) -> str:
+def suggest_checkpoints(path: Path, home: Path) -> str:
     """Which checkpoints there are: of the run that was meant, else which runs beside it have some."""
     for run in (home, path, *path.parents):
         if steps := [step.name for step in list_checkpoints(run / CHECKPOINTS_FOLDER)]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.config.schema import NUM_TIMESTEPS, DiffusionConfig, PredictionType
 from trainer.core.errors import UserError
 
-SCHEDULE = {  # SDXL's, as a scheduler's config names it
+SCHEDULE: dict[str, Any] = {  # SDXL's, as a scheduler's config names it
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": NUM_TIMESTEPS,
     "trained_betas": None,
 }  # fmt: skip
@@ -132,9 +132,9 @@ def check_prediction(reference: str, said: Mapping[str, Prediction], config: Dif
     wanted = trained_prediction(config)
     others = {where: prediction for where, prediction in said.items() if not prediction.agrees(wanted)}
     if others and not config.convert_prediction:
-        told = "; ".join(f"{prediction} {where}" for where, prediction in said.items())
+        stated = "; ".join(f"{prediction} {where}" for where, prediction in said.items())
         raise UserError(
-            f"diffusion: this config trains {wanted}, and the base {reference} predicts something else: {told}. Set "
+            f"diffusion: this config trains {wanted}, and the base {reference} predicts something else: {stated}. Set "
             "diffusion.prediction_type and diffusion.zero_terminal_snr to what the base predicts; or, to teach it "
             "another prediction, which takes far more steps, set diffusion.convert_prediction=true"
         )
@@ -149,7 +149,8 @@ def alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:
     ``zero_terminal_snr`` shifts and scales their roots so that the last is 0 and the first stays
     (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
     """
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float32) ** 2
+    first_beta, last_beta = SCHEDULE["beta_start"], SCHEDULE["beta_end"]
+    betas = torch.linspace(first_beta**0.5, last_beta**0.5, NUM_TIMESTEPS, dtype=torch.float32) ** 2
     cumulative = torch.cumprod(1.0 - betas, dim=0)
     if not zero_terminal_snr:
         return cumulative

@@ -53,7 +53,7 @@ def fetch(
         raise UserError(message) from error
     if absent := find_absent(cached, folders):
         raise UserError(
-            f"{key}: of {reference} only a part is in the cache ({', '.join(absent)} is missing), and the rest could "
+            f"{key}: the cache holds only a part of {reference} ({', '.join(absent)} is missing), and the rest could "
             f"not be fetched from the hub: {reason}"
         )
     return cached

@@ -83,8 +83,8 @@ def check_vae_config(config: Mapping[str, Any]) -> LatentScale:
     # a setting that is null or false changes nothing; names with _ are diffusers' own notes
     strange = [name for name, value in config.items() if name not in known and name[:1] != "_" and value]
     if strange:
-        told = ", ".join(f"{name} = {config[name]!r}" for name in strange[:4])
-        raise UserError(f"the VAE's config says {told}: what that does to latents is not known here")
+        settings = ", ".join(f"{name} = {config[name]!r}" for name in strange[:4])
+        raise UserError(f"the VAE's config has {settings}: what that does to latents is not known here")
     return read_latent_scale(config)
 
 

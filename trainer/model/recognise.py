@@ -1,6 +1,6 @@
 """What a file or folder of weights is that is not an SDXL base: said from its tensors' names, before any is read.
 
-Each kind is told by names that its format always has and an SDXL checkpoint never.
+Each kind is recognised by names that its format always has and an SDXL checkpoint never.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +53,7 @@ def explain_file(file: LazyFile) -> str | None:
 
 
 def explain_tensor_names(file: LazyFile) -> Iterator[str]:
-    """What the names of a file's tensors tell, the surest kind first."""
+    """What the names of a file's tensors say it is, the surest kind first."""
     names = list(file)
 
     def any_begins(*starts: str) -> bool:
@@ -111,7 +111,7 @@ def explain_missing_parts(any_begins: Callable[..., bool]) -> Iterator[str]:
 
 
 def explain_shapes(file: LazyFile) -> str | None:
-    """What the first convolution's channels tell."""
+    """What the first convolution's channels say it is."""
     name = f"{UNET}input_blocks.0.0.weight"
     return explain_channels(file.shape(name)[1]) if name in file and len(file.shape(name)) == 4 else None
 

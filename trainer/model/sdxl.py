@@ -151,7 +151,7 @@ def freeze_unused_layers(text_encoder_1: nn.Module) -> None:
 
 
 def unused_layers(text_encoder_1: Any) -> Iterator[nn.Module]:
-    """The layers behind the hidden state that SDXL uses: 7,089,408 parameters in full SDXL."""
+    """The layers after the hidden state that SDXL uses: 7,089,408 parameters in full SDXL."""
     inner = getattr(text_encoder_1, "text_model", text_encoder_1)  # transformers 4 has one more level
     yield inner.encoder.layers[-1]
     yield inner.final_layer_norm

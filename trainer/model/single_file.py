@@ -171,7 +171,7 @@ def tensor_names(component: str, config: ComponentConfig) -> dict[str, str]:
 
 
 def layers(prefix: str, single_prefix: str, table: Mapping[str, str]) -> Pairs:
-    """Weight and bias of the layers in ``table``, behind the two prefixes."""
+    """Weight and bias of the layers in ``table``, after the two prefixes."""
     for name, single in table.items():
         for kind in ("weight", "bias"):
             yield f"{prefix}{name}.{kind}", f"{single_prefix}{single}.{kind}"

@@ -32,7 +32,7 @@ def encode_prompts(
 
 
 def join_chunks(hidden: Tensor, chunk_map: Tensor) -> Tensor:
-    """(K, 77, D) and (B, chunks) -> (B, 2 + 75 chunks, D): one BOS in front, one EOS behind."""
+    """(K, 77, D) and (B, chunks) -> (B, 2 + 75 chunks, D): one BOS first, one EOS last."""
     parts = repeat_rows(hidden, chunk_map.flatten()).unflatten(0, chunk_map.shape)  # (B, chunks, 77, D)
     return torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], dim=1)
 

@@ -93,7 +93,7 @@ def explain_unreadable(path: Path, error: Exception) -> str:
 def explain_frame(path: Path, size: int) -> str | None:
     """Whether a file's length is not the one that its header names; None where that is not so, or there is no header.
 
-    The format: eight bytes of the header's length, the header as JSON, and the tensors behind it.
+    The format: eight bytes of the header's length, the header as JSON, then the tensors.
     """
     with path.open("rb") as file:
         first = file.read(8)

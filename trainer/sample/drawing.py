@@ -125,7 +125,7 @@ def draw(
 def draw_pictures(
     source: Source, pictures: Sequence[Picture], sampling: SamplingConfig, dtype: Dtype | None
 ) -> Iterator[tuple[Image.Image, dict[str, str]]]:
-    """Each picture as drawn by one model, with the texts for its file; the model is loaded here and dropped behind."""
+    """Each picture as drawn by one model, with the texts for its file; it is loaded here and freed at the end."""
     model = load_source(source, dtype)
     prompts = dict.fromkeys([*(picture.prompt for picture in pictures), sampling.negative_prompt])
     for note in find_cut_prompts(model, list(prompts)):
@@ -169,7 +169,7 @@ def find_source(reference: str, tokenizer: str | None = None) -> Source:
 
 
 def trained_token_length(lineage: Lineage | None) -> int:
-    """The length to which captions were encoded in training, if the model tells, else the recipe's 225."""
+    """The length to which captions were encoded in training, if the model's lineage has it, else the recipe's 225."""
     try:
         length = lineage["config"]["captions"]["max_token_length"] if lineage else None
     except (KeyError, TypeError):  # of another version, or of other hands
@@ -210,7 +210,7 @@ def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
 
 
 def find_cut_prompts(model: LoadedModel, prompts: list[str]) -> Iterator[str]:
-    """What to tell about prompts of which the model does not see the end."""
+    """A note for each prompt of which the model does not see the end."""
     for prompt, content in zip(prompts, model.tokenizers[0].content_ids(prompts), strict=True):
         if len(content) > model.max_token_length:
             seen = f"only the first {model.max_token_length} of its {len(content)} tokens are seen, as in training"

@@ -112,7 +112,7 @@ def label(picture: Picture, model: str) -> str:
 
 
 def file_name(number: int, picture: Picture, letter: str) -> str:
-    """``000-832x1216-seed42.png``; ``letter`` tells models apart."""
+    """``000-832x1216-seed42.png``; ``letter`` distinguishes models."""
     name = f"{number:03d}-{picture.size[0]}x{picture.size[1]}-seed{picture.seed}"
     return f"{name}-{letter}.png" if letter else f"{name}.png"
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from trainer.config.schema import DiffusionConfig, SamplingConfig
 from trainer.core.rng import philox_key, rng
 from trainer.data.tokens import TextTokenizer, tokenize_captions
+from trainer.model.diffusion import SCHEDULE, trained_prediction, write_scheduler
 from trainer.model.sdxl import SDXL
 from trainer.model.text import encode_prompts
 from trainer.model.vae import decode_latents
@@ -106,7 +107,7 @@ def encode_texts(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each module's own mode again behind it."""
+    """Evaluation mode inside, and each module's own mode again afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -118,11 +119,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def build_scheduler(diffusion: DiffusionConfig) -> EulerAncestralDiscreteScheduler:
     """Euler ancestral with SDXL's noise schedule; spacing as the published scheduler config has it."""
-    return EulerAncestralDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=diffusion.prediction_type,
-        timestep_spacing="trailing" if diffusion.zero_terminal_snr else "leading", steps_offset=1,
-        rescale_betas_zero_snr=diffusion.zero_terminal_snr,
-    )  # fmt: skip
+    published = {**SCHEDULE, "timestep_spacing": "leading", "steps_offset": 1}
+    return EulerAncestralDiscreteScheduler(**write_scheduler(published, trained_prediction(diffusion)))
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:

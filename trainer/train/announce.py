@@ -84,7 +84,7 @@ def describe_end(inputs: RunInputs, first: int, made: int, last: int, seconds: f
     """What has been made, where it lies, and what comes next."""
     path, plan = run_path(inputs.config), inputs.data.plan
     took = datetime.timedelta(seconds=round(seconds))
-    state = "all" if made == last else f"stopped at step {made:,}; the same command goes on from there"
+    state = "all" if made == last else f"stopped at step {made:,}; the same command resumes there"
     withheld = f", {skipped:,} of all skipped by loss scaling" if skipped else ""
     return "\n".join(
         [

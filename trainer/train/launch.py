@@ -121,7 +121,7 @@ def check_installed(config: Config) -> None:
 
 
 def check_environment() -> None:
-    """Refuse ways to share a model out that the config does not name.
+    """Refuse ways of sharding a model that are not supported here.
 
     Raises:
         UserError: naming the environment variable; it may come from Accelerate's own config file.
@@ -129,7 +129,7 @@ def check_environment() -> None:
     for variable, mode in OTHER_MODES.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise UserError(
-                f"Accelerate was told to use {mode} ({variable} is {os.environ[variable]}), and here each GPU has a "
+                f"Accelerate is set to use {mode} ({variable} is {os.environ[variable]}), and here each GPU has a "
                 "whole copy of the model. Start with accelerate launch --multi_gpu --num_processes N train.py ..., or "
                 "with python train.py ... on one GPU; where accelerate config wrote it, name another file by "
                 "--config_file"
@@ -137,7 +137,7 @@ def check_environment() -> None:
 
 
 def ignored_settings() -> Iterator[str]:
-    """What Accelerate was told and the config decides instead, as notes."""
+    """Settings of Accelerate's that the config decides instead, as notes."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() not in ("", "no"):
         yield (
@@ -210,8 +210,8 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     thresholds = run_thresholds(config, index, base_facts["lineage"])
     if thresholds.source:
         advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
-        told = advice if thresholds.source == OWN_SCORES else ""
-        accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{told}")
+        advice = advice if thresholds.source == OWN_SCORES else ""
+        accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{advice}")
     facts["thresholds"] = thresholds.thresholds
     data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
     return RunInputs(config, accelerator, data, base, vae, facts, describe_fixed(config), software)

@@ -86,7 +86,7 @@ def gated_step(optimizer: Optimizer, bad: Tensor) -> None:
 def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
     """The share of each part's rate that the update from ``step`` to ``step + 1`` uses.
 
-    Warm-up is min(1, (s + 1) / warmup_steps); the cosine runs over the steps behind it, from 1 to ``min_lr_ratio``.
+    Warm-up is min(1, (s + 1) / warmup_steps); the cosine runs over the steps after it, from 1 to ``min_lr_ratio``.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

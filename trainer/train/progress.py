@@ -1,4 +1,4 @@
-"""What a step left behind, read by the host one step later: progress bar, metrics, trackers, and the two stops.
+"""The numbers of a step, read by the host one step later: progress bar, metrics, trackers, and the two stops.
 
 It stops for a non-finite loss, naming the samples, and for loss scaling that finds no scale.
 """
@@ -27,7 +27,7 @@ from trainer.train.optim import lr_factor
 from trainer.train.step import StepResult
 
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
-    "To continue at a lower rate or in bf16, begin another run with checkpoint.fork naming this one"
+    "To continue at a lower rate or in bf16, start another run with checkpoint.fork set to this one"
 )
 
 

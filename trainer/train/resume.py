@@ -15,18 +15,18 @@ from trainer.train.run import run_path
 GUARDED = (
     ("data set (index fingerprint)", ("index_fingerprint",)),
     ("base model (SHA-256)", ("base", "sha256")),
-    ("word of the base on what it predicts", ("base", "prediction")),
+    ("prediction type of the base", ("base", "prediction")),
     ("VAE (SHA-256)", ("vae_sha256",)),
-    ("set of numbers in the VAE's config", ("vae_numbers",)),
+    ("VAE config (its numbers)", ("vae_numbers",)),
     ("pair of tokenizers (SHA-256)", ("tokenizers_sha256",)),
 )
 
-REMEDY = "Put back what it was, or choose another run.name"
+REMEDY = "Restore what it was, or choose another run.name"
 RESUME_OR_FORK = (
-    "; checkpoint.fork begins one with these weights and optimizer state under other rates, another schedule, other "
+    "; checkpoint.fork starts a run with these weights and optimizer state under other rates, another schedule, other "
     "data or captions"
 )
-FORK_REMEDY = "A fork keeps this: put back what it was, or begin from an export of that run instead"
+FORK_REMEDY = "A fork keeps this: restore what it was, or start from an export of that run instead"
 FORK_KEEPS = ("optim.name", "model.train_", "diffusion.")  # keys, by their beginnings, that make the state what it is
 
 
@@ -65,7 +65,7 @@ def find_resumed(inputs: RunInputs) -> Resumed | None:
     check_config(chosen, state, inputs.fixed)
     if "fixed" not in state and (unknown := find_interpolated(inputs.fixed["values"])):
         inputs.accelerator.print(
-            f"{chosen} does not record what {', '.join(unknown)} came to: see that it is the same now"
+            f"{chosen} does not record the value of {', '.join(unknown)}: make sure that it is the same now"
         )
     check_inputs(chosen, state, inputs.facts, GUARDED, REMEDY)
     verify(inputs, chosen)
@@ -123,7 +123,7 @@ def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any])
     if recorded["digest"] != fixed["digest"]:
         raise UserError(
             f"{checkpoint}: an environment variable, or another key that the config refers to, has another value now "
-            f"than in that run ({', '.join(find_interpolated(now))}). Put it back, or choose another run.name"
+            f"than in that run ({', '.join(find_interpolated(now))}). Restore it, or choose another run.name"
         )
 
 

@@ -99,11 +99,11 @@ class Work:
 
 
 def read_work(run_folder: Path, step: int) -> Work:
-    """The work behind ``step`` completed steps.
+    """The work that ``step`` completed steps took.
 
     Of each attempt only the time counts whose steps are part of the result: from its start to its last line that no
     later attempt made again. So lost steps do not count, and neither do pauses between attempts. Which lines those are
-    is told by where the later attempts began: they may have written lines at other steps.
+    follows from where the later attempts began: they may have written lines at other steps.
     """
     attempts = {entry["attempt"]: entry for entry in read_run(run_folder)["attempts"] if entry["first_step"] < step}
     last = {
