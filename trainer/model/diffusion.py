@@ -43,6 +43,7 @@ def spell(kind: PredictionType) -> Spelling:
 
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 KINDS_BY_MARKER = {marker: kind for kind in PREDICTION_TYPES if (marker := spell(kind).marker)}
+MARKERS = (*KINDS_BY_MARKER, ZTSNR_MARKER)
 KINDS_BY_MODELSPEC = {word: kind for kind in PREDICTION_TYPES for word in spell(kind).modelspec}
 
 
@@ -94,7 +95,7 @@ def file_predictions(names: Collection[str], metadata: Mapping[str, str]) -> dic
         UserError: for a word of ModelSpec's that is neither epsilon nor v.
     """
     said: dict[str, Prediction] = {}
-    if markers := [name for name in (*KINDS_BY_MARKER, ZTSNR_MARKER) if name in names]:
+    if markers := [name for name in MARKERS if name in names]:
         kind = KINDS_BY_MARKER.get(markers[0], "epsilon")
         said[f"by {' and '.join(markers)}"] = Prediction(kind, ZTSNR_MARKER in names)
     if word := metadata.get(MODELSPEC_KEY):

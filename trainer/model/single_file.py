@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.core.errors import UserError
+from trainer.model.diffusion import MARKERS
 
 State = dict[str, Tensor]
 ComponentConfig = Mapping[str, Any]
@@ -32,7 +33,7 @@ LOGIT_SCALE = 4.6052  # ln 100, CLIP's ceiling: what OpenCLIP's bigG and hence S
 # What other programs leave in files beside the model: buffers, markers, an average, a discriminator.
 EXTRAS = [
     "*.position_ids", "*.logit_scale", "conditioner.embedders.0.transformer.text_projection.weight",
-    "v_pred", "ztsnr", "denoiser.sigmas", "model_ema.*", "first_stage_model.model_ema.*", "first_stage_model.loss.*",
+    *MARKERS, "denoiser.sigmas", "model_ema.*", "first_stage_model.model_ema.*", "first_stage_model.loss.*",
     "betas", "*alphas_cumprod*", "posterior_*", "logvar",
 ]  # fmt: skip
 
