@@ -10,7 +10,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from trainer.data.tables import read_table
 from trainer.prepare.inputs import Inputs, survey_inputs
 from trainer.prepare.merge import merge_set
 from trainer.prepare.work import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
-from trainer.report.survey import take_captions
 
 DISTINCT = 20_000  # posts that differ in more than their ids
 FILTERS = FiltersConfig(min_score=0, ratings=["g", "s", "q"], first_year=2007, forbidden_tags=["comic", "4koma"])
@@ -124,10 +123,10 @@ def plan(folder: Path) -> str:
 def captions(folder: Path) -> str:
     """compose and draw the caption of every sample"""
     index, rules = open_index(folder / "work" / "set"), plain_config().captions
-    rows = take_captions(index.table, np.arange(len(index)))
+    rows = chain.from_iterable(batch.to_pylist() for batch in index.table.to_batches())
     lengths = [
         len(draw_caption(compose_caption(row, rules), rules, rng("caption", 42, 0, number)))
-        for number, row in enumerate(islice(rows, len(index)))
+        for number, row in enumerate(rows)
     ]
     return f"{np.mean(lengths):.0f} letters on average"
 

@@ -1,39 +1,39 @@
-"""What a page tells beyond the index: what a run makes of it, step by step, and a few samples to look at.
+"""All numbers of a page: what a set holds and what a run makes of it, ready for the template and the terminal.
 
 A model is only needed for thumbnails and lengths; where it cannot be found, that is said and left out.
 """
 
-import hashlib
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
-from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.distributed import choose_device
 from trainer.core.errors import UserError
-from trainer.data.buckets import Fit, Size
-from trainer.data.draws import draw_sample_caption
-from trainer.data.images import BadImage, read_bytes, read_pixels
-from trainer.data.index import Index, read_raw_latents
+from trainer.data.index import Index
 from trainer.data.plan import Plan, Unit
-from trainer.data.post import Post
-from trainer.data.shards import Row
-from trainer.data.sources import iterate_sources
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
-from trainer.model.latents import read_latent_scale, scale_latents
 from trainer.model.sdxl import DTYPES
-from trainer.model.vae import build_vae, decode_latents
+from trainer.model.vae import build_vae
+from trainer.report.examples import Example
 from trainer.report.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 
-THUMBNAIL_SIDE = 320  # pixels, the longer one
-PASSES = 3  # captions shown of each sample
+FINISHED = "finished captions"  # a category of tags beside the index's
+MAX_COLUMNS = 60  # of the histogram
+MAX_VIEW_ROWS = 24
+# named by their upper edges
+CROP_RANGES = {0.0: "nothing", 0.01: "up to 1%", 0.02: "1 to 2%", 0.05: "2 to 5%", 0.1: "5 to 10%",
+               0.2: "10 to 20%", np.inf: "more than 20%"}  # fmt: skip
+FACTOR_RANGES = {0.25: "shrunk to 0.25 or less", 0.5: "shrunk to 0.25 .. 0.5", 0.75: "shrunk to 0.5 .. 0.75",
+                 np.nextafter(1, 0): "shrunk to 0.75 .. 1", 1.0: "unchanged", 1.25: "enlarged by up to 1.25",
+                 1.5: "enlarged by 1.25 .. 1.5", 2.0: "enlarged by 1.5 .. 2", 4.0: "enlarged by 2 .. 4",
+                 np.inf: "enlarged by more than 4"}  # fmt: skip
+TOKEN_RANGES = {75: "up to 75", 150: "76 to 150", 225: "151 to 225", np.inf: "more than 225"}  # one, two, three chunks
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,70 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class BucketFacts:
+    """One bucket in a run."""
+
+    width: int
+    height: int
+    images: int
+    views: str  # the fewest and the most of an image
+    units: int
+    repeating: int  # units that hold an image more than once
+
+
+@dataclass(frozen=True)
+class LengthFacts:
+    """Content tokens of some or all captions, of which training keeps ``limit``."""
+
+    tokens: np.ndarray  # int64 (captions,)
+    limit: int
+
+    @property
+    def truncated(self) -> int:
+        """Captions that lose their end."""
+        return int((self.tokens > self.limit).sum())
+
+    @property
+    def percentiles(self) -> list[float]:
+        """The most tokens of half of the captions, and of 95%."""
+        return np.percentile(self.tokens, [50, 95]).tolist()
+
+    @property
+    def empty(self) -> int:
+        """Captions without a token."""
+        return int((self.tokens == 0).sum())
+
+    @property
+    def chunks(self) -> Counts:
+        """Captions by the chunks that they fill."""
+        names = {edge: f"{name} (truncated)" if edge > self.limit else name for edge, name in TOKEN_RANGES.items()}
+        return count_in_ranges(self.tokens, names)
+
+    @property
+    def step(self) -> int:
+        """Tokens of a column of the histogram."""
+        return next(step for step in (5, 15, 25) if step == 25 or self.tokens.max() < 40 * step)
+
+    @property
+    def columns(self) -> list[int]:
+        """The histogram: captions of 1 .. step, step + 1 .. 2 step, ... tokens; the last column holds all above."""
+        shown = min(MAX_COLUMNS, -(-max(int(self.tokens.max()), self.limit, 1) // self.step))
+        places = np.minimum(np.maximum(self.tokens - 1, 0) // self.step, shown - 1)
+        return np.bincount(places, minlength=shown).tolist()
+
+    @property
+    def chunk_ends(self) -> list[float]:
+        """Where chunks end within the histogram, in tokens."""
+        return [edge for edge in TOKEN_RANGES if edge <= self.step * len(self.columns)]
+
+
+@dataclass(frozen=True)
 class Models:
     """What could be found of the model, and what could not."""
 
     vae: AutoencoderKL | None
     tokenizer: TextTokenizer | None
     missing: tuple[str, ...]  # told on the page
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample to look at; pictures are JPEG files."""
-
-    row: Row
-    captions: list[str]  # as drawn in passes 0, 1, ...
-    factor: float  # of the resize
-    cropped: float  # share of the resized pixels
-    decoded: bytes | None
-    decoded_size: Size  # of the thumbnail
-    original: bytes | None
-    original_size: Size  # of the thumbnail
-    crop: tuple[float, float, float, float]  # left, top, width, height in the thumbnail's pixels
-    why_not: str  # where there is no original
 
 
 @dataclass(frozen=True)
@@ -85,19 +127,81 @@ class Report:
     sources: Counts  # images of each
     tags: dict[str, TagCounts]  # by category
     rules: RuleCounts
-    lengths: np.ndarray | None  # int64, content tokens of some or all captions
+    lengths: LengthFacts | None
     duplicates: Duplicates
-    samples: list[Sample]
-    missing: tuple[str, ...]  # what could not be told, and why
+    examples: list[Example]
+    missing: tuple[str, ...]  # what could not be found out, and why
+
+    @property
+    def views(self) -> str:
+        """The fewest and the most views of an image."""
+        return view_range(self.run.views)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What preparation counted."""
+        return self.index.manifest.get("counts", {})
 
     @property
     def set_aside(self) -> dict[str, int]:
-        return self.index.manifest.get("counts", {}).get("set_aside", {})
+        """Inputs that were set aside, by reason."""
+        return self.counts.get("set_aside", {})
 
     @property
     def remarks(self) -> dict[str, dict[str, int]]:
         """What sources said of inputs that were not set aside, by source and kind."""
-        return self.index.manifest.get("counts", {}).get("by_source", {})
+        return self.counts.get("by_source", {})
+
+    @cached_property
+    def buckets(self) -> list[BucketFacts]:
+        """Buckets, the fullest first."""
+        sizes, run, facts = self.index.bucket_sizes, self.run, []
+        codes = (sizes[:, 0].astype(np.int64) << 20) | sizes[:, 1]
+        for place in np.argsort(-self.plan.images, kind="stable").tolist():
+            width, height = self.plan.buckets[place]
+            views = view_range(run.views[codes == (width << 20 | height)])
+            counts = (int(values[place]) for values in (run.units, run.repeating))
+            facts.append(BucketFacts(width, height, int(self.plan.images[place]), views, *counts))
+        return facts
+
+    @property
+    def views_table(self) -> Counts:
+        """How often images are seen; neighbouring numbers are joined where there are many."""
+        views = self.run.views
+        low, high = int(views.min()), int(views.max())
+        width = -(-(high - low + 1) // MAX_VIEW_ROWS)
+        counts = np.bincount((views - low) // width).tolist()
+        starts = range(low, high + 1, width)
+        labels = [f"{start} times" if width == 1 else f"{start} to {start + width - 1} times" for start in starts]
+        return [(label, count) for label, count in zip(labels, counts, strict=True) if count]
+
+    @property
+    def crops(self) -> Counts:
+        """Images by the share of their pixels that is cropped away."""
+        return trim_counts(count_in_ranges(self.fits.cropped, CROP_RANGES))
+
+    @property
+    def factors(self) -> Counts:
+        """Images by the factor of their resize."""
+        return trim_counts(count_in_ranges(self.fits.factors, FACTOR_RANGES))
+
+
+def view_range(views: np.ndarray) -> str:
+    """The fewest and the most views of some images."""
+    low, high = int(views.min()), int(views.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def count_in_ranges(values: np.ndarray, ranges: dict[float, str]) -> Counts:
+    """How many values lie in each range: at most its edge, and above the edge before; the last edge is infinite."""
+    places = np.searchsorted(np.array(list(ranges)), values, side="left")
+    return list(zip(ranges.values(), np.bincount(places, minlength=len(ranges)).tolist(), strict=True))
+
+
+def trim_counts(counts: Counts) -> Counts:
+    """Counts without the empty ones at both ends."""
+    filled = [place for place, (_, count) in enumerate(counts) if count]
+    return counts[filled[0] : filled[-1] + 1]
 
 
 def walk_run(plan: Plan, steps: int) -> RunFacts:
@@ -170,77 +274,3 @@ def find_models(config: Config, vae_sha256: str) -> Models:
     except UserError as error:
         missing.append(f"no caption lengths: {error}")
     return Models(vae, tokenizer, tuple(missing))
-
-
-def show_samples(
-    index: Index, config: Config, fits: Fits, numbers: Sequence[int], vae: AutoencoderKL | None, progress: bool
-) -> list[Sample]:
-    """Some rows of the index as pictures and captions."""
-    rows = [index.row(number) for number in numbers]
-    posts, why_not = find_images(config, {row["key"] for row in rows}, progress)
-    samples = []
-    for number, row in zip(tqdm(numbers, "draw samples", disable=not progress), rows, strict=True):
-        captions = [draw_sample_caption(row, pass_, config.run.seed, config.captions) for pass_ in range(PASSES)]
-        size = thumbnail_size((row["bucket_width"], row["bucket_height"]))
-        decoded = draw_latents(vae, read_raw_latents(index, number), size) if vae is not None else None
-        original_size = thumbnail_size((row["original_width"], row["original_height"]))
-        original, reason = None, why_not
-        if (post := posts.get(row["key"])) is not None:
-            original, reason = draw_original(post, row["content_hash"], original_size)
-        cropped, factor = (float(values[number]) for values in (fits.cropped, fits.factors))
-        crop = place_crop(row, factor, original_size)
-        samples.append(Sample(row, captions, factor, cropped, decoded, size, original, original_size, crop, reason))
-    return samples
-
-
-def place_crop(row: Row, factor: float, size: Size) -> tuple[float, float, float, float]:
-    """What is kept of the original, in pixels of its thumbnail."""
-    scale = size[0] / row["original_width"] / factor, size[1] / row["original_height"] / factor
-    left, top, width, height = (row[name] for name in ("crop_left", "crop_top", "bucket_width", "bucket_height"))
-    return left * scale[0], top * scale[1], width * scale[0], height * scale[1]
-
-
-def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[str, Post], str]:
-    """Key -> post, where the config's sources still have it; and why the others have no image."""
-    found: dict[str, Post] = {}
-    try:
-        for item in tqdm(iterate_sources(config.data), "find images", unit="post", disable=not progress):
-            if isinstance(item, Post) and item.key in keys:
-                found[item.key] = item
-                if len(found) == len(keys):
-                    break
-    except UserError as error:
-        return found, str(error)
-    return found, "its image is not among the sources of posts any more"
-
-
-def draw_original(post: Post, content_hash: str, size: Size) -> tuple[bytes | None, str]:
-    """The whole image at a thumbnail's size, if it still is the one that was encoded; else why not."""
-    try:
-        data = read_bytes(post.image)
-        if hashlib.sha256(data).hexdigest() != content_hash:
-            return None, f"{post.origin}: the image is not the one any more that was encoded"
-        return to_jpeg(read_pixels(data, Fit(size, size, 0, 0))), ""
-    except BadImage as error:
-        return None, str(error)
-
-
-def draw_latents(vae: AutoencoderKL, raw_latents: np.ndarray, size: Size) -> bytes:
-    """What the VAE makes of stored latents (4, H/8, W/8), at a thumbnail's size."""
-    latents = scale_latents(torch.from_numpy(raw_latents).float(), read_latent_scale(vae.config))
-    pixels = decode_latents(vae, latents[None])[0].permute(1, 2, 0)  # (H, W, 3)
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    return to_jpeg(np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BOX)))
-
-
-def thumbnail_size(size: Size) -> Size:
-    """The same shape with ``THUMBNAIL_SIDE`` as its longer side; smaller images keep theirs."""
-    scale = min(1.0, THUMBNAIL_SIDE / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def to_jpeg(pixels: np.ndarray) -> bytes:
-    """RGB uint8 (H, W, 3) as a JPEG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()

@@ -1,26 +1,20 @@
 """Look before you train: what a set of shards holds and what a run will make of it, as a page and as a short table."""
 
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
+from jinja2 import Environment, StrictUndefined
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_text
+from trainer.core.layout import NOTES_FILE, QUARANTINE_FILE
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.data.sites import TAG_CATEGORIES
-from trainer.report.facts import Report, find_models, show_samples, walk_run
-from trainer.report.page import GENERATOR, page
-from trainer.report.sections import (
-    FINISHED,
-    bucket_rows,
-    count_enlarged,
-    list_sections,
-    tell_share_truncated,
-    view_range,
-)
+from trainer.report.examples import draw_examples
+from trainer.report.facts import FINISHED, LengthFacts, Report, find_models, walk_run
 from trainer.report.survey import (
     choose_rows,
     count_finished,
@@ -33,6 +27,7 @@ from trainer.report.survey import (
 )
 from trainer.report.thresholds import find_thresholds
 
+GENERATOR = "anime-base-trainer inspect_shards"  # by this a page is known as ours
 TOP_TAGS = 40  # of each category
 SAMPLES = 12
 MAX_TOKENIZED = 20_000  # captions: a million would take many minutes
@@ -46,19 +41,20 @@ def make_report(config: Config, progress: bool = True) -> Report:
         UserError: when the shards are missing or damaged. A missing model only leaves something out.
     """
     index = open_index(config.data.shards)
-    rows, seed = index.table, config.run.seed
+    rows, seed, latents = index.table, config.run.seed, index.manifest["latents"]
     config = replace(config, captions=find_thresholds(config, rows).captions)
     plan = build_plan(index, seed, config.data)
     # by exactly one of the two the run's length is given
     steps = config.schedule.max_steps or plan.steps_for_epochs(config.schedule.epochs or 1)
-    fits = measure_fits(rows, index.manifest["latents"].get("buckets", {}).get("upscale", True))
+    fits = measure_fits(rows, latents.get("buckets", {}).get("upscale", True))
     tags = {category: count_tags(rows, category, TOP_TAGS) for category in TAG_CATEGORIES}
     finished = count_finished(rows, config.captions.keep_tokens_separator, TOP_TAGS)
-    models = find_models(config, index.manifest["latents"].get("vae_sha256", ""))
+    models = find_models(config, latents.get("vae_sha256", ""))
     lengths = None
     if models.tokenizer is not None:
         chosen = choose_rows("report lengths", seed, len(index), MAX_TOKENIZED)
-        lengths = measure_captions(rows, chosen, config.captions, models.tokenizer, progress)
+        tokens = measure_captions(index, chosen, config.captions, models.tokenizer, progress)
+        lengths = LengthFacts(tokens, config.captions.max_token_length)
     shown = choose_rows("report samples", seed, len(index), SAMPLES).tolist()
     return Report(
         config=config,
@@ -71,7 +67,7 @@ def make_report(config: Config, progress: bool = True) -> Report:
         rules=count_rules(rows, config.captions),
         lengths=lengths,
         duplicates=find_duplicates(rows),
-        samples=show_samples(index, config, fits, shown, models.vae, progress),
+        examples=draw_examples(index, config, fits, shown, models.vae, progress),
         missing=models.missing,
     )
 
@@ -105,51 +101,67 @@ def write_page(report: Report, path: Path) -> None:
 
 def render(report: Report) -> str:
     """The page as HTML."""
-    subtitle = f"{report.config.data.shards} · fingerprint {report.index.fingerprint[:16]}"
-    return page(f"Before training: {report.config.run.name}", subtitle, list_sections(report))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": format_number, "percent": percent}
+    template = environment.from_string(files("trainer.report").joinpath("template.html").read_text(encoding="utf-8"))
+    names = {"generator": GENERATOR, "finished": FINISHED, "quarantine_file": QUARANTINE_FILE, "notes_file": NOTES_FILE}
+    return template.render(report=report, **names)
+
+
+def format_number(value: float, digits: int = 0) -> str:
+    """12,345 or 1.25."""
+    return f"{value:,.{digits}f}"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share with as many digits as tell it from none and from all."""
+    if not whole:
+        return "-"
+    share = 100 * part / whole
+    if 0 < share < 0.05 or 99.95 < share < 100:
+        return f"{share:.3f}%"
+    return f"{share:.1f}%"
 
 
 def summarise(report: Report) -> str:
     """The short table for the terminal."""
     run, fits, images = report.run, report.fits, len(report.index)
-    lines = [f"{'bucket':>11} {'images':>9} {'share':>7}  {'views':<12} units with a repeat"]
-    rows = list(bucket_rows(report))
-    for (width, height), count, views, units, repeating in rows[:MAX_PRINTED]:
-        lines.append(
-            f"{width:>5}x{height:<5} {count:>9,} {count / images:>7.1%}  {views:<12} {repeating:,} of {units:,}"
-        )
-    if len(rows) > MAX_PRINTED:
-        others = rows[MAX_PRINTED:]
-        count, repeating = sum(row[1] for row in others), sum(row[4] for row in others)
-        lines.append(f"{len(others):>5} more  {count:>9,} {count / images:>7.1%}  {'':<12} {repeating:,} of "
-                     f"{sum(row[3] for row in others):,}")  # fmt: skip
-    told = {
-        "images": f"{images:,}, each seen {view_range(run.views)} times",
+    remarks = [
+        f"{count:,} {kind} ({source})" for source, kinds in report.remarks.items() for kind, count in kinds.items()
+    ]
+    facts = {
+        "images": f"{images:,}, each seen {report.views} times",
         "steps": f"{run.steps:,} in all, {run.steps_per_epoch:,.1f} an epoch, {run.epochs:,.1f} epochs",
         "cropped": f"{fits.cropped.mean():.2%} of the pixels on average, at most {fits.cropped.max():.1%}",
-        "enlarged": f"{count_enlarged(report) / images:.1%} of the images",
-        "captions": tell_lengths_shortly(report),
+        "enlarged": f"{fits.enlarged / images:.1%} of the images",
+        "captions": summarise_lengths(report.lengths, images),
         "set aside": ", ".join(f"{count:,} {reason}" for reason, count in report.set_aside.items()) or "none",
-        **({"noted": tell_remarks_shortly(report)} if report.remarks else {}),
+        **({"noted": ", ".join(remarks)} if remarks else {}),
         "duplicates": f"{report.duplicates.images:,} images in {report.duplicates.groups:,} groups",
     }
-    return "\n".join(lines + [f"{name:>10}: {text}" for name, text in told.items()])
+    return "\n".join([*summarise_buckets(report), *(f"{name:>10}: {text}" for name, text in facts.items())])
 
 
-def tell_remarks_shortly(report: Report) -> str:
-    """What sources said of their inputs, in one line."""
-    return ", ".join(
-        f"{count:,} {kind} ({source})" for source, kinds in report.remarks.items() for kind, count in kinds.items()
-    )
+def summarise_buckets(report: Report) -> list[str]:
+    """A table of the fullest buckets, and one line for the rest."""
+    images, shown, rest = len(report.index), report.buckets[:MAX_PRINTED], report.buckets[MAX_PRINTED:]
+    lines = [(f"{b.width:>5}x{b.height:<5}", b.images, b.views, b.repeating, b.units) for b in shown]
+    if rest:
+        count, repeating, units = (sum(getattr(b, name) for b in rest) for name in ("images", "repeating", "units"))
+        lines.append((f"{len(rest):>5} more ", count, "", repeating, units))
+    return [f"{'bucket':>11} {'images':>9} {'share':>7}  {'views':<12} units with a repeat"] + [
+        f"{name} {count:>9,} {count / images:>7.1%}  {views:<12} {repeating:,} of {units:,}"
+        for name, count, views, repeating, units in lines
+    ]
 
 
-def tell_lengths_shortly(report: Report) -> str:
+def summarise_lengths(lengths: LengthFacts | None, images: int) -> str:
     """Caption lengths in one line."""
-    lengths, limit = report.lengths, report.config.captions.max_token_length
     if lengths is None:
         return "lengths unknown, see the page"
-    whole = "" if len(lengths) == len(report.index) else f" ({len(lengths):,} captions looked at)"
+    captions = len(lengths.tokens)
+    whole = "" if captions == images else f" ({captions:,} captions looked at)"
     return (
-        f"{np.median(lengths):.0f} tokens in the middle, {lengths.max()} at most, "
-        f"{tell_share_truncated(report)} truncated at {limit}{whole}"
+        f"{lengths.percentiles[0]:.0f} tokens in the middle, {lengths.tokens.max()} at most, "
+        f"{percent(lengths.truncated, captions)} truncated at {lengths.limit}{whole}"
     )

@@ -18,7 +18,7 @@ from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.records import Reject, Remark
 from trainer.prepare.prepare import prepare
-from trainer.report.facts import draw_original, find_images
+from trainer.report.examples import draw_original, find_images
 
 
 def iterate_posts(posts: list[str] | None, images: str | None) -> list[Post | Reject]:
@@ -191,4 +191,4 @@ def test_a_set_of_mixed_sources(make_config: Callable[..., Config], tmp_path: Pa
     latents = {before.row(number)["content_hash"]: read_raw_latents(before, number) for number in range(24)}
     assert all(np.array_equal(read_raw_latents(index, n), latents[row["content_hash"]]) for n, row in enumerate(rows))
     found, _ = find_images(config, {row["key"] for row in rows}, progress=False)
-    assert all(draw_original(found[row["key"]], row["content_hash"], (32, 32))[0] for row in rows)
+    assert all(draw_original(found[row["key"]], row)[0] for row in rows)

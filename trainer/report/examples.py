@@ -1,0 +1,128 @@
+"""A few samples to look at: the original with its crop, what the latents hold, and the caption as passes see it."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from trainer.config.schema import Config
+from trainer.core.errors import UserError
+from trainer.data.buckets import Fit, Size
+from trainer.data.draws import draw_sample_caption
+from trainer.data.images import BadImage, read_bytes, read_pixels
+from trainer.data.index import Index, read_raw_latents
+from trainer.data.post import Post
+from trainer.data.shards import Row
+from trainer.data.sources import iterate_sources
+from trainer.model.latents import read_latent_scale, scale_latents
+from trainer.model.vae import decode_latents
+from trainer.report.survey import Fits
+
+THUMBNAIL_SIDE = 320  # pixels, the longer one
+PASSES = 3  # captions shown of each sample
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A JPEG file, and its size."""
+
+    jpeg: bytes
+    size: Size
+
+    @property
+    def url(self) -> str:
+        """The whole file as a URL."""
+        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample to look at."""
+
+    row: Row
+    captions: list[str]  # as drawn in passes 0, 1, ...
+    factor: float  # of the resize
+    cropped: float  # share of the resized pixels
+    decoded: Thumbnail | None
+    original: Thumbnail | None
+    why_not: str  # where there is no original
+
+    @property
+    def crop(self) -> tuple[float, float, float, float]:
+        """What is kept of the original: left, top, width, height as shares of its width and height."""
+        width, height = (self.row[f"original_{side}"] * self.factor for side in ("width", "height"))
+        return (
+            self.row["crop_left"] / width, self.row["crop_top"] / height,
+            self.row["bucket_width"] / width, self.row["bucket_height"] / height,
+        )  # fmt: skip
+
+
+def draw_examples(
+    index: Index, config: Config, fits: Fits, numbers: Sequence[int], vae: AutoencoderKL | None, progress: bool
+) -> list[Example]:
+    """Some rows of the index as pictures and captions."""
+    rows = [index.row(number) for number in numbers]
+    posts, reason = find_images(config, {row["key"] for row in rows}, progress)
+    examples = []
+    for number, row in zip(tqdm(numbers, "draw samples", disable=not progress), rows, strict=True):
+        captions = [draw_sample_caption(row, pass_, config.run.seed, config.captions) for pass_ in range(PASSES)]
+        decoded = draw_latents(vae, read_raw_latents(index, number)) if vae is not None else None
+        original, why_not = draw_original(posts[row["key"]], row) if row["key"] in posts else (None, reason)
+        factor, cropped = float(fits.factors[number]), float(fits.cropped[number])
+        examples.append(Example(row, captions, factor, cropped, decoded, original, why_not))
+    return examples
+
+
+def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[str, Post], str]:
+    """Key -> post, where the config's sources still have it; and why the others have no image."""
+    found: dict[str, Post] = {}
+    try:
+        for item in tqdm(iterate_sources(config.data), "find images", unit="post", disable=not progress):
+            if isinstance(item, Post) and item.key in keys:
+                found[item.key] = item
+                if len(found) == len(keys):
+                    break
+    except UserError as error:
+        return found, str(error)
+    return found, "its image is not among the sources of posts any more"
+
+
+def draw_original(post: Post, row: Row) -> tuple[Thumbnail | None, str]:
+    """The whole image as a thumbnail, if it still is the one that was encoded; else why not."""
+    size = thumbnail_size((row["original_width"], row["original_height"]))
+    try:
+        data = read_bytes(post.image)
+        if hashlib.sha256(data).hexdigest() != row["content_hash"]:
+            return None, f"{post.origin}: the image is not the one any more that was encoded"
+        return make_thumbnail(read_pixels(data, Fit(size, size, 0, 0))), ""
+    except BadImage as error:
+        return None, str(error)
+
+
+def draw_latents(vae: AutoencoderKL, raw_latents: np.ndarray) -> Thumbnail:
+    """What the VAE makes of stored latents (4, H/8, W/8), as a thumbnail."""
+    latents = scale_latents(torch.from_numpy(raw_latents).float(), read_latent_scale(vae.config))
+    pixels = decode_latents(vae, latents[None])[0].permute(1, 2, 0)  # (H, W, 3)
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    image = Image.fromarray(levels)
+    return make_thumbnail(np.asarray(image.resize(thumbnail_size(image.size), Image.Resampling.BOX)))
+
+
+def thumbnail_size(size: Size) -> Size:
+    """The same shape with ``THUMBNAIL_SIDE`` as its longer side; smaller images keep theirs."""
+    scale = min(1.0, THUMBNAIL_SIDE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
+    """RGB uint8 (H, W, 3) as a JPEG file."""
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return Thumbnail(buffer.getvalue(), image.size)
