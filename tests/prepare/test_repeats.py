@@ -10,7 +10,7 @@ from trainer.config.schema import Config, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
-from trainer.report.facts import count_repeating
+from trainer.report.facts import walk_run
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_source_is_seen_as_often_as_it_says(config: Config) -> None:
     assert seen == {str(number): 1 if number < 6 else 3 for number in range(10)}
     # counted unit by unit
     units = [{sample.row for sample in plan.step_samples(step)} for step in range(9)]
-    assert count_repeating(plan, 1).tolist() == [sum(len(unit) < 2 for unit in units)]
+    assert walk_run(plan, 9).repeating.tolist() == [sum(len(unit) < 2 for unit in units)]
 
 
 def test_once_for_all_is_no_plan_of_its_own(config: Config) -> None:

@@ -15,7 +15,7 @@ from trainer.config.schema import Config
 from trainer.core.distributed import choose_device
 from trainer.core.errors import UserError
 from trainer.data.index import Index
-from trainer.data.plan import Plan, Unit
+from trainer.data.plan import Plan
 from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.model.sdxl import DTYPES
@@ -205,48 +205,20 @@ def trim_counts(counts: Counts) -> Counts:
 
 
 def walk_run(plan: Plan, steps: int) -> RunFacts:
-    """Follow the plan through a run: whole epochs by their counts, of the last one each unit."""
+    """Follow the plan through a run, an epoch at a time."""
     end = steps * plan.units_per_step
-    last = plan.find_epoch(end - 1)
-    units = plan.units_until(last - 1).copy()
-    views, repeating = plan.views(last - 1), count_repeating(plan, last - 1)
-    start = int(units.sum())
-    buckets, rows = (part[: end - start] for part in plan.epoch_rows(last))
-    views += np.bincount(rows.ravel(), minlength=len(views))
-    units += np.bincount(buckets, minlength=len(units))
-    repeating += count_twice(plan, buckets, rows)
-    all_units = int(plan.units_until(last).sum())
+    last, all_units = plan.find_epoch(end - 1), 0
+    views = np.zeros(int(plan.images.sum()), dtype=np.int64)
+    units, repeating = np.zeros((2, len(plan.buckets)), dtype=np.int64)
+    for epoch in range(1, last + 1):
+        buckets, rows = (part[: end - all_units] for part in plan.epoch_rows(epoch))
+        ordered = np.sort(rows, axis=1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)  # such units hold an image more than once
+        views += np.bincount(rows.ravel(), minlength=len(views))
+        units += np.bincount(buckets, minlength=len(units))
+        repeating += np.bincount(buckets[twice], minlength=len(units))
+        all_units = int(plan.units_until(epoch).sum())
     return RunFacts(steps, plan.epochs_until(steps), all_units / last / plan.units_per_step, views, units, repeating)
-
-
-def count_repeating(plan: Plan, epochs: int) -> np.ndarray:
-    """Units of whole epochs that hold an image more than once, int64 (buckets,).
-
-    Every unit of a bucket that has fewer images than a unit. In another bucket only a unit that lies across the end
-    of a pass can: what the end of one order holds, the beginning of the next may hold again. Where sources repeat
-    their images, any unit can.
-    """
-    size, repeating = plan.unit_size, plan.units_until(epochs).copy()
-    if plan.has_repeats:
-        repeating[:] = 0
-        for epoch in range(1, epochs + 1):
-            repeating += count_twice(plan, *plan.epoch_rows(epoch))
-        return repeating
-    for bucket, images in enumerate(plan.images.tolist()):
-        if images < size:
-            continue
-        units = int(repeating[bucket])
-        ends = range(images, units * size, images)
-        across = [Unit(epochs, bucket, end // size) for end in ends if end % size]
-        repeating[bucket] = sum(len({row for row, _ in plan.unit_samples(unit)}) < size for unit in across)
-    return repeating
-
-
-def count_twice(plan: Plan, buckets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Units that hold an image more than once, by bucket: int64 (buckets,); units as ``Plan.epoch_rows`` gives them."""
-    ordered = np.sort(rows, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    return np.bincount(buckets[twice], minlength=len(plan.buckets))
 
 
 def find_models(config: Config, vae_sha256: str) -> Models:

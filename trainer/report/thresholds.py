@@ -36,19 +36,14 @@ def find_thresholds(config: Config, table: pa.Table) -> Resolved:
         own = recorded.get("thresholds", resolve_anew(rules, table, "").thresholds)
     if own is not None and own["rules"] != describe_rules(rules):
         own = None
-    fork = config.checkpoint.fork
-    before = thresholds_of_base(Path(config.model.pretrained)) if fork is None else thresholds_of_fork(Path(fork))
+    # what a fork branches off stands in for the base: it comes after it
+    before = thresholds_of_base(Path(config.checkpoint.fork or config.model.pretrained))
     return choose_thresholds(rules, table, own=own, base=before)
-
-
-def thresholds_of_fork(origin: Path) -> Thresholds | None:
-    """What the run that a fork branches off records; it is named by its folder, or by a checkpoint in it."""
-    runs = [folder for folder in (origin, *origin.parents[:2]) if (folder / RUN_FILE).is_file()]
-    return thresholds_of_base(runs[0]) if runs else None
 
 
 def thresholds_of_base(base: Path) -> Thresholds | None:
     """What a local base, or the run that it is or lies in, records; None for a hub id, which is not fetched to look."""
-    if (run := find_run(base)) is not None:
+    run = find_run(base)
+    if run is not None and (run[0] / RUN_FILE).is_file():
         return json.loads((run[0] / RUN_FILE).read_text(encoding="utf-8")).get("thresholds")
     return (read_lineage(base) or {}).get("thresholds") if base.exists() else None
