@@ -24,6 +24,8 @@ from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_samp
 from trainer.data.index import open_index
 from trainer.data.plan import Plan
 from trainer.data.shards import SCHEMA, ShardFile, write_index
+from trainer.data.sites import TAG_CATEGORIES
+from trainer.report.survey import count_rules, count_sources, count_tags, find_duplicates
 
 
 def make_table(rows: int) -> pa.Table:
@@ -120,6 +122,16 @@ def deep_resume(folder: Path) -> str:
     return "96 samples"
 
 
+def count_set(folder: Path) -> str:
+    """open, and count tags, rules, sources and duplicates"""
+    table = open_index(folder).table
+    distinct = sum(count_tags(table, category, 40).distinct for category in TAG_CATEGORIES)
+    rules, sources = count_rules(table, plain_config().captions), count_sources(table)
+    return (
+        f"{distinct:,} tags, {rules.composed:,} images of {len(sources)} source, {find_duplicates(table).groups} copied"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The index and the plan at the recipe's size.")
     parser.add_argument("--rows", type=int, default=1_271_990)
@@ -134,7 +146,7 @@ def main() -> None:
             return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
 
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
-        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, deep_resume):
+        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, deep_resume, count_set):
             measure(work, folder)
 
 

@@ -9,7 +9,7 @@ from support.posts_on_disk import draw, make_base, make_config, run
 from trainer.config.schema import Config, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
-from trainer.data.plan import build_plan
+from trainer.data.plan import build_plan, find_repeats
 from trainer.report.facts import walk_run
 
 
@@ -52,7 +52,7 @@ def test_once_for_all_is_no_plan_of_its_own(config: Config) -> None:
     once = replace(config.data, sources=[replace(source, repeats=1) for source in config.data.sources or ()])
     short = replace(config.data, sources=None)
     plans = [build_plan(index, 42, data) for data in (once, short)]
-    assert plans[0].step_samples(3) == plans[1].step_samples(3) and not plans[0].has_repeats
+    assert plans[0].step_samples(3) == plans[1].step_samples(3) and find_repeats(index, once) is None
 
 
 def test_a_source_that_nobody_names(config: Config) -> None:

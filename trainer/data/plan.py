@@ -169,25 +169,6 @@ class Plan:
         samples = self.unit_samples(unit)[offset : offset + size]
         return [Planned(row, pass_, number * size + i, unit) for i, (row, pass_) in enumerate(samples)]
 
-    @property
-    def has_repeats(self) -> bool:
-        """Whether some image is seen more than once in a pass."""
-        return self._repeats is not None
-
-    def views(self, epochs: int) -> np.ndarray:
-        """How often each row of the index is seen by the end of an epoch, int64 (n,).
-
-        Counts the units of whole epochs, not the few that fill the last step.
-        """
-        seen = np.zeros(int(self.images.sum()), dtype=np.int64)
-        for bucket, units in enumerate(self.units_until(epochs)):
-            rows = self._rows[self._starts[bucket] : self._starts[bucket + 1]]
-            passes, rest = divmod(int(units) * self.unit_size, len(rows))
-            np.add.at(seen, rows, passes)
-            if rest:
-                np.add.at(seen, self._rows[self._order(bucket, passes)[:rest]], 1)
-        return seen
-
     def repeating_buckets(self) -> list[tuple[int, int]]:
         """Buckets (width, height) with fewer images than a unit: an image repeats within it."""
         return [size for size, count in zip(self.buckets, self.images, strict=True) if count < self.unit_size]
