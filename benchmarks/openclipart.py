@@ -5,7 +5,7 @@
 
 Every PNG of the package becomes a post, with the keywords of its SVG; ``filters.min_side`` is 256, buckets and the tiny
 base are the demo's. Most posts are prepared first, then all; the same again without a change; all in a run that is
-killed by SIGKILL and gone on with by two processes; and all at once by two. Prints one table. The script fails unless
+killed by SIGKILL and resumed by two processes; and all at once by two. Prints one table. The script fails unless
 the three sets of all posts have one fingerprint, adding posts left every older shard as it was and encoded as many
 samples as it added, and every set's bytes are as written. The sets stay in WORK/shards_* to be looked at.
 """
@@ -118,7 +118,7 @@ def run_and_kill(bench: Bench, words: list[str], name: str) -> int:
     return len(list(rows.glob("*.arrow")))
 
 
-def tell(name: str, processes: int, done: dict[str, Any], opened: int) -> str:
+def format_line(name: str, processes: int, done: dict[str, Any], opened: int) -> str:
     """A line of the table; ``opened`` images were looked at."""
     manifest = open_index(done["folder"]).manifest
     numbers = [
@@ -129,10 +129,10 @@ def tell(name: str, processes: int, done: dict[str, Any], opened: int) -> str:
     return f"| {name} | {' | '.join(str(number) for number in numbers)} |"
 
 
-def check(told: str, holds: bool) -> None:
+def check(claim: str, holds: bool) -> None:
     if not holds:
-        raise SystemExit(f"FAILED: {told}")
-    print(f"checked: {told}", flush=True)
+        raise SystemExit(f"FAILED: {claim}")
+    print(f"checked: {claim}", flush=True)
 
 
 def measure(bench: Bench) -> None:
@@ -142,7 +142,7 @@ def measure(bench: Bench) -> None:
     print(f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
 
     def show(name: str, processes: int, done: dict[str, Any], opened: int) -> dict[str, Any]:
-        print(tell(name, processes, done, opened), flush=True)
+        print(format_line(name, processes, done, opened), flush=True)
         return done
 
     before = show("most posts", 1, run(bench.words("added", first)), total - total // ADDED_EVERY)
@@ -152,7 +152,7 @@ def measure(bench: Bench) -> None:
     again = show("the same once more", 1, run(words), 0)
     words = bench.words("killed", everything)
     killed = run_and_kill(bench, words, "killed")
-    show(f"killed at {killed} shards, gone on with", 2, run(words, 2), total - 200 * killed)
+    show(f"killed at {killed} shards, resumed", 2, run(words, 2), total - 200 * killed)
     show("all posts at once", 2, run(bench.words("whole", everything), 2), total)
     names = ("added", "killed", "whole")
     prints = [open_index(bench.shards(name)).fingerprint for name in names]

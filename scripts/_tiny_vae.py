@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.core.errors import UserError
+
 log = logging.getLogger("train_tiny_vae")
 
 # Full-resolution layers cost most and store nothing, so the widths grow late; the deep levels stay at 64 to
@@ -217,7 +219,7 @@ def read_measure_views(folder: Path) -> Tensor:
     images = [read_drawing(p, 256) for p in sorted(folder.glob("*.png"))]
     views = [np.asarray(letterbox(i, 128, 128)) for i in images if i is not None]
     if not views:
-        raise SystemExit(f"train_tiny_vae: no readable PNG in {folder}; run scripts/make_demo_data.py first")
+        raise UserError(f"no readable PNG in {folder}; run scripts/make_demo_data.py first")
     return to_tensor(views)
 
 
@@ -255,7 +257,7 @@ def save_vae(vae: AutoencoderKL, out: Path, views: Tensor, grid: Path | None, tr
     part = out.with_name(out.name + ".part")
     save_file(weights, part, metadata=metadata)
     if part.stat().st_size > MAX_FILE_BYTES:
-        raise SystemExit(f"train_tiny_vae: {part} has more than {MAX_FILE_BYTES} bytes")
+        raise UserError(f"{part} has more than {MAX_FILE_BYTES} bytes")
     part.chmod(0o644)  # safetensors writes 0600
     part.replace(out)
     if grid is not None:
@@ -298,7 +300,7 @@ def train(args: argparse.Namespace) -> None:
         read = pool.map(partial(read_drawing, short_side=args.short_side), find_drawings(args.drawings))
         images = [image for image in read if image is not None]
     if not images:
-        raise SystemExit(f"train_tiny_vae: no PNG in {args.drawings}; install Debian's openclipart-png")
+        raise UserError(f"no PNG in {args.drawings}; install Debian's openclipart-png")
     vae = AutoencoderKL(**VAE_CONFIG)
     boost_colour(vae.encoder.conv_in)
     if args.init is not None:

@@ -3,8 +3,8 @@
     python scripts/build_shards.py --config configs/stage1_feature_alignment.yaml [key=value ...]
     accelerate launch --num_processes 8 scripts/build_shards.py --config ...
 
-Start it again after an interruption, with as many processes as you like: it goes on from the shards that are complete.
-Start it again with more posts: what is new is encoded and joins the set.
+Started again after an interruption, with any number of processes, it keeps the shards that are complete and makes the
+rest. Started again with more posts, it encodes the new ones and adds them to the set.
 """
 
 import os

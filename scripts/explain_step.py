@@ -1,7 +1,8 @@
-"""Say what one step sees, without a model: one JSON line a sample.
+"""Show what one step sees, without a model: one JSON line per sample.
 
-``scripts/explain_step.py --config FILE --step N``; N counts from 0. The lines are the same whatever the number of
-processes and workers.
+    python scripts/explain_step.py --config FILE [key=value ...] --step N
+
+N counts from 0. The lines are the same whatever the number of processes and threads.
 """
 
 import json
@@ -11,11 +12,11 @@ from trainer.core.errors import UserError, run_command
 
 
 def main() -> None:
-    parser = config_parser("Say what one step sees, one JSON line a sample.")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="counts from 0")
+    parser = config_parser("Show what one step sees, without a model: one JSON line per sample.")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="which step, counted from 0")
     arguments = finish_command_line(parser)
     if arguments.step < 0:
-        raise UserError(f"--step {arguments.step}: steps count from 0")
+        raise UserError(f"--step {arguments.step}: steps are counted from 0")
     config = load_config(arguments.config, arguments.overrides)
     from trainer.data.index import open_index
     from trainer.data.plan import build_plan

@@ -1,8 +1,8 @@
-"""Look before you train: write one HTML page about the shards of a config, and print a short table.
+"""Look before you train: write one HTML page about a set of shards and what a config makes of it, and print a table.
 
     python scripts/inspect_shards.py --config configs/stage1_feature_alignment.yaml [key=value ...] [--out FILE.html]
 
-The page needs no network. Without --out it lies beside the shards, as report.html.
+The page needs no network. Without --out it is report.html beside the shards; an earlier page is replaced.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from trainer.core.files import home_path
 
 
 def main() -> None:
-    parser = config_parser("Write a page about the shards of a config, and print a short table.")
+    parser = config_parser("Write a page about a set of shards and what a config makes of it, and print a short table.")
     parser.add_argument("--out", type=home_path, metavar="FILE.html", help="default: report.html beside the shards")
     arguments = finish_command_line(parser)
     config = load_config(arguments.config, arguments.overrides)

@@ -1,4 +1,4 @@
-"""Say what made a file, from the file alone: run, data, code and base, what made that base, down to the first one.
+"""Show what made a file, from the file alone: run, data, code and base, what made that base, back to the first one.
 
     python scripts/lineage.py FILE [--config]
 
@@ -13,7 +13,7 @@ from trainer.core.files import home_path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say what made a file, from the file alone, down to the first base.")
+    parser = argparse.ArgumentParser(description="Show what made a file, from the file alone, back to the first base.")
     parser.add_argument(
         "file", type=home_path, metavar="FILE", help="single file, diffusers folder, checkpoint or published folder"
     )

@@ -26,7 +26,7 @@ from pathlib import Path, PurePath
 
 from PIL import Image, ImageChops
 
-from trainer.core.errors import run_command
+from trainer.core.errors import UserError, run_command
 from trainer.core.files import home_path
 
 LONG_SIDE = 272  # px
@@ -130,11 +130,11 @@ def render(svg: Path) -> Image.Image:
     ]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
-        raise SystemExit(f"make_demo_data: rsvg-convert cannot render {svg}: {done.stderr.decode().strip()}")
+        raise UserError(f"rsvg-convert cannot render {svg}: {done.stderr.decode().strip()}")
     image = Image.open(io.BytesIO(done.stdout)).convert("RGBA")
     box = flatten_difference(image).getbbox()
     if box is None:
-        raise SystemExit(f"make_demo_data: {svg} renders to an empty page")
+        raise UserError(f"{svg} renders to an empty page")
     border = round(MARGIN * max(box[2] - box[0], box[3] - box[1]))
     image = image.crop((box[0] - border, box[1] - border, box[2] + border, box[3] + border))
     scale = LONG_SIDE / max(image.size)
@@ -181,10 +181,10 @@ def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[s
     for number, relative in enumerate(sorted(drawings), 1):
         svg = root / relative
         if not svg.is_file() or svg.is_symlink():
-            raise SystemExit(f"make_demo_data: no drawing {svg}; install Debian's openclipart-svg 0.18, or give --svg")
+            raise UserError(f"no drawing {svg}; install Debian's openclipart-svg 0.18, or give --svg")
         metadata = read_metadata(svg)
         if metadata.license not in PUBLIC_DOMAIN:
-            raise SystemExit(f"make_demo_data: {svg} is not in the public domain by its RDF: {metadata.license!r}")
+            raise UserError(f"{svg} is not in the public domain by its RDF: {metadata.license!r}")
         image = render(svg)
         name = re.sub(r"[^a-z0-9-]+", "_", svg.stem.lower()).strip("_") + ".png"
         transparent = 0 in image.getchannel("A").tobytes()
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         posts = list(make_posts(args.svg, drawings, images))
         files = [str(post["file"]) for post in posts]
         if len(set(files)) != len(files):
-            raise SystemExit("make_demo_data: two drawings share a file name")
+            raise UserError("two drawings share a file name")
         chosen = {"posts": files, "stage1": STAGE_1, "stage2": STAGE_2}
         for name, wanted in chosen.items():
             write_posts(Path(folder) / f"{name}.jsonl", [post for post in posts if post["file"] in wanted])

@@ -1,10 +1,10 @@
-"""A run -> a folder for strangers: weights, model card, licence, configs, changes, sums; and, only when asked, the Hub.
+"""A run -> the folder to publish: weights, model card, licence, configs, changes, sums; and with --upload, the Hub.
 
     python scripts/publish.py runs/NAME publish.source_url=https://... [publish.key=value ...] [--license-file FILE]
     python scripts/publish.py runs/NAME ... publish.repo_id=owner/name --upload
 
-The folder is RUN/published/NAME. It is checked against what the licences of the base and of the publication ask;
-this is not legal advice. Nothing that lies there is overwritten, and nothing is sent without --upload.
+The folder is RUN/published/NAME. It is checked against what the licences of the base and of the publication require;
+this is not legal advice. Nothing in it is overwritten, and nothing is sent without --upload.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
 
     folder, release = publish(request, arguments.overrides)
     config = release.config.publish
-    tell(folder, release, request)
+    report_result(folder, release, request)
     if not arguments.upload:
         missing = "--upload" if config.repo_id else "publish.repo_id=owner/name --upload"
         print(f"nothing was uploaded; to do that, add {missing}")
@@ -48,21 +48,27 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Build the folder of a run that strangers get; upload it when asked.")
-    parser.add_argument("run", type=home_path, metavar="RUN")
-    parser.add_argument("overrides", nargs="*", metavar="publish.key=value", help="over the run's config.yaml")
+    parser = argparse.ArgumentParser(
+        description="Build the folder in which a run is published, and upload it with --upload."
+    )
+    parser.add_argument("run", type=home_path, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="publish.key=value", help="instead of the values in the run's config.yaml"
+    )
     parser.add_argument("--license-file", type=home_path, action="append", default=[], metavar="FILE",
                         help="the text of FAIPL-1.0-SD, or of the base's Open RAIL++-M; may be repeated")  # fmt: skip
     parser.add_argument("--acknowledge-base-terms", metavar="TEXT",
-                        help="what the base's terms are, where they are not known ones; for the card")  # fmt: skip
+                        help="the terms of a base whose licence is not known, for the card")  # fmt: skip
     parser.add_argument(
-        "--base", type=expand_home, metavar="PATH_OR_HUB_ID", help="where the first base lies now, if it was moved"
+        "--base", type=expand_home, metavar="PATH_OR_HUB_ID", help="where the first base is now, if it was moved"
     )
-    parser.add_argument("--samples", type=home_path, metavar="DIR", help="instead of RUN/export/samples")
-    parser.add_argument("--full-precision", action="store_true", help="put the fp32 weights in too")
-    parser.add_argument("--out", type=home_path, metavar="DIR", help="instead of RUN/published/NAME")
-    parser.add_argument("--upload", action="store_true", help="send it to publish.repo_id on the Hub, in one commit")
-    parser.add_argument("--replace", action="store_true", help="with --upload: in place of other files there")
+    parser.add_argument("--samples", type=home_path, metavar="DIR", help="default: RUN/export/samples")
+    parser.add_argument("--full-precision", action="store_true", help="add the fp32 weights")
+    parser.add_argument("--out", type=home_path, metavar="DIR", help="default: RUN/published/NAME")
+    parser.add_argument(
+        "--upload", action="store_true", help="send the folder to publish.repo_id on the Hub, in one commit"
+    )
+    parser.add_argument("--replace", action="store_true", help="with --upload: replace other files there")
     arguments = parser.parse_intermixed_args()
     if strange := [word for word in arguments.overrides if "=" not in word]:
         parser.error(f"{strange[0]} is not publish.key=value")
@@ -71,13 +77,13 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def tell(folder: Path, release: Release, request: Request) -> None:
-    """Where it lies, and what may be missing; what was given is not asked for."""
+def report_result(folder: Path, release: Release, request: Request) -> None:
+    """Print where the folder is, and what it may lack."""
     print(f"the folder: {folder}")
-    print(f"  look at README.md first; cd {folder} && sha256sum --check SHA256SUMS")
+    print(f"  read its README.md first; then cd {folder} && sha256sum --check SHA256SUMS")
     if not release.full_precision:
         print("  the licence's corresponding source includes the weights in full precision: the card offers them at "
-              f"{release.config.publish.source_url}; --full-precision puts them into the folder")  # fmt: skip
+              f"{release.config.publish.source_url}; --full-precision adds them to the folder")  # fmt: skip
     if not release.samples:
         print("  no sample images: draw some with scripts/sample.py into RUN/export/samples, or give --samples DIR")
     if release.base_model is None:

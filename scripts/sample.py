@@ -1,10 +1,10 @@
-"""Draw with a checkpoint: one PNG an image, which says how it was made, and a grid of all with labels.
+"""Draw images with a model: one PNG per image, which records how it was made, and a labelled grid of all.
 
     python scripts/sample.py MODEL --prompts FILE [--all-sizes | --size 832x1216 ...] [--seed N]
     python scripts/sample.py MODEL --prompt "masterpiece, best quality, 1girl, solo" --compare MODEL_B
 
-MODEL is a diffusers folder, a single file, a run (its newest export) or a hub id. Settings are the model card's unless
-given. Nothing that lies in the folder of images is overwritten.
+MODEL is a diffusers folder, a single file, a run (its newest export) or a hub id. The defaults are the
+model card's settings. Nothing in the folder of images is overwritten.
 """
 
 import argparse
@@ -20,30 +20,32 @@ from trainer.sample.prompts import OF_COMMAND, check_prompts, read_negative, rea
 
 def parse() -> argparse.Namespace:
     card = SamplingConfig()
-    parser = argparse.ArgumentParser(description="Draw with a checkpoint, at the model card's settings unless told.")
+    parser = argparse.ArgumentParser(
+        description="Draw images with a model. The defaults are the model card's settings."
+    )
     parser.add_argument("model", type=expand_home, metavar="MODEL", help="diffusers folder, single file, run or hub id")
     parser.add_argument(
-        "--prompts", type=home_path, metavar="FILE", help="one prompt a line; empty and # lines are skipped"
+        "--prompts", type=home_path, metavar="FILE", help="one prompt per line; empty and # lines are skipped"
     )
-    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="behind those of the file, if any")
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="prompts, after those of the file")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--size", nargs="+", default=["1024x1024"], metavar="WxH", help="default: 1024x1024")
     sizes.add_argument("--all-sizes", action="store_true", help="the card's nine sizes")
     parser.add_argument(
-        "--seed", type=int, default=42, metavar="N", help="of the first image, -1: random; the next has N + 1 ..."
+        "--seed", type=int, default=42, metavar="N", help="seed of the first image, the next has N + 1, ...; -1: random"
     )
     parser.add_argument("--steps", type=int, default=card.num_inference_steps, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=card.guidance_scale, help="default: %(default)g; 1 is none")
     parser.add_argument("--negative", metavar="TEXT", help="default: the card's; at guidance 1 there is none")
     parser.add_argument(
-        "--out", type=home_path, metavar="DIR", help="default: samples/ beside MODEL; of a hub id, here"
+        "--out", type=home_path, metavar="DIR", help="default: samples/ beside MODEL, or here for a hub id"
     )
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: fp16 on a GPU, fp32 on the CPU")
     parser.add_argument(
         "--tokenizer", type=expand_home, metavar="DIR", help="folder or hub id with tokenizer/ and tokenizer_2/"
     )
     parser.add_argument(
-        "--compare", type=expand_home, metavar="MODEL_B", help="draw all with this model too; the grid has two columns"
+        "--compare", type=expand_home, metavar="MODEL_B", help="draw everything with this model too, in a second column"
     )
     return parser.parse_args()
 
@@ -52,7 +54,7 @@ def main() -> None:
     arguments = parse()
     prompts = [*(read_prompts(arguments.prompts) if arguments.prompts else []), *arguments.prompt]
     if not prompts:
-        raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt a line")
+        raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt per line")
     sizes = CARD_SIZES if arguments.all_sizes else [read_size(text) for text in arguments.size]
     sampling = SamplingConfig(num_inference_steps=arguments.steps, guidance_scale=arguments.guidance)
     check_sampling(sampling)
@@ -71,8 +73,8 @@ def main() -> None:
     pictures = plan_pictures(prompts, sizes, seed)
     columns = len(sizes) if len(sizes) > 1 else min(4, len(prompts))
     grid = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype)
-    print(f"{len(pictures) * len(sources)} image(s), each with its prompt and settings inside: {out}")
-    print(f"all of them: {grid}")
+    print(f"{len(pictures) * len(sources)} image(s), each with its prompt and settings in it: {out}")
+    print(f"grid: {grid}")
 
 
 if __name__ == "__main__":

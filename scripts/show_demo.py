@@ -1,6 +1,6 @@
 """The end of ``make demo``: draw the captions with both exported stages, beside the drawings they were trained on.
 
-``scripts/show_demo.py demo_run`` writes demo_run/samples.png and says where everything lies.
+``python scripts/show_demo.py demo_run`` writes demo_run/samples.png and lists what lies where.
 """
 
 import argparse
@@ -19,7 +19,7 @@ STAGES = ("stage1_feature_alignment", "stage2_refine_unet")
 
 
 def draw(seed: int, export: Path, prompts: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
-    """One image a prompt from an exported folder alone, each at its own (width, height)."""
+    """One image per prompt, from an exported folder alone, each at its own (width, height)."""
     from trainer.sample.drawing import find_source, load_source
     from trainer.sample.sampling import draw_image
 
@@ -43,13 +43,13 @@ def newest_export(run: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the demo's captions with both exported stages.")
-    parser.add_argument("folder", type=home_path, help="where make demo wrote")
+    parser.add_argument("folder", type=home_path, help="where make demo has written")
     folder = parser.parse_args().folder
     show(folder)
 
 
 def show(folder: Path) -> None:
-    """Draw, write the picture, and say what lies where."""
+    """Draw, write the picture, and list what lies where."""
     from trainer.core.rng import rng  # here and above: torch takes seconds to import, and --help needs none of it
     from trainer.data.buckets import fit_to_bucket
     from trainer.data.captions import compose_caption, draw_caption
@@ -78,10 +78,10 @@ def show(folder: Path) -> None:
     ]
     grid = make_grid(cells, labels, columns=6)
     write_file(folder / "samples.png", lambda path: grid.save(path, format="PNG"))
-    print(TELL.format(folder=folder, stage1=exports[0], stage2=exports[1]))
+    print(RESULT.format(folder=folder, stage1=exports[0], stage2=exports[1]))
 
 
-TELL = """
+RESULT = """
 The two-stage run is done. Look at {folder}/samples.png first: drawings, and what the exported models draw for their captions.
 
   shards           {folder}/shards1, {folder}/shards2  (index.arrow, manifest.json, quarantine.jsonl)
@@ -95,7 +95,7 @@ For your own data, with a GPU of 80 GB:
   accelerate launch train.py --config configs/stage1_feature_alignment.yaml data.shards=my/shards
   python scripts/export.py runs/stage1_feature_alignment
 
-The README says the rest."""  # noqa: E501
+The README describes the rest."""  # noqa: E501
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Check every byte of a set of shards against its manifest, and say which shard and which sample is not as written.
+"""Check every byte of a set of shards against its manifest, and name each shard and sample that differs.
 
     python scripts/verify_shards.py data/stage1/shards
 
-Reads everything once and writes nothing. Exit code 0: all as written. Exit code 2: all problems, one a line.
+Reads everything once and writes nothing. Exit code 0: no difference. Exit code 2: all problems, one per line.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from trainer.core.files import home_path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check every byte of a set of shards against its manifest.")
-    parser.add_argument("folder", type=home_path, help="the folder that data.shards names")
+    parser.add_argument("folder", type=home_path, help="the folder of the set: data.shards")
     folder = parser.parse_args().folder
     from trainer.prepare.verify import verify_shards
 
