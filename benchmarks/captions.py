@@ -10,16 +10,13 @@ it tiny ones are made, which cut words into more pieces.
 """
 
 import argparse
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posts import load_base_tokenizers, make_rows, plain_config
+from posts import find_tokenizer_base, load_base_tokenizers, make_rows, plain_config, print_rates
 from transformers import CLIPTokenizer
 
 from trainer.config.schema import CaptionsConfig
@@ -88,7 +85,7 @@ def list_work(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Captions a second.")
+    parser = argparse.ArgumentParser(description="Captions per second, composed, drawn and tokenized.")
     parser.add_argument("--captions", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokenizers", type=Path, help="a base model's folder with tokenizer and tokenizer_2")
@@ -96,9 +93,7 @@ def main() -> None:
     rules = plain_config().captions
     rows = list(make_rows(arguments.captions))
     with tempfile.TemporaryDirectory() as name:
-        if (base := arguments.tokenizers) is None:
-            base = Path(name) / "base"
-            subprocess.run([sys.executable, "scripts/make_tiny_base.py", str(base)], check=True)
+        base = find_tokenizer_base(arguments.tokenizers, Path(name))
         tokenizers = load_base_tokenizers(base)
         # encoder 2's own takes "!" for padding, and makes other ids of it: the first one, twice, is what is right
         library = (CLIPTokenizer.from_pretrained(base / "tokenizer"),) * 2
@@ -113,11 +108,7 @@ def main() -> None:
             do(captions, pass_)
             if pass_:  # the first pass fills the cache
                 rates.setdefault(work_name, []).append(len(rows) / (time.process_time() - start))
-    first = next(iter(rates.values()))
-    print(f"| {'':<52} | captions/s | ratio |\n|---|---|---|")
-    for work_name, own in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
-        print(f"| {work_name:<52} | {statistics.median(own):10.0f} | {ratio:5.2f} |")
+    print_rates("", "captions/s", rates)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,16 @@ it, tiny ones are made, which cut words into more pieces than CLIP's.
 """
 
 import argparse
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset
-from posts import load_base_tokenizers, make_rows, plain_config
+from posts import find_tokenizer_base, load_base_tokenizers, make_rows, plain_config, print_rates
 from torch.utils.data import DataLoader
 
 from trainer.data.index import Index, latents_shape, open_index, read_latents_into
@@ -33,7 +30,7 @@ SAMPLES_PER_SHARD = 500
 MICRO_BATCH_SIZE = 16
 SHUFFLE_BUFFER = 1000  # samples; webdataset's usual size
 
-Measured = dict[str, Callable[[], int]]  # by name: do it once and say how many samples it was
+Measured = dict[str, Callable[[], int]]  # by name: do it once; returns how many samples it was
 
 
 def write_shards(folder: Path, samples: int) -> None:
@@ -128,8 +125,8 @@ def list_work(data: MicroBatches, micro_batches: int) -> Measured:
     }
 
 
-def measure(work: Measured, rounds: int) -> Iterator[tuple[str, float, float]]:
-    """(name, samples a second, ratio to the first work) of each work, medians over the rounds."""
+def measure(work: Measured, rounds: int) -> dict[str, list[float]]:
+    """Samples per second of each work, by round."""
     rates: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, do in work.items():
@@ -137,13 +134,11 @@ def measure(work: Measured, rounds: int) -> Iterator[tuple[str, float, float]]:
             samples = do()
             if turn:  # the first round fills caches
                 rates[name].append(samples / (time.perf_counter() - start))
-    first = next(iter(rates.values()))
-    for name, own in rates.items():
-        yield name, statistics.median(own), statistics.median(a / b for a, b in zip(own, first, strict=True))
+    return rates
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Samples a second, stage by stage.")
+    parser = argparse.ArgumentParser(description="Samples per second, stage by stage.")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokenizers", type=Path, help="a base model's folder with tokenizer and tokenizer_2")
@@ -154,17 +149,12 @@ def main() -> None:
         folder = Path(name)
         (folder / "shards").mkdir()
         write_shards(folder / "shards", arguments.samples)
-        if (base := arguments.tokenizers) is None:
-            base = folder / "base"
-            subprocess.run([sys.executable, "scripts/make_tiny_base.py", str(base)], check=True)
         index = open_index(folder / "shards")
         plan = Plan(index.bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
-        tokenizers = load_base_tokenizers(base)
+        tokenizers = load_base_tokenizers(find_tokenizer_base(arguments.tokenizers, folder))
         data = MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, MICRO_BATCH_SIZE)
         work = list_work(data, arguments.samples // 96 * data.per_step)
-        print(f"| {'latents of 4x128x128':<44} | samples/s | ratio |\n|---|---|---|")
-        for name, rate, ratio in measure(work, arguments.rounds):
-            print(f"| {name:<44} | {rate:9.0f} | {ratio:5.2f} |", flush=True)
+        print_rates("latents of 4x128x128", "samples/s", measure(work, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Made-up posts for the benchmarks: index rows with tags as a large site has them, few common and very many rare.
+"""What the benchmarks share. Made-up posts: index rows with tags as a large site has them, few common and many rare.
 
 Common tags are the demo's own and some of Danbooru's, odd ones included; the rare ones, and the names of characters,
 copyrights and artists, are made of syllables. All follow Zipf's law, so that a cache meets what it would meet.
 """
 
 import json
+import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -90,3 +93,20 @@ def load_base_tokenizers(base: Path) -> tuple[TextTokenizer, TextTokenizer]:
     folders = base / "tokenizer", base / "tokenizer_2"
     sizes = [len(read_bpe(folder)[0]) for folder in folders]
     return load_tokenizers(*folders, (sizes[0], sizes[1]))
+
+
+def find_tokenizer_base(given: Path | None, folder: Path) -> Path:
+    """The base model whose tokenizers are used: the given one, or else a tiny one, made in ``folder``."""
+    if given is not None:
+        return given
+    subprocess.run([sys.executable, "scripts/make_tiny_base.py", str(folder / "base")], check=True)
+    return folder / "base"
+
+
+def print_rates(title: str, unit: str, rates: dict[str, list[float]]) -> None:
+    """A table of rates by round: medians, and the median of each round's ratio to the first line."""
+    first = next(iter(rates.values()))
+    print(f"| {title:<52} | {unit} | ratio |\n|---|---|---|")
+    for name, own in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
+        print(f"| {name:<52} | {statistics.median(own):10.0f} | {ratio:5.2f} |")
