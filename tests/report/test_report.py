@@ -251,6 +251,16 @@ def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> Non
     assert [HOSTILE, "3", "100.0%", ""] in page.rows and [HOSTILE, "1", "14.3%", ""] in page.rows
 
 
+def test_a_set_of_finished_captions_without_rules(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [row(str(number), caption="a cat, a mat") for number in range(4)])
+    words = [f"data.shards={folder}", "captions.ratings={}", "captions.quality=[]", "captions.years=[]"]
+    page = Reader(render(make_report(make_config(*words), progress=False)))
+    assert "The rules do not touch the 4 images that bring a finished caption." in page.text
+    assert "No image gets a tag of" not in page.text
+    assert page.rows.count(["tag", "images", "share", ""]) == 4  # of the captions; three of rules, which are empty
+    assert ["a cat", "4", "100.0%", ""] in page.rows and "No tags at all: general, character" in page.text
+
+
 def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     words = [f"model.pretrained={tmp_path / 'nowhere'}", f"data.images={tmp_path / 'gone'}"]
     report = make_report(make_config(*words), progress=False)
