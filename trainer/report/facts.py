@@ -112,7 +112,7 @@ class Models:
 
     vae: AutoencoderKL | None
     tokenizer: TextTokenizer | None
-    missing: tuple[str, ...]  # told on the page
+    missing: tuple[str, ...]  # as the page states it
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def format_number(value: float, digits: int = 0) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share with as many digits as tell it from none and from all."""
+    """A share, with enough digits to differ from none and from all."""
     if not whole:
         return "-"
     share = 100 * part / whole
