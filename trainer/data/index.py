@@ -104,27 +104,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def find_index_problem(index: Index) -> str | None:
     """Why index.arrow is not the manifest's, if so."""
-    path = index.folder / INDEX_FILE
-    if not path.is_file():
-        return f"{INDEX_FILE} is missing"
-    if sha256_file(path) != index.manifest["index_sha256"]:
-        return f"{INDEX_FILE} is not the one that {MANIFEST_FILE} names (its SHA-256 differs)"
-    if not index.table.schema.equals(SCHEMA):
+    problem = find_hash_problem(index.folder / INDEX_FILE, index.manifest["index_sha256"])
+    if problem is None and not index.table.schema.equals(SCHEMA):
         return f"{INDEX_FILE} has other columns than this program's"
+    return problem
+
+
+def find_hash_problem(path: Path, sha256: str) -> str | None:
+    """Why a file is not the one whose SHA-256 the manifest has, if so."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if sha256_file(path) != sha256:
+        return f"{path.name} is not the one that {MANIFEST_FILE} names (its SHA-256 differs)"
     return None
 
 
 def find_shard_problems(index: Index) -> Iterator[str]:
     """What is wrong with the shard files, as far as their names and sizes tell."""
-    listed = {shard["name"]: shard["size"] for shard in index.manifest["shards"]}
-    for name, size in listed.items():
-        path = index.folder / name
-        if not path.is_file():
-            yield f"shard {name} is missing"
-        elif path.stat().st_size != size:
-            yield f"shard {name} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {size}"
-    for name in sorted(set(pc.unique(index.table["shard"]).to_pylist()) - set(listed)):
+    shards = index.manifest["shards"]
+    yield from filter(None, (find_file_problem(index.folder, shard) for shard in shards))
+    for name in sorted(set(pc.unique(index.table["shard"]).to_pylist()) - {shard["name"] for shard in shards}):
         yield f"{INDEX_FILE} names shard {name}, {MANIFEST_FILE} does not list it"
+
+
+def find_file_problem(folder: Path, shard: dict[str, Any]) -> str | None:
+    """Why a shard's file is not the one that the manifest lists, as far as its size tells."""
+    path = folder / shard["name"]
+    if not path.is_file():
+        return f"shard {shard['name']} is missing"
+    if path.stat().st_size != shard["size"]:
+        return f"shard {shard['name']} has {path.stat().st_size} bytes, {MANIFEST_FILE} says {shard['size']}"
+    return None
 
 
 def read_raw_latents(index: Index, row: int) -> np.ndarray:

@@ -84,10 +84,8 @@ class ShardWriter:
         return full
 
     def _write_member(self, name: str, payload: bytes) -> int:
-        """Header, payload, padding; returns the payload's offset. TarInfo's own defaults are mtime 0 and no owner."""
-        info = tarfile.TarInfo(name)
-        info.size = len(payload)
-        self._file.write(info.tobuf(tarfile.PAX_FORMAT))
+        """Header, payload, padding; returns the payload's offset."""
+        self._file.write(member_header(name, len(payload)))
         offset = self._file.tell()
         self._file.write(payload + bytes(-len(payload) % tarfile.BLOCKSIZE))
         return offset
@@ -101,6 +99,13 @@ class ShardWriter:
         self._temporary.replace(self._path)
         sync_file(self._path.parent)
         return ShardFile(self.name, len(self.rows), self._path.stat().st_size, sha256_file(self._path))
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The tar header of a member, in one block or more, where its name is long: mtime 0, no owner."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT)
 
 
 def rows_to_table(rows: Sequence[Row]) -> pa.Table:
