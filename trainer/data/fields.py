@@ -4,6 +4,7 @@ An unreadable value of an optional field costs nobody a post: it is None as well
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -61,8 +62,11 @@ def show_value(value: Any) -> str:
 
 
 def show_text(text: str) -> str:
-    """Text with what UTF-8 cannot hold spelt out: JSON can name a field by half a surrogate pair."""
-    return text.encode(errors="backslashreplace").decode()
+    """Text with what UTF-8 cannot hold spelt out: a file's name need not be Unicode."""
+    try:
+        return os.fsencode(text).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return text.encode(errors="backslashreplace").decode()
 
 
 def parse_whole(value: Any) -> int:

@@ -8,9 +8,10 @@ manifest (``counts.by_source``, only where there are any), to the terminal and t
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.data.fields import show_text
 from trainer.data.post import Post
 from trainer.data.sites import TAG_CATEGORIES
-from trainer.data.sources.records import Remark, show_name
+from trainer.data.sources.records import Remark
 
 MAX_KINDS = 100  # of one source: some kinds have names that the input chooses, as extensions of files
 OTHER_KINDS = "other kinds"
@@ -41,7 +42,7 @@ class Remarks:
 
     def _count(self, source: str, kind: str, count: int, where: dict[str, Any], detail: str) -> None:
         kinds = self.counts.setdefault(source, {})
-        kind, detail = show_name(kind), show_name(detail)
+        kind, detail = show_text(kind), show_text(detail)
         if kind not in kinds and len(kinds) >= MAX_KINDS:
             kind, detail = OTHER_KINDS, f"{kind}: {detail}"
         if kinds.get(kind, 0) < MAX_EXAMPLES:

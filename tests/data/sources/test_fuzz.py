@@ -23,7 +23,7 @@ from trainer.core.errors import UserError
 from trainer.data.buckets import Fit
 from trainer.data.images import BadImage, open_arrow, read_bytes, read_image_header, read_pixels
 from trainer.data.post import Post, TableCell, TarMember
-from trainer.data.sources.hub_datasets import find_image_column, iterate_rows
+from trainer.data.sources.hub_datasets import find_image_column, iterate_dataset_rows
 from trainer.data.sources.image_folders import list_images
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
@@ -349,7 +349,7 @@ def test_damaged_arrow_files(fenced: Path) -> None:
         try:
             damaged = open_arrow(file)
             column = find_image_column(SourceConfig("dataset", "x"), damaged.schema)
-            assert all(isinstance(row, dict) for row, _ in iterate_rows(damaged, column))
+            assert all(isinstance(row, dict) for row, _ in iterate_dataset_rows(damaged, column))
         except (pa.ArrowException, OSError, ValueError, UserError):  # as iterate_dataset catches them
             pass
     assert ends.keys() <= {"read", "unreadable", "empty", "missing", "too_large"} and ends["unreadable"] > 100

@@ -54,7 +54,7 @@ def test_lines_arrays_and_tables_compressed_or_not(tmp_path: Path, end: str, com
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(record_files, "CHUNK", size)
+    monkeypatch.setattr(record_files, "READ_CHARACTERS", size)
     assert read(tmp_path / "a.json", b"[" + b" " * 9 + b"12, 3," + ARRAY[1:]) == ["bad_record", "bad_record", *POSTS]
     assert read(tmp_path / "a.json", b"[]") == []
 
@@ -64,7 +64,7 @@ def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_damaged_array_stops_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, size: int
 ) -> None:
-    monkeypatch.setattr(record_files, "CHUNK", size)
+    monkeypatch.setattr(record_files, "READ_CHARACTERS", size)
     with pytest.raises(UserError, match=r"a\.json is damaged after post \d"):
         read(tmp_path / "a.json", content)
 

@@ -65,7 +65,7 @@ def test_dots_in_names_are_explained(tmp_path: Path) -> None:
                      ("v1.0/b.txt", b"b"))  # fmt: skip
     assert [item.caption for item in items if isinstance(item, Post)] == ["b"]  # a folder may have dots
     ((reason, detail),) = rejects(items)
-    assert reason == "no_image" and "the key ends at the first dot of a name, here behind '235342 Track 2'" in detail
+    assert reason == "no_image" and "the key ends at the first dot of a name, here after '235342 Track 2'" in detail
 
 
 def test_members_that_lie_apart_are_explained(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
     for where, source in name_sources(data):
         try:
             if source.images is not None and (source.images, source.follow_links) not in folders:
-                listed = list_images(check_folder(source.images), source.label, source.follow_links)
+                listed = list_images(existing_folder(source.images), source.label, source.follow_links)
                 folders[source.images, source.follow_links] = listed
                 yield from listed.damages
             items = settle_lines(iterate_source(source, folders), source.lines)
@@ -41,7 +41,7 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     for folder in folders.values():
-        yield from folder.tell_unused()
+        yield from folder.remark_unused()
 
 
 def ignore_missing(items: Iterator[Item], source: SourceConfig) -> Iterator[Item]:
@@ -85,7 +85,7 @@ def iterate_source(source: SourceConfig, folders: Folders) -> Iterator[Item]:
             assert images is not None
             yield from iterate_posts_file(path, images, source.label, source.caption_column)
         case "folder":
-            yield from iterate_folder(check_folder(source.path), source.label, source.follow_links)
+            yield from iterate_folder(existing_folder(source.path), source.label, source.follow_links)
         case "tars":
             yield from iterate_tars(path, source.label, source.follow_links)
         case "dataset":
@@ -106,7 +106,7 @@ def prefix_keys(items: Iterator[Item], name: str) -> Iterator[Item]:
             yield replace(item, key=f"{encode_key(f'{name}/')}{item.key}")
 
 
-def check_folder(name: str) -> Path:
+def existing_folder(name: str) -> Path:
     """The folder of this name."""
     if not Path(name).is_dir():
         raise UserError(f"{name} is not a folder")

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from trainer.core.errors import UserError
-from trainer.data.fields import is_nan
+from trainer.data.fields import is_nan, show_text
 from trainer.data.post import Note, Post, read_post
 
 CAPTION = "caption"
@@ -63,7 +63,7 @@ def find_caption(record: Mapping[str, Any], notes: list[Note]) -> str | None:
     if len(known) > 1:
         raise ValueError(f"{', '.join(known)} may each be the caption: set caption_column to one of them")
     if not known and (others := [name for name in texts if is_other(name)]):
-        notes.append(Note(NO_CAPTION, f"the record has text in {show_names(others)}"))
+        notes.append(Note(NO_CAPTION, f"the record has text in {show_text(', '.join(others))}"))
     return known[0] if known else None
 
 
@@ -90,18 +90,13 @@ def is_other(name: str) -> bool:
     return not is_tags(name) and name not in OTHER_TEXTS and not name.endswith(("_url", "_at", "__"))
 
 
-def show_names(names: list[str]) -> str:
-    """Names of fields as text that any report can hold."""
-    return ", ".join(names).encode(errors="backslashreplace").decode()
-
-
 def check_columns(schema: pa.Schema, column: str | None, where: str) -> None:
     """Refuse a table of which it is not clear which column holds the captions.
 
     Raises:
         UserError: with the columns that there are.
     """
-    listed = show_names(schema.names)
+    listed = show_text(", ".join(schema.names))
     if column is not None and column not in schema.names:
         raise UserError(f"{where} has no column {column}, only {listed}")
     if column is not None or CAPTION in schema.names or any(is_tags(name) for name in schema.names):

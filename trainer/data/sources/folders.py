@@ -7,11 +7,14 @@ from pathlib import Path, PurePath
 
 from trainer.core.errors import UserError
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, WORK_LOCK_FILE, WORK_SUFFIX
+from trainer.data.fields import show_text
 from trainer.data.formats import image_extensions
-from trainer.data.sources.records import BadRecord
-from trainer.data.sources.unread import HIDDEN_FOLDER, LINKED_FOLDER, Skipped, is_system_folder
+from trainer.data.sources.records import BadRecord, Remark
+from trainer.data.sources.unread import is_system_folder
 
 EXTENSIONS = tuple(f".{end}" for end in image_extensions())
+HIDDEN_FOLDER = "hidden or system folder, not entered"
+LINKED_FOLDER = "linked folder, not entered"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Walk:
     """A walk on its way."""
 
     folder: Path
+    source: str
     follow_links: bool
-    skipped: list[Skipped]
+    skipped: list[Remark]
     entered: set[tuple[int, int]] = field(default_factory=set)  # (device, inode) of folders, where links are followed
 
     def may_enter(self, name: str, path: str, linked: bool) -> bool:
@@ -44,21 +48,23 @@ class Walk:
         if holds_shards(path):
             return False
         if is_system_folder(name[name.rfind("/") + 1 :]):
-            self.skipped.append(Skipped(name, HIDDEN_FOLDER, "never entered: hidden, or of a system"))
-            return False
+            return self.skip(name, HIDDEN_FOLDER, "never entered: hidden, or of a system")
         if linked and not self.follow_links:
-            self.skipped.append(Skipped(name, LINKED_FOLDER, "a link: follow_links: true for this source enters it"))
-            return False
+            return self.skip(name, LINKED_FOLDER, "a link: follow_links: true for this source enters it")
         if not self.follow_links:
             return True
         status = Path(path).stat()
         place = (status.st_dev, status.st_ino)
         inside = linked and Path(path).resolve().is_relative_to(self.folder.resolve())
         if inside or place in self.entered:
-            self.skipped.append(Skipped(name, LINKED_FOLDER, "entered under another name"))
-            return False
+            return self.skip(name, LINKED_FOLDER, "entered under another name")
         self.entered.add(place)
         return True
+
+    def skip(self, name: str, kind: str, detail: str) -> bool:
+        """Remark on a folder that is not entered."""
+        self.skipped.append(Remark(self.source, kind, origin=show_text(f"{name}/"), detail=detail))
+        return False
 
 
 def holds_shards(path: str) -> bool:
@@ -67,18 +73,20 @@ def holds_shards(path: str) -> bool:
     return all(os.path.isfile(os.path.join(path, name)) for name in own)  # noqa: PTH113, PTH118
 
 
-def walk_files(folder: Path, *, follow_links: bool = False, skipped: list[Skipped] | None = None) -> Iterator[Found]:
+def walk_files(
+    folder: Path, source: str = "", *, follow_links: bool = False, skipped: list[Remark] | None = None
+) -> Iterator[Found]:
     """All files of a tree in the order of their relative paths.
 
     Hidden and system folders below it are not entered, linked ones only with ``follow_links``.
 
     Args:
-        skipped: receives the folders that are not entered.
+        skipped: receives the source's remarks on folders that are not entered.
 
     Raises:
         UserError: when a folder in it cannot be listed.
     """
-    walk = Walk(folder, follow_links, [] if skipped is None else skipped)
+    walk = Walk(folder, source, follow_links, [] if skipped is None else skipped)
     if follow_links and folder.is_dir():
         walk.may_enter("", os.fspath(folder), linked=False)
     waiting = [walk_one(walk, "")]  # not by recursion: folders may be nested deeper than Python's stack

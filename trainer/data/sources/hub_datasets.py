@@ -18,10 +18,9 @@ from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
 from trainer.data.post import ImagePlace, Post, TableCell, encode_key
 from trainer.data.sources.caption_fields import check_columns, read_captioned
-from trainer.data.sources.posts_files import plain_values
-from trainer.data.sources.records import BadRecord, Reject
+from trainer.data.sources.posts_files import BATCH_ROWS, plain_values
+from trainer.data.sources.records import BadRecord, Reject, reject
 
-BATCH_ROWS = 1024  # rows that are made Python values at a time
 NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
 
 
@@ -45,8 +44,10 @@ def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
             table = open_arrow(file)
             image = find_image_column(source, table.schema)
             check_columns(table.schema, source.caption_column, f"the dataset {source.path}")
-            for row, (values, place) in enumerate(iterate_rows(table, image)):
-                yield read_row(source, number, values, TableCell(file, row, image) if place is True else place, split)
+            for row, (values, place) in enumerate(iterate_dataset_rows(table, image)):
+                yield read_dataset_row(
+                    source, number, values, TableCell(file, row, image) if place is True else place, split
+                )
                 number += 1
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is not UTF-8 is a ValueError
             raise UserError(f"{file} is damaged: {error}") from error
@@ -103,7 +104,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def iterate_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str, Any], bool | str]]:
+def iterate_dataset_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str, Any], bool | str]]:
     """Each row's values but bytes, and where its image is: True in its cell, a path beside it, or False for nowhere."""
     columns = [column.name for column in table.schema if not holds_bytes(column.type)]
     for batch in table.select([*columns, image]).to_batches(BATCH_ROWS):
@@ -121,7 +122,7 @@ def iterate_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str, Any], 
             yield row, (has_bytes or path or False) if valid else False
 
 
-def read_row(
+def read_dataset_row(
     source: SourceConfig, number: int, values: dict[str, Any], place: TableCell | bool | str, split: Split
 ) -> Post | Reject:
     """The post of one row."""
@@ -130,10 +131,8 @@ def read_row(
         record = plain_values(values)
         image = place if isinstance(place, TableCell) else place_file(place, split.images)
         return read_captioned(record, source.caption_column, source=source.label, image=image, origin=origin, key=key)
-    except BadRecord as error:
-        return Reject(key, origin, *error.args)
     except ValueError as error:
-        return Reject(key, origin, "bad_record", str(error))
+        return reject(key, origin, error)
 
 
 def place_file(path: bool | str, root: Path) -> ImagePlace:

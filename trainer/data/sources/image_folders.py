@@ -11,21 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.core.errors import UserError
+from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import ImagePlace, TarMember
 from trainer.data.sources.folders import check_inside, walk_files
-from trainer.data.sources.image_names import (
-    md5_in,
-    plain_path,
-    prefix_before,
-    relative_path,
-    stem_or_id,
-    strip_start,
-)
-from trainer.data.sources.records import BadRecord, Reject, Remark, show_name
-from trainer.data.sources.tar_headers import Damage, walk_tar
-from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed
-from trainer.data.sources.unread import Skipped, Unread, is_system_folder, remark_folders, without_extension
+from trainer.data.sources.image_names import md5_in, plain_path, prefix_before, relative_path, stem_or_id, strip_start
+from trainer.data.sources.records import BadRecord, Reject, Remark
+from trainer.data.sources.tar_headers import Damage, Member, walk_tar
+from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed, reject_damage
+from trainer.data.sources.unread import add_up, is_system_folder, remark_file, without_extension
 
 
 class InTar(NamedTuple):
@@ -66,7 +60,8 @@ class ImageFolder:
         """The same images, asked by one source."""
         return replace(self, strip_prefix=strip_prefix and plain_path(strip_prefix), counts=NameCounts())
 
-    def add(self, name: str, stem: str) -> None:
+    def add(self, name: str) -> None:
+        stem = stem_or_id(name)
         before = self.by_stem.setdefault(stem, name)
         if isinstance(before, list):
             before.append(name)
@@ -78,6 +73,10 @@ class ImageFolder:
         found = self.by_stem.get(stem, [])
         return [found] if isinstance(found, str) else found
 
+    def names(self) -> Iterator[str]:
+        """The names of all images."""
+        return (name for stem in self.by_stem for name in self.all_of(stem))
+
     def find(self, stem: str) -> list[str]:
         """The names of the images of this stem or id; of members of tars only where there is no file."""
         return self.prefer_files(self.all_of(stem))
@@ -86,10 +85,9 @@ class ImageFolder:
         """The names of the images whose own name ends with this md5 sum."""
         if not self.by_md5:
             self.by_md5[""] = []  # made, even where no name has one
-            for names in self.by_stem.values():
-                for name in [names] if isinstance(names, str) else names:
-                    if (sum_ := md5_in(name)) is not None:
-                        self.by_md5.setdefault(sum_, []).append(name)
+            for name in self.names():
+                if (stated := md5_in(name)) is not None:
+                    self.by_md5.setdefault(stated, []).append(name)
         return self.prefer_files(self.by_md5.get(md5, []))
 
     def prefer_files(self, names: list[str]) -> list[str]:
@@ -131,7 +129,7 @@ class ImageFolder:
             inner = relative_path(self.strip(plain), self.path)
             found = self.match(inner, bare)
             if len(found) > 1:
-                raise BadRecord("image_ambiguous", f"{path!r} may be {show_name(', '.join(found))}")
+                raise BadRecord("image_ambiguous", f"{path!r} may be {show_text(', '.join(found))}")
             if not found and bare:
                 raise BadRecord("image_missing", f"no image in the folder is called {path!r}")
             if not found:
@@ -168,11 +166,10 @@ class ImageFolder:
         self.counts.prefixes.update(str(prefix) for prefix in prefixes)
         return f"; strip_prefix: {min(prefixes, key=len)!r} would find it" if prefixes else ""  # type: ignore[arg-type]
 
-    def tell_unused(self) -> Iterator[Remark]:
+    def remark_unused(self) -> Iterator[Remark]:
         """After the last post of all sources: the images that no record led to."""
-        names = [name for found in self.by_stem.values() for name in ([found] if isinstance(found, str) else found)]
-        if unused := [name for name in names if name not in self.used]:
-            yield Remark(self.source, "images without a post", len(unused), show_name(unused[0]))
+        if unused := [name for name in self.names() if name not in self.used]:
+            yield Remark(self.source, "images without a post", len(unused), show_text(unused[0]))
 
     def judge_names(self) -> None:
         """After a source's last post: refuse a strip_prefix without effect, and names that all come from elsewhere.
@@ -184,8 +181,8 @@ class ImageFolder:
         best = min(counts.prefixes, key=lambda each: (-counts.prefixes[each], len(each)), default=None)
         if best is not None and 2 * counts.prefixes[best] > counts.names:
             raise UserError(
-                f"{counts.prefixes[best]} of {counts.names} names of images begin with {show_name(best)!r}, which is "
-                f"not in {self.path}, where the rest of each is found: set strip_prefix: {show_name(best)!r} for this "
+                f"{counts.prefixes[best]} of {counts.names} names of images begin with {show_text(best)!r}, which is "
+                f"not in {self.path}, where the rest of each is found: set strip_prefix: {show_text(best)!r} for this "
                 "source in data.sources"
             )
         if self.strip_prefix and not counts.stripped:
@@ -204,27 +201,27 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
     Raises:
         UserError: when the folder or a tar in it cannot be read, or its tars are compressed.
     """
-    listed, compressed = ImageFolder(folder, source=source, follow_links=follow_links), []
-    skipped, unread = list[Skipped](), Unread()
-    for found in walk_files(folder, follow_links=follow_links, skipped=skipped):
+    listed, skipped = ImageFolder(folder, source=source, follow_links=follow_links), list[Remark]()
+    unread, compressed = dict[str, Remark](), list[str]()
+    for found in walk_files(folder, source, follow_links=follow_links, skipped=skipped):
         if is_image_name(found.last):
             if not found.plain:
                 listed.links.add(found.name)
-            listed.add(found.name, stem_or_id(found.name))
+            listed.add(found.name)
         elif found.name.lower().endswith(".tar"):
             if found.plain or may_read_link(listed, found.name):
                 list_tar(listed, found.name)
         elif is_compressed(found.name):
             compressed.append(found.name)
         else:
-            unread.add(found.last, found.name)
-    listed.damages.extend(remark_folders(source, skipped))
-    listed.damages.extend(unread.tell(source))
+            # records and not sidecars say which images there are, so that a sidecar lacks none
+            add_up(unread, remark_file(source, found.last, found.name, sidecars=False))
+    listed.damages.extend((*skipped, *unread.values()))
     if compressed and not listed.by_stem:
         refuse_compressed(folder / compressed[0])
     if compressed:
-        name, kind = show_name(compressed[0]), "compressed tars, not read"
-        listed.damages.append(Remark(source, kind, len(compressed), name))
+        example = show_text(compressed[0])
+        listed.damages.append(Remark(source, "compressed tars, not read", len(compressed), example))
     return listed
 
 
@@ -233,31 +230,34 @@ def may_read_link(listed: ImageFolder, tar: str) -> bool:
     try:
         check_inside(listed.path, tar, listed.follow_links)
     except BadRecord as error:
-        listed.damages.append(Remark(listed.source, "linked tars, not read", 1, show_name(tar), error.args[1]))
+        listed.damages.append(Remark(listed.source, "linked tars, not read", 1, show_text(tar), error.args[1]))
         return False
     return True
 
 
 def list_tar(listed: ImageFolder, tar: str) -> None:
     """Add the images of a tar, and what else is in it. Of two members of one name the later counts."""
-    others: dict[str, list[str]] = {}
+    others: dict[str, Remark] = {}
     with open_tar(listed.path / tar) as file:
         for item in walk_tar(file):
             if isinstance(item, Damage):
-                reason, where = (
-                    ("bad_tar", f"byte {item.offset}") if item.name is None else ("refused_member", item.name)
-                )
-                listed.damages.append(Reject(None, show_name(f"{tar}: {where}"), reason, show_name(item.detail)))
-            elif any(is_system_folder(part) for part in item.name.split("/")[:-1]):
-                others.setdefault("members of hidden or system folders in tars, not read", []).append(item.name)
-            elif is_image_name(item.name[item.name.rfind("/") + 1 :]):
-                name = f"{tar}/{plain_path(item.name)}"
-                if name in listed.members:
-                    others.setdefault("members of tars written again later, not read", []).append(item.name)
-                else:
-                    listed.add(name, stem_or_id(name))
-                listed.members[name] = InTar(tar, name[len(tar) + 1 :], item.offset, item.length)
-            elif not item.name.endswith("/"):
-                others.setdefault("members of tars that are no images", []).append(item.name)
-    for kind, names in others.items():
-        listed.damages.append(Remark(listed.source, kind, len(names), show_name(f"{tar}: {names[0]}")))
+                listed.damages.append(reject_damage(item, tar))
+            elif (kind := add_member(listed, tar, item)) is not None:
+                add_up(others, Remark(listed.source, kind, origin=show_text(f"{tar}: {item.name}")))
+    listed.damages.extend(others.values())
+
+
+def add_member(listed: ImageFolder, tar: str, member: Member) -> str | None:
+    """Add a member of a tar that is an image; what one is that is not read, or stands for an earlier one."""
+    *folders, last = member.name.split("/")
+    if any(is_system_folder(each) for each in folders):
+        return "members of hidden or system folders in tars, not read"
+    if not is_image_name(last):
+        return None if member.name.endswith("/") else "members of tars that are no images"
+    inner = plain_path(member.name)
+    name = f"{tar}/{inner}"
+    again = name in listed.members
+    if not again:
+        listed.add(name)
+    listed.members[name] = InTar(tar, inner, member.offset, member.length)
+    return "members of tars written again later, not read" if again else None

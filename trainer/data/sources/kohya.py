@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.data.fields import read_text
+from trainer.data.fields import read_text, show_text
 from trainer.data.post import Note, Post, encode_key, read_post
 from trainer.data.sources.caption_fields import find_caption, join_captions
 from trainer.data.sources.image_folders import ImageFolder
-from trainer.data.sources.records import BadRecord, Reject, parse_record, show_name
+from trainer.data.sources.records import BadRecord, Reject, parse_record, reject
 
 CAPTION_SEPARATOR = ","  # sd-scripts' default
 LATENTS_SUFFIX = ".npz"  # of the latents that sd-scripts writes beside an image
@@ -42,7 +42,7 @@ def iterate_kohya(file: Path, images: ImageFolder, source: str, variants: bool =
 
 def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: str, variants: bool) -> Post | Reject:
     """The post of one image. The resolution that sd-scripts chose for it is no size of the file: not kept."""
-    origin, key = show_name(f"{file}: {name}"), None
+    origin, key = show_text(f"{file}: {name}"), None
     try:
         found = images.locate(name.removesuffix(LATENTS_SUFFIX), bare=True)
         image, key = images.place(found), encode_key(os.fsencode(found))
@@ -52,10 +52,8 @@ def read_entry(name: str, entry: Any, file: str, images: ImageFolder, source: st
         caption = join_caption(entry, notes, variants)
         post = read_post({}, source=source, image=image, origin=origin, key=key, caption=caption)
         return replace(post, notes=tuple(notes))
-    except BadRecord as error:
-        return Reject(key, origin, error.args[0], show_name(error.args[1]))
     except ValueError as error:
-        return Reject(key, origin, "bad_record", str(error))
+        return reject(key, origin, error)
 
 
 def join_caption(entry: dict[str, Any], notes: list[Note], variants: bool) -> str:

@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Literal
 
 from trainer.data.captions import VARIANT_SEPARATOR
-from trainer.data.fields import Note
+from trainer.data.fields import Note, show_value
 from trainer.data.post import Post
 from trainer.data.sources.records import Item
 
 Lines = Literal["first", "tags", "variants"]
 LINE_END = re.compile(rf"[\r\n{VARIANT_SEPARATOR}]")
-MAX_SHOWN = 100  # characters of a line that a note quotes
 KINDS = {
     "first": "captions of several lines, of which the first is read",
     "tags": "captions of several lines, read as tags",
@@ -40,13 +39,9 @@ def settle_caption(post: Post, lines: Lines) -> Post:
         return replace(post, caption=caption.replace(VARIANT_SEPARATOR, " "))
     match lines:
         case "first":
-            told, detail = parts[0], f"not read: {shorten(parts[1])!r}; lines: tags or variants reads all"
+            told, detail = parts[0], f"not read: {show_value(parts[1])}; lines: tags or variants reads all"
         case "tags":
             told, detail = ", ".join(part.strip(", ") for part in parts), f"{len(parts)} lines"
         case "variants":
             told, detail = VARIANT_SEPARATOR.join(parts), f"{len(parts)} lines"
     return replace(post, caption=told, notes=(*post.notes, Note(KINDS[lines], detail)))
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."

@@ -22,13 +22,13 @@ from trainer.data.sources.records import MAX_SIDECAR, BadRecord
 
 # a line's bytes, a decoded record, or why there is none
 Record = tuple[str, bytes | dict[str, Any] | BadRecord]  # after where it stands in its file, such as "line 3"
-OPENERS: dict[bytes, Callable[[Path], Any]] = {  # by a file's first bytes
+DECOMPRESSORS: dict[bytes, Callable[[Path], Any]] = {  # by a file's first bytes
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
     b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED_ENDS = (".gz", ".bz2", ".xz", ".zst")
 FOREIGN = {  # what people have instead, by its first bytes
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
@@ -44,7 +44,7 @@ FOREIGN = {  # what people have instead, by its first bytes
 TAR_MAGIC = slice(257, 262)  # where a tar says "ustar"
 READ = "posts files are .jsonl, .json (an array of posts), .csv, .tsv (also as .gz, .bz2, .xz or .zst) and .parquet"
 START = 4096  # bytes of which a file's kind is seen
-CHUNK = 2**20  # characters of an array that are read at a time
+READ_CHARACTERS = 2**20  # characters of an array that are read at a time
 MAX_DOCUMENT = 2**26  # bytes up to which a file is looked at as a whole
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -84,7 +84,9 @@ def find_opener(file: Path) -> Callable[[Path], Any]:
         UserError: when it cannot be opened.
     """
     start = read_start(file)
-    return next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), lambda path: path.open("rb"))
+    return next(
+        (opener for magic, opener in DECOMPRESSORS.items() if start.startswith(magic)), lambda path: path.open("rb")
+    )
 
 
 def read_start(file: Path) -> bytes:
@@ -113,11 +115,11 @@ def refuse_foreign(file: Path, start: bytes) -> None:
 def choose_reader(file: Path, content: BinaryIO, start: bytes) -> Iterator[Record]:
     """The records of a file's content, which begins with ``start``."""
     name = file.name.lower()
-    while name.endswith(COMPRESSED):
+    while name.endswith(COMPRESSED_ENDS):
         name = name[: name.rfind(".")]
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if name.endswith((".csv", ".tsv")):
-        return iterate_rows(content, "\t" if name.endswith(".tsv") else ",")
+        return iterate_table_rows(content, "\t" if name.endswith(".tsv") else ",")
     if text.startswith(b"[") and (name.endswith(".json") or text[1:].lstrip()[:1] in (b"{", b"]")):
         return iterate_array(content)
     refuse_document(file, start)
@@ -162,7 +164,7 @@ def refuse_document(file: Path, start: bytes) -> None:
     raise UserError(f"{file} is one JSON object (of {names}), not one post a line or an array of posts: {READ}")
 
 
-def iterate_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
+def iterate_table_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
     """The rows of a table by the names in its first line; an empty cell is a field that the row does not have.
 
     Raises:
@@ -175,7 +177,7 @@ def iterate_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
         raise Damaged(f"the first line of a table names its columns, each once, not {', '.join(names)!r}")
     for number, row in enumerate(rows, start=1):
         if row:
-            yield f"row {number}", read_row(names, row)
+            yield f"row {number}", name_cells(names, row)
 
 
 def bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
@@ -190,7 +192,7 @@ def bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
-def read_row(names: list[str], row: list[str]) -> dict[str, Any] | BadRecord:
+def name_cells(names: list[str], row: list[str]) -> dict[str, Any] | BadRecord:
     """One row of a table."""
     if len(row) != len(names):
         return BadRecord("bad_record", f"{len(row)} cells, but the table has {len(names)} columns")
@@ -208,12 +210,12 @@ def iterate_array(file: BinaryIO) -> Iterator[Record]:
     """
     decoder = json.JSONDecoder()
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    buffer, number, ended = text.read(CHUNK).lstrip(), 0, False
+    buffer, number, ended = text.read(READ_CHARACTERS).lstrip(), 0, False
     at = 1  # behind the bracket
     while True:
         at = BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
         if buffer[at : at + 1] == "]":
-            if (buffer[at + 1 :] + text.read(CHUNK)).strip():
+            if (buffer[at + 1 :] + text.read(READ_CHARACTERS)).strip():
                 raise Damaged("something follows the end of the array")
             return
         try:
@@ -223,7 +225,7 @@ def iterate_array(file: BinaryIO) -> Iterator[Record]:
                 raise Damaged("the array ends too early" if ended else str(error)) from error
             end = len(buffer)
         if end == len(buffer) and not ended:  # there may be more of this item
-            more = text.read(CHUNK)
+            more = text.read(READ_CHARACTERS)
             buffer, at, ended = buffer[at:] + more, 0, not more
             continue
         at, number = end, number + 1

@@ -1,10 +1,10 @@
-"""Decoded records -> posts. What cannot be a Post is a Reject, with a short reason to count by."""
+"""What sources yield, and records -> posts. What cannot be a Post is a Reject, with a short reason to count by."""
 
 import json
-import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from trainer.data.fields import show_text
 from trainer.data.post import ImagePlace, Post
 from trainer.data.sources.caption_fields import read_captioned
 
@@ -39,12 +39,27 @@ class Remark:
 Item = Post | Reject | Remark  # what sources yield
 
 
-class BadRecord(Exception):
+class BadRecord(ValueError):
     """Why a record is set aside: (reason, detail)."""
 
 
+def explain_error(error: ValueError) -> tuple[str, str]:
+    """Reason and detail of a reject; what is no BadRecord says of a record itself that it cannot be read."""
+    return error.args if isinstance(error, BadRecord) else ("bad_record", str(error))
+
+
+def reject(key: str | None, origin: str, error: ValueError) -> Reject:
+    """The input that is set aside with this error."""
+    reason, detail = explain_error(error)
+    return Reject(key, origin, reason, show_text(detail))
+
+
 def parse_record(text: bytes) -> dict[str, Any]:
-    """One JSON object. NaN, which Python and pandas write though JSON does not have it, is read as what is missing."""
+    """One JSON object. NaN, which Python and pandas write though JSON does not have it, is read as what is missing.
+
+    Raises:
+        BadRecord: when it is none.
+    """
     try:
         record = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -67,32 +82,24 @@ def read_sidecars(
     """The post of an image's sidecars: a finished caption, a post as JSON, or both, where the caption wins over tags.
 
     Raises:
-        BadRecord, ValueError: where they are not such, naming the one; the caller sets the image aside.
+        ValueError: where they are not such, naming the one; the caller sets the image aside.
     """
-    text = None if caption is None else read_caption(caption)
-    name = "" if record is None else record.name
+    text = None if caption is None else decode_caption(caption)
+    more: dict[str, Any] = {"source": source, "image": image, "origin": origin, "key": key, "caption": text}
+    if record is None:
+        return read_captioned({}, **more)
     try:
-        decoded = {} if record is None else parse_record(record.content)
-        return read_captioned(decoded, source=source, image=image, origin=origin, key=key, caption=text)
-    except BadRecord as error:
-        raise BadRecord(error.args[0], f"{show_name(name)}: {error.args[1]}") from error
+        return read_captioned(parse_record(record.content), **more)
     except ValueError as error:
-        raise ValueError(f"{show_name(name)}: {error}" if name else str(error)) from error
+        reason, detail = explain_error(error)
+        raise BadRecord(reason, f"{record.name}: {detail}") from error
 
 
-def read_caption(sidecar: Sidecar) -> str:
+def decode_caption(sidecar: Sidecar) -> str:
     """A caption's text, which must be UTF-8."""
     try:
         return sidecar.content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         seen = "UTF-16" if sidecar.content.startswith((b"\xff\xfe", b"\xfe\xff")) else "in another encoding"
-        detail = f"{show_name(sidecar.name)} is not UTF-8 but {seen} (byte {error.start}): save it as UTF-8"
+        detail = f"{sidecar.name} is not UTF-8 but {seen} (byte {error.start}): save it as UTF-8"
         raise ValueError(detail) from error
-
-
-def show_name(name: str) -> str:
-    """A file's name as text that any report can hold: a name need not be Unicode."""
-    try:
-        return os.fsencode(name).decode(errors="backslashreplace")
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
-        return name.encode(errors="backslashreplace").decode()

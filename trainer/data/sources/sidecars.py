@@ -7,31 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.core.errors import UserError
+from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import Post, encode_key
 from trainer.data.sources.folders import EXTENSIONS, Found, check_inside, walk_files
-from trainer.data.sources.records import (
-    MAX_SIDECAR,
-    BadRecord,
-    Item,
-    Reject,
-    Remark,
-    Sidecar,
-    read_sidecars,
-    show_name,
-)
-from trainer.data.sources.unread import (
-    CAPTIONS,
-    POSTS,
-    Skipped,
-    extension_of,
-    remark_file,
-    remark_folders,
-    remark_second,
-    without_extension,
-)
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
+from trainer.data.sources.unread import CAPTIONS, POSTS, extension_of, remark_file, remark_second, without_extension
 
-PLAIN_CAPTIONS = (".txt", ".caption")  # behind the image's name without extension; other spellings come after these
+PLAIN_CAPTIONS = (".txt", ".caption")  # after the image's name without extension; other spellings come after these
 NO_SIDECAR = f"no caption ({', '.join('.' + end for end in CAPTIONS)}) and no post (.json) beside the image"
 
 
@@ -73,10 +56,9 @@ class Beside:
         """What is to be said of a file that is no image; nothing of a sidecar that is read."""
         if found.last in self.read:
             return None
-        origin = show_name(found.name)
         if extension_of(found.last) in (*CAPTIONS, *POSTS) and without_extension(found.last) in self.bare:
-            return remark_second(source, found.last, origin)
-        return remark_file(source, found.last, origin)
+            return remark_second(source, found.last, found.name)
+        return remark_file(source, found.last, found.name)
 
 
 def iterate_folder(folder: Path, source: str, follow_links: bool = False) -> Iterator[Item]:
@@ -85,34 +67,26 @@ def iterate_folder(folder: Path, source: str, follow_links: bool = False) -> Ite
     Raises:
         UserError: when the folder holds no images.
     """
-    images, unread = 0, Counter[str]()
-    for item in read_folder(folder, source, follow_links):
-        if isinstance(item, Remark):
-            unread[item.kind] += 1
-        else:
-            images += 1
-        yield item
-    if not images:
-        there = ", ".join(f"{count} {kind}" for kind, count in unread.items())
-        raise UserError(
-            f"{folder} holds no images ({', '.join(EXTENSIONS)})" + (f"; there are: {there}" if there else "")
-        )
-
-
-def read_folder(folder: Path, source: str, follow_links: bool) -> Iterator[Item]:
-    """The images of a folder as posts, and remarks on all else."""
-    skipped: list[Skipped] = []
+    images, unread, skipped = 0, Counter[str](), list[Remark]()
     besides: dict[str, Beside] = {}  # of the folders on the way to the file that is looked at
-    for found in walk_files(folder, follow_links=follow_links, skipped=skipped):
+    for found in walk_files(folder, source, follow_links=follow_links, skipped=skipped):
         if found.parent not in besides:
             besides = {parent: each for parent, each in besides.items() if found.parent.startswith(parent)}
             besides[found.parent] = Beside(found.siblings)
         beside = besides[found.parent]
         if is_image_name(found.last):
+            images += 1
             yield read_beside(folder, found, beside, source, follow_links)
         elif (remark := beside.remark(found, source)) is not None:
+            unread[remark.kind] += 1
             yield remark
-    yield from remark_folders(source, skipped)
+    yield from skipped
+    if not images:
+        unread.update(remark.kind for remark in skipped)
+        there = ", ".join(f"{count} {kind}" for kind, count in unread.items())
+        raise UserError(
+            f"{folder} holds no images ({', '.join(EXTENSIONS)})" + (f"; there are: {there}" if there else "")
+        )
 
 
 def read_beside(folder: Path, found: Found, beside: Beside, source: str, follow_links: bool) -> Post | Reject:
@@ -121,33 +95,29 @@ def read_beside(folder: Path, found: Found, beside: Beside, source: str, follow_
     A caption and a post may both be there: the caption then wins over the post's tags.
     """
     key = encode_key(os.fsencode(found.name))
-    origin = show_name(found.name)
+    origin = show_text(found.name)
     try:
         path = folder / found.name if found.plain else check_inside(folder, found.name, follow_links)
         captions, posts = beside.choose(found.last)
         if len(captions) > 1:
-            raise BadRecord(
-                "caption_ambiguous", f"several captions: {show_name(', '.join(captions))}; keep one of them"
-            )
+            raise BadRecord("caption_ambiguous", f"several captions: {', '.join(captions)}; keep one of them")
         if not captions and not posts:
             raise BadRecord("no_sidecar", NO_SIDECAR)
         caption = read_sidecar(folder, found, captions[0], follow_links) if captions else None
         post = read_sidecar(folder, found, posts[0], follow_links) if posts else None
         return read_sidecars(caption, post, key=key, source=source, image=path, origin=origin)
-    except BadRecord as error:
-        return Reject(key, origin, *error.args)
     except ValueError as error:
-        return Reject(key, origin, "bad_record", str(error))
+        return reject(key, origin, error)
 
 
 def read_sidecar(folder: Path, found: Found, name: str, follow_links: bool) -> Sidecar:
     """A sidecar beside an image."""
     path = folder / (found.parent + name)
     if not found.siblings[name] and not check_inside(folder, found.parent + name, follow_links).is_file():
-        raise BadRecord("bad_record", f"{show_name(name)} is not a regular file")
+        raise BadRecord("bad_record", f"{name} is not a regular file")
     try:
         if (size := path.stat().st_size) > MAX_SIDECAR:
-            raise BadRecord("bad_record", f"{show_name(name)} has {size} bytes, above {MAX_SIDECAR}")
+            raise BadRecord("bad_record", f"{name} has {size} bytes, above {MAX_SIDECAR}")
         return Sidecar(name, path.read_bytes())
     except OSError as error:
-        raise BadRecord("bad_record", f"{show_name(name)} cannot be read: {error.strerror}") from error
+        raise BadRecord("bad_record", f"{name} cannot be read: {error.strerror}") from error

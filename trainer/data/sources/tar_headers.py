@@ -1,26 +1,34 @@
-"""A strict walk over the 512-byte headers of a tar file. What is damaged is told, and the walk goes on behind it.
+"""A strict walk over the 512-byte headers of a tar file. What is damaged is reported, and the walk resumes after it.
 
-The standard library's and webdataset's readers stop at the first bad header and lose all that follows; extraction is
-never done, so that a member is only ever a name and a stretch of the file.
+The standard library's reader, which is webdataset's too, stops at a damaged header or passes over it in silence, and
+takes a damaged pax record, which no checksum covers, for none: its member then has a name cut short (Python 3.11).
+Nothing is ever extracted: a member is only a name and a stretch of the file.
 """
 
 import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
-MAGIC_AT = 257  # where a header says "ustar"
-MAX_EXTENSION = 2**20  # bytes of a pax or GNU header; names are shorter
-CHUNK = 2**20  # bytes read at a time while looking for the next header
+MAGIC = slice(257, 262)  # where a header says "ustar"
+EXTENDED = {  # types of headers that describe the member after them
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+}  # fmt: skip
+MAX_EXTENDED_BYTES = 2**20  # of such a header; names are shorter
 PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=\n]+)=")
+REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
+OTHER_TYPES = {
+    tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link", tarfile.FIFOTYPE: "a pipe",
+    tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.GNUTYPE_SPARSE: "a sparse file",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar."""
+    """A file in a tar, or a folder, whose name ends with a slash."""
 
     name: str
     offset: int  # of its bytes
@@ -36,90 +44,69 @@ class Damage:
     name: str | None = None
 
 
-class BadHeader(Exception):
-    """Why a header cannot be used."""
-
-
-@dataclass
-class Extensions:
-    """What pax and GNU headers say about the member behind them."""
-
-    values: dict[str, str] = field(default_factory=dict)
-    lasting: dict[str, str] = field(default_factory=dict)  # of a global pax header
-
-    def get(self, name: str) -> str | None:
-        return self.values.get(name, self.lasting.get(name))
-
-
 def walk_tar(file: BinaryIO) -> Iterator[Member | Damage]:
     """Members and damages of an open tar file, in order; its bytes are skipped, not read."""
     end = os.fstat(file.fileno()).st_size
-    extensions, position = Extensions(), 0
+    lasting: dict[str, str] = {}  # what global pax headers say of all members after them
+    described: dict[str, str] = {}  # what extended headers say of the next member
+    position = 0
     while position < end:
         file.seek(position)
         block = file.read(BLOCK)
+        start = position + len(block)
         if not block.strip(b"\0"):  # the end, unless tars were joined: zeros are passed over
-            position += BLOCK
+            position = start
             continue
         try:
-            info = read_header(block)
-            size = whole_number(extensions.get("size"), info.size)
-            after = position + BLOCK + size + -size % BLOCK
-            if position + BLOCK + size > end:
-                raise BadHeader(f"{info.name!r} would end behind the end of the file")
-            if is_extension(info):
-                if size > MAX_EXTENSION:
-                    raise BadHeader(f"an extended header of {size} bytes")
-                read_extension(info, file.read(size), extensions)
+            info = parse_header(block)
+            said = lasting | described
+            size = parse_size(said["size"]) if "size" in said else info.size  # above 8 GiB it stands there
+            if start + size > end:
+                raise tarfile.HeaderError(f"{info.name!r} would end beyond the end of the file")
+            if info.type not in EXTENDED:
+                yield judge_member(info, said, start, size)
+                described = {}
+            elif size > MAX_EXTENDED_BYTES:
+                raise tarfile.HeaderError(f"an extended header of {size} bytes")
+            elif info.type == tarfile.XGLTYPE:
+                lasting |= parse_pax(file.read(size))
             else:
-                yield judge_member(info, extensions, position, size)
-                extensions.values = {}
-            position = after
-        except BadHeader as error:
-            extensions.values = {}
-            next_one = find_header(file, position + BLOCK, end)
-            yield Damage(position, f"bytes {position} to {next_one} are no member: {error}")
-            position = next_one
+                described |= parse_extended(info.type, file.read(size))
+            position = start + size + -size % BLOCK
+        except tarfile.HeaderError as error:
+            described = {}
+            resumed = find_header(file, start)
+            yield Damage(position, f"bytes {position} to {resumed} are no member: {error}")
+            position = resumed
 
 
-def read_header(block: bytes) -> tarfile.TarInfo:
-    """One header, whose checksum holds."""
+def parse_header(block: bytes) -> tarfile.TarInfo:
+    """One header, whose checksum holds.
+
+    Raises:
+        tarfile.HeaderError: when it is none.
+    """
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError, OverflowError) as error:
-        raise BadHeader(str(error)) from error
+    except (ValueError, OverflowError) as error:
+        raise tarfile.HeaderError(str(error)) from error
     if info.size < 0:
-        raise BadHeader(f"{info.name!r} has a negative size")
+        raise tarfile.HeaderError(f"{info.name!r} has a negative size")
     return info
 
 
-def whole_number(text: str | None, otherwise: int) -> int:
-    """A pax record's number; a size above 8 GiB stands there."""
-    if text is None:
-        return otherwise
+def parse_size(text: str) -> int:
+    """The number of a pax record."""
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise BadHeader(f"a size of {text[:30]!r}")
+        raise tarfile.HeaderError(f"a size of {text[:30]!r}")
     return int(text)
 
 
-def is_extension(info: tarfile.TarInfo) -> bool:
-    """Whether the block describes the member behind it."""
-    return info.type in (
-        tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
-    )  # fmt: skip
-
-
-def read_extension(info: tarfile.TarInfo, payload: bytes, extensions: Extensions) -> None:
-    """Add what an extended header says."""
-    match info.type:
-        case tarfile.GNUTYPE_LONGNAME:
-            extensions.values["path"] = payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-        case tarfile.GNUTYPE_LONGLINK:
-            pass  # links are refused, wherever they lead
-        case tarfile.XGLTYPE:
-            extensions.lasting |= parse_pax(payload)
-        case _:
-            extensions.values |= parse_pax(payload)
+def parse_extended(kind: bytes, payload: bytes) -> dict[str, str]:
+    """What an extended header says of the member after it, by pax's names."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
+    return {} if kind == tarfile.GNUTYPE_LONGLINK else parse_pax(payload)  # links are refused, wherever they lead
 
 
 def parse_pax(payload: bytes) -> dict[str, str]:
@@ -130,48 +117,35 @@ def parse_pax(payload: bytes) -> dict[str, str]:
         matched = PAX_RECORD.match(payload, start)
         stop = start + int(matched[1]) if matched else 0
         if matched is None or not matched.end() < stop <= len(payload) or payload[stop - 1] != ord("\n"):
-            raise BadHeader("a pax header that makes no sense")
+            raise tarfile.HeaderError("a pax header that makes no sense")
         value = payload[matched.end() : stop - 1]
         records[matched[2].decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         start = stop
     return records
 
 
-def judge_member(info: tarfile.TarInfo, extensions: Extensions, position: int, size: int) -> Member | Damage:
-    """The member, if it is a regular file whose name stays inside."""
-    name = extensions.get("path") or info.name
-    sparse = info.type == tarfile.GNUTYPE_SPARSE or any(each.startswith("GNU.sparse") for each in extensions.values)
+def judge_member(info: tarfile.TarInfo, said: dict[str, str], offset: int, size: int) -> Member | Damage:
+    """The member whose bytes begin at ``offset``, if it is a regular file whose name stays inside."""
+    name = said.get("path") or info.name
     if info.isdir():
-        return Member(name.rstrip("/") + "/", position + BLOCK, 0)
-    if sparse or info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-        kinds = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link", tarfile.FIFOTYPE: "a pipe"}
-        kinds |= {tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device"}
-        kind = "a sparse file" if sparse else kinds.get(info.type, f"a member of type {info.type!r}")
-        return Damage(position, f"{kind}, not a regular file", name)
+        return Member(name.rstrip("/") + "/", offset, 0)
+    kind = tarfile.GNUTYPE_SPARSE if any(each.startswith("GNU.sparse") for each in said) else info.type
+    if kind not in REGULAR:
+        what = OTHER_TYPES.get(kind, f"a member of type {kind!r}")
+        return Damage(offset - BLOCK, f"{what}, not a regular file", name)
     if "\0" in name or name.startswith("/") or ".." in name.split("/"):
-        return Damage(position, "its name does not stay inside a folder", name)
-    return Member(name, position + BLOCK, size)
+        return Damage(offset - BLOCK, "its name does not stay inside a folder", name)
+    return Member(name, offset, size)
 
 
-def find_header(file: BinaryIO, start: int, end: int) -> int:
-    """Where the next header with a good checksum lies; the end where there is none."""
-    while start < end:
-        file.seek(start)
-        chunk = file.read(CHUNK + BLOCK)
-        at = chunk.find(b"ustar", MAGIC_AT)
-        while at >= 0 and at - MAGIC_AT < CHUNK:
-            offset = at - MAGIC_AT
-            if offset % BLOCK == 0 and is_header(chunk[offset : offset + BLOCK]):
-                return start + offset
-            at = chunk.find(b"ustar", at + 1)
-        start += CHUNK
-    return end
-
-
-def is_header(block: bytes) -> bool:
-    """Whether a block is a header whose checksum holds."""
-    try:
-        read_header(block)
-    except BadHeader:
-        return False
-    return True
+def find_header(file: BinaryIO, start: int) -> int:
+    """Where the next header with a good checksum lies from ``start`` on, block by block; else the file's end."""
+    file.seek(start)
+    while block := file.read(BLOCK):
+        try:
+            if block[MAGIC] == b"ustar" and parse_header(block):
+                return start
+        except tarfile.HeaderError:
+            pass
+        start += len(block)
+    return start

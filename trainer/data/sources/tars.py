@@ -1,72 +1,46 @@
 """webdataset tars as posts: an image with a post (.json), a finished caption (.txt) or both, under one key.
 
-Read by a walk of our own. Only sidecars are read; an image is a stretch of its tar.
+Only sidecars are read; an image is a stretch of its tar.
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from trainer.core.errors import UserError
+from trainer.data.fields import show_text
 from trainer.data.formats import image_extensions
 from trainer.data.post import Post, TarMember, encode_key
 from trainer.data.sources.folders import walk_files
-from trainer.data.sources.records import (
-    MAX_SIDECAR,
-    BadRecord,
-    Item,
-    Reject,
-    Remark,
-    Sidecar,
-    read_sidecars,
-    show_name,
-)
+from trainer.data.sources.record_files import DECOMPRESSORS
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 from trainer.data.sources.unread import (
     CAPTIONS,
     PACKAGE_OF,
     POSTS,
-    Skipped,
     extension_of,
     is_system_folder,
     remark_file,
-    remark_folders,
     remark_second,
 )
 
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
 
 @dataclass
-class Sample:
-    """Members that lie one behind the other and share webdataset's key."""
+class TarSample:
+    """Members that follow each other and share webdataset's key."""
 
     key: str  # their path up to the first dot of its last part
-    members: dict[str, Member] = field(default_factory=dict)  # by extension in lower case, up to that dot
+    members: dict[str, Member] = field(default_factory=dict)  # by extension in lower case, from that dot on
     refused: list[str] = field(default_factory=list)  # what is wrong with it
     beside_damage: bool = False  # a member may be lost
 
     @property
     def sidecars(self) -> list[str]:
         return sorted(name for name in self.members if extension_of("." + name) in (*CAPTIONS, *POSTS))
-
-
-class Unread(NamedTuple):
-    """A member that belongs to no sample."""
-
-    name: str
-
-
-class Chosen(NamedTuple):
-    """The members of a sample that are read, by extension."""
-
-    image: str
-    caption: str | None
-    post: str | None
 
 
 def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterator[Item]:
@@ -78,8 +52,8 @@ def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterato
     if not path.is_dir():
         yield from iterate_tar(path, path.name, source)
         return
-    tars, skipped = 0, list[Skipped]()
-    for found in walk_files(path, follow_links=follow_links, skipped=skipped):
+    tars, skipped = 0, list[Remark]()
+    for found in walk_files(path, source, follow_links=follow_links, skipped=skipped):
         if is_compressed(found.name):
             refuse_compressed(path / found.name)
         if found.name.lower().endswith(".tar"):
@@ -87,7 +61,7 @@ def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterato
             yield from iterate_tar(path / found.name, found.name, source)
         else:
             yield remark_file(source, found.last, found.name)
-    yield from remark_folders(source, skipped)
+    yield from skipped
     if not tars:
         raise UserError(f"{path} holds no .tar files")
 
@@ -115,80 +89,81 @@ def open_tar(file: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     with opened as tar:
-        if any(tar.read(8).startswith(magic) for magic in COMPRESSED for _ in [tar.seek(0)]):
+        if tar.read(8).startswith(tuple(DECOMPRESSORS)):
             refuse_compressed(file)
         yield tar
 
 
 def iterate_tar(file: Path, name: str, source: str) -> Iterator[Item]:
     """The samples of one tar, whose relative path is ``name``. Those that lack a part come last, with the reason."""
-    incomplete: list[tuple[Sample, Reject]] = []
-    stem = name.removesuffix(".tar")
+    incomplete: list[tuple[TarSample, Reject]] = []
     with open_tar(file) as tar:
         for item in judge_damage(group_members(walk_tar(tar))):
             match item:
                 case Damage():
-                    reason = "bad_tar" if item.name is None else "refused_member"
-                    where = f"byte {item.offset}" if item.name is None else item.name
-                    yield Reject(None, show_name(f"{name}: {where}"), reason, show_name(item.detail))
-                case Unread():
+                    yield reject_damage(item, name)
+                case Member():
                     yield remark_member(source, item.name, f"{name}: {item.name}")
-                case Sample():
-                    read = read_tar_sample(tar, file, item, stem, show_name(f"{name}: {item.key}"), source)
-                    if isinstance(read, Reject) and read.reason in ("no_image", "no_sidecar"):
+                case TarSample():
+                    read = read_tar_sample(tar, file, item, name, source)
+                    if isinstance(read, Post):
+                        yield read
+                        yield from remark_others(item, source, name)
+                    elif read.reason in ("no_image", "no_sidecar"):
                         incomplete.append((item, read))
                     else:
                         yield read
-                    if isinstance(read, Post):
-                        yield from remark_others(item, source, name)
-    yield from explain_parts(incomplete)
+    yield from explain_scattered(incomplete)
+
+
+def reject_damage(damage: Damage, tar: str) -> Reject:
+    """A damaged stretch, or a refused member, of the tar of this name."""
+    reason, where = ("bad_tar", f"byte {damage.offset}") if damage.name is None else ("refused_member", damage.name)
+    return Reject(None, show_text(f"{tar}: {where}"), reason, show_text(damage.detail))
 
 
 def remark_member(source: str, member: str, origin: str) -> Remark:
     """A member of no sample: a hidden one, or one of a folder in which no one's images lie."""
     *folders, last = member.split("/")
     if any(is_system_folder(each) for each in folders):
-        return Remark(source, "member of a hidden or system folder, not read", origin=show_name(origin))
+        return Remark(source, "member of a hidden or system folder, not read", origin=show_text(origin))
     return remark_file(source, last, origin)
 
 
-def remark_others(sample: Sample, source: str, tar: str) -> Iterator[Remark]:
+def remark_others(sample: TarSample, source: str, tar: str) -> Iterator[Remark]:
     """Members of a good sample that are not read."""
     for extension in sorted(sample.members.keys() - set(choose_members(sample))):
-        member = sample.members[extension]
+        name = sample.members[extension].name
         make = remark_second if extension in sample.sidecars else remark_file
-        yield make(source, member.name[member.name.rfind("/") + 1 :], f"{tar}: {member.name}")
+        yield make(source, name[name.rfind("/") + 1 :], f"{tar}: {name}")
 
 
-def explain_parts(incomplete: list[tuple[Sample, Reject]]) -> Iterator[Reject]:
+def explain_scattered(incomplete: list[tuple[TarSample, Reject]]) -> Iterator[Reject]:
     """Samples without image or sidecar, which may lie elsewhere in the tar."""
-    counts = Counter(sample.key for sample, _ in incomplete)
-    members: dict[str, list[str]] = {}
+    parts: dict[str, list[list[str]]] = {}
     for sample, _ in incomplete:
-        if counts[sample.key] > 1:
-            members.setdefault(sample.key, []).extend(sorted(sample.members))
-    for sample, reject in incomplete:
-        if sample.key in members:
-            there = show_name(", ".join(members[sample.key]))
-            detail = f"its members ({there}) do not follow each other in the tar: write it again, sorted by name"
-            reject = replace(reject, detail=f"{reject.detail}; {detail}")
-        yield reject
+        parts.setdefault(sample.key, []).append(sorted(sample.members))
+    for sample, why in incomplete:
+        if len(parts[sample.key]) > 1:
+            there = show_text(", ".join(name for part in parts[sample.key] for name in part))
+            advice = f"its members ({there}) do not follow each other in the tar: write it again, sorted by name"
+            why = replace(why, detail=f"{why.detail}; {advice}")
+        yield why
 
 
-def judge_damage(items: Iterator[Sample | Damage | Unread]) -> Iterator[Sample | Damage | Unread]:
+def judge_damage(items: Iterator[TarSample | Damage | Member]) -> Iterator[TarSample | Damage | Member]:
     """Refuse samples that may have lost a sidecar: what it said would be missing from their captions without a word.
 
     A sample beside a damaged stretch counts only with the same sidecars as the last sound sample before it, or, at a
-    tar's beginning, the first one behind it.
+    tar's beginning, the first one after it.
     """
     usual: list[str] | None = None
-    waiting: list[Sample] = []
+    waiting: list[TarSample] = []
     for item in items:
-        if not isinstance(item, Sample):
+        if not isinstance(item, TarSample):
             yield item
             continue
-        if not item.beside_damage:
-            usual = item.sidecars
+        usual = usual if item.beside_damage else item.sidecars
         waiting.append(item)
         if usual is not None:
             yield from compare_sidecars(waiting, usual)
@@ -196,16 +171,16 @@ def judge_damage(items: Iterator[Sample | Damage | Unread]) -> Iterator[Sample |
     yield from compare_sidecars(waiting, usual)
 
 
-def compare_sidecars(samples: list[Sample], usual: list[str] | None) -> Iterator[Sample]:
+def compare_sidecars(samples: list[TarSample], usual: list[str] | None) -> Iterator[TarSample]:
     for sample in samples:
         if sample.beside_damage and sample.sidecars != usual:
             sample.refused.append("beside a damaged stretch, and not with the sidecars of sound samples")
         yield sample
 
 
-def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage | Unread]:
+def group_members(items: Iterator[Member | Damage]) -> Iterator[TarSample | Damage | Member]:
     """Samples as webdataset groups them; what lies between those of one sample does not part it."""
-    sample: Sample | None = None
+    sample: TarSample | None = None
     damaged = False  # since the last member
     for item in items:
         key, extension = split_name(item.name or "")
@@ -214,21 +189,20 @@ def group_members(items: Iterator[Member | Damage]) -> Iterator[Sample | Damage 
             if sample is not None and key == sample.key:
                 sample.refused.append(f"{item.name}: {item.detail}")
             yield item
-            continue
-        if key is None:
+        elif key is None:
             if not item.name.endswith("/"):  # a folder is nothing to read
-                yield Unread(item.name)
-            continue
-        if sample is not None:
+                yield item
+        else:
+            if sample is None or key != sample.key:
+                if sample is not None:
+                    sample.beside_damage |= damaged
+                    yield sample
+                sample = TarSample(key)
             sample.beside_damage |= damaged
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield sample
-            sample = Sample(key, beside_damage=damaged)
-        damaged = False
-        if extension in sample.members:
-            sample.refused.append(f"two members called .{extension}")
-        sample.members[extension] = item
+            damaged = False
+            if extension in sample.members:
+                sample.refused.append(f"two members called .{extension}")
+            sample.members[extension] = item
     if sample is not None:
         sample.beside_damage |= damaged
         yield sample
@@ -244,15 +218,16 @@ def split_name(name: str) -> tuple[str | None, str]:
     return folder + slash + stem, extension.lower()
 
 
-def choose_members(sample: Sample) -> Chosen:
-    """Which members are read: ``txt`` and ``json`` before other spellings of a caption and a post.
+def choose_members(sample: TarSample) -> tuple[str, str | None, str | None]:
+    """Which members are read, by extension: the image, its caption and its post, of which ``txt`` and ``json`` come
+    before other spellings.
 
     Raises:
         BadRecord: where there is no image, no sidecar, or it is not clear which.
     """
     images = [name for name in image_extensions() if name in sample.members]
     if not images:
-        raise BadRecord("no_image", explain_names(sample))
+        raise BadRecord("no_image", explain_extensions(sample))
     if len(images) > 1:
         raise BadRecord("image_ambiguous", f"several images: {', '.join(images)}")
     (image,) = images
@@ -262,35 +237,31 @@ def choose_members(sample: Sample) -> Chosen:
         raise BadRecord("no_sidecar", f"no caption ({', '.join(CAPTIONS)}) and no post (json) beside the image")
     if len(captions) > 1 and captions[0] != CAPTIONS[0]:
         raise BadRecord("caption_ambiguous", f"several captions: {', '.join(captions)}; keep one of them")
-    return Chosen(image, captions[0] if captions else None, posts[0] if posts else None)
+    return image, captions[0] if captions else None, posts[0] if posts else None
 
 
-def explain_names(sample: Sample) -> str:
+def explain_extensions(sample: TarSample) -> str:
     """Why a sample has no image."""
-    told = f"only {', '.join(sorted(sample.members))}; images are {', '.join(image_extensions())}"
+    why = f"only {', '.join(sorted(sample.members))}; images are {', '.join(image_extensions())}"
     ends = {extension_of("." + name) for name in sample.members}
     if ends & set(image_extensions()):
-        told += f"; the key ends at the first dot of a name, here behind {sample.key!r}: let names have no other dot"
-    return told + "".join(f"; {end}: pip install {PACKAGE_OF[end]}" for end in sorted(ends & PACKAGE_OF.keys()))
+        why += f"; the key ends at the first dot of a name, here after {sample.key!r}: let names have no other dot"
+    return why + "".join(f"; {end}: pip install {PACKAGE_OF[end]}" for end in sorted(ends & PACKAGE_OF.keys()))
 
 
-def read_tar_sample(tar: BinaryIO, file: Path, sample: Sample, stem: str, origin: str, source: str) -> Post | Reject:
-    """The post of one sample."""
-    key = encode_key(os.fsencode(f"{stem}/{sample.key}"))
+def read_tar_sample(tar: BinaryIO, file: Path, sample: TarSample, name: str, source: str) -> Post | Reject:
+    """The post of one sample of the tar whose relative path is ``name``."""
+    key = encode_key(os.fsencode(f"{name.removesuffix('.tar')}/{sample.key}"))
+    origin = show_text(f"{name}: {sample.key}")
     try:
         if sample.refused:
             raise BadRecord("bad_sample", "; ".join(sample.refused))
-        chosen = choose_members(sample)
-        caption, record = (
-            None if name is None else read_member(tar, sample.members[name]) for name in (chosen.caption, chosen.post)
-        )
-        image = sample.members[chosen.image]
-        place = TarMember(file, image.offset, image.length)
+        image, *sidecars = choose_members(sample)
+        caption, record = (None if each is None else read_member(tar, sample.members[each]) for each in sidecars)
+        place = TarMember(file, sample.members[image].offset, sample.members[image].length)
         return read_sidecars(caption, record, key=key, source=source, image=place, origin=origin)
-    except BadRecord as error:
-        return Reject(key, origin, error.args[0], show_name(error.args[1]))
     except ValueError as error:
-        return Reject(key, origin, "bad_record", str(error))
+        return reject(key, origin, error)
 
 
 def read_member(tar: BinaryIO, member: Member) -> Sidecar:

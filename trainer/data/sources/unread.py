@@ -1,16 +1,14 @@
 """What a source finds and does not read, as remarks of the kinds that are counted."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
+from trainer.data.fields import show_text
 from trainer.data.formats import PLUG_INS
-from trainer.data.sources.records import Remark, show_name
+from trainer.data.sources.records import Remark
 
 CAPTIONS = ("txt", "caption", "tags")  # extensions of finished captions
 POSTS = ("json",)
 PACKAGE_OF = {end: plug_in.package for plug_in in PLUG_INS for end in plug_in.extensions}
-
 
 # beside hidden ones: what systems, file servers and tools put among images, with copies and previews of them
 SYSTEM_FOLDERS = {
@@ -18,17 +16,7 @@ SYSTEM_FOLDERS = {
     "system volume information", "lost+found",
 }  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
-MAX_EXTENSION = 12  # characters
-HIDDEN_FOLDER = "hidden or system folder, not entered"
-LINKED_FOLDER = "linked folder, not entered"
-
-
-class Skipped(NamedTuple):
-    """A folder that a walk did not enter."""
-
-    name: str  # relative to the walk's folder
-    kind: str
-    detail: str
+MAX_NAMED_EXTENSION = 12  # characters
 
 
 def is_system_folder(name: str) -> bool:
@@ -41,57 +29,43 @@ def is_system_file(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
-def remark_folders(source: str, skipped: list[Skipped]) -> Iterator[Remark]:
-    """The folders that a walk did not enter."""
-    yield from (Remark(source, each.kind, origin=show_name(each.name + "/"), detail=each.detail) for each in skipped)
+def remark_file(source: str, name: str, origin: str, sidecars: bool = True) -> Remark:
+    """A file, or a member of a tar, that no one reads. ``name`` is its own, without folders.
 
-
-def remark_file(source: str, name: str, origin: str) -> Remark:
-    """A file, or a member of a tar, that no one reads. ``name`` is its own, without folders."""
+    Args:
+        sidecars: whether captions and posts lie beside images here, so that this one lacks its image.
+    """
     extension = extension_of(name)
     kind, detail = f"unread file: {kind_of(extension)}", ""
     if is_system_file(name):
         kind = "hidden or system file, not read"
     elif extension in PACKAGE_OF:
         detail = f"pip install {PACKAGE_OF[extension]} to have it read"
-    elif extension in CAPTIONS:
+    elif sidecars and extension in CAPTIONS:
         kind = f"caption without an image: .{extension}"
-    elif extension in POSTS:
+    elif sidecars and extension in POSTS:
         kind = f"post without an image: .{extension}"
-    return Remark(source, kind, origin=show_name(origin), detail=detail)
-
-
-@dataclass
-class Unread:
-    """Files of one folder that no one reads, summed by kind: there may be as many as images."""
-
-    remarks: dict[str, Remark] = field(default_factory=dict)
-
-    def add(self, name: str, origin: str) -> None:
-        """A file that is no image, where records and not sidecars say which images there are."""
-        remark = remark_file("", name, origin)
-        if extension_of(name) in (*CAPTIONS, *POSTS) and not is_system_file(name):  # it need not lack an image
-            remark = replace(remark, kind=f"unread file: {kind_of(extension_of(name))}")
-        before = self.remarks.get(remark.kind)
-        self.remarks[remark.kind] = replace(before, count=before.count + 1) if before else remark
-
-    def tell(self, source: str) -> Iterator[Remark]:
-        """The sums, for a source that is called this."""
-        yield from (replace(remark, source=source) for remark in self.remarks.values())
+    return Remark(source, kind, origin=show_text(origin), detail=detail)
 
 
 def remark_second(source: str, name: str, origin: str) -> Remark:
     """A sidecar of an image whose other sidecar was read instead."""
     kind = f"second sidecar of an image, not read: .{extension_of(name)}"
-    return Remark(source, kind, origin=show_name(origin), detail="another one of the same image was read")
+    return Remark(source, kind, origin=show_text(origin), detail="another one of the same image was read")
+
+
+def add_up(sums: dict[str, Remark], remark: Remark) -> None:
+    """Sum remarks by kind, where there may be as many as images; the first one is the example."""
+    before = sums.get(remark.kind)
+    sums[remark.kind] = replace(before, count=before.count + remark.count) if before else remark
 
 
 def kind_of(extension: str) -> str:
     """An extension in words; one that is a number, long or strange may be of one file only, and has no kind."""
     if not extension:
         return "no extension"
-    usual = extension.isascii() and extension.isalnum() and not extension.isdigit() and len(extension) <= MAX_EXTENSION
-    return f".{extension}" if usual else "another extension"
+    usual = extension.isascii() and extension.isalnum() and not extension.isdigit()
+    return f".{extension}" if usual and len(extension) <= MAX_NAMED_EXTENSION else "another extension"
 
 
 def extension_of(name: str) -> str:
