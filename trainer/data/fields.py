@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 INT32 = range(-(2**31), 2**31)  # what the index's columns hold
 MISSING_WORDS = {"", "nan", "none", "null"}  # how tables write a missing number or date as text
@@ -44,7 +44,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, float | Decimal) and math.isnan(value)
 
 
-def read_optional(parse: Callable[[Any], T], name: str, value: Any, notes: list[Note]) -> T | None:
+def read_optional(parse: Callable[[Any], Value], name: str, value: Any, notes: list[Note]) -> Value | None:
     """A value that a post may lack; one that ``parse`` refuses with a ValueError is noted by its field's name."""
     if is_missing(value):
         return None

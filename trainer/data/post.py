@@ -8,11 +8,13 @@ Where its image lies is a small value that pickles: a file, a stretch of a tar, 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+import pyarrow as pa
 
 from trainer.data.fields import (
     Note,
@@ -62,27 +64,46 @@ class TableCell:
 ImagePlace = Path | TarMember | TableCell
 
 
+def column(kind: pa.DataType, index: bool = True) -> Any:
+    """A field that may be missing, and the type of its column in Arrow tables, of the index too unless it says no."""
+    return field(default=None, metadata={"arrow": kind, "index": index})
+
+
 @dataclass(frozen=True)
 class Post:
-    """One image's record. Tags are the source's own strings: separated by spaces, underscores kept."""
+    """One image's record. Tags are the source's own strings: separated by spaces, underscores kept.
+
+    The one description of a post's columns: those of the index, of a preparation's table and of the tars' JSON.
+    """
 
     key: str  # the post's id, or its relative path, percent-encoded and without dots
     source: str = ""  # what its source is called
-    caption: str | None = None  # a finished caption, which wins over everything composed
-    rating: str | None = None  # g, s, q or e
-    score: int | None = None
-    year: int | None = None  # of the upload
-    tags_general: str | None = None
-    tags_character: str | None = None
-    tags_copyright: str | None = None
-    tags_artist: str | None = None
-    tags_meta: str | None = None
-    stated_width: int | None = None  # what the record says; the file has the last word
-    stated_height: int | None = None
+    caption: str | None = column(pa.string())  # a finished caption, which wins over everything composed
+    rating: str | None = column(pa.string())  # g, s, q or e
+    score: int | None = column(pa.int32())
+    year: int | None = column(pa.int32())  # of the upload
+    tags_general: str | None = column(pa.string())
+    tags_character: str | None = column(pa.string())
+    tags_copyright: str | None = column(pa.string())
+    tags_artist: str | None = column(pa.string())
+    tags_meta: str | None = column(pa.string())
     extra: dict[str, Scalar] = field(default_factory=dict)  # the record's other small fields
+    stated_width: int | None = column(pa.int32(), index=False)  # what the record says; the file has the last word
+    stated_height: int | None = column(pa.int32(), index=False)
     image: ImagePlace = Path()
     origin: str = ""  # file and line, for messages only
     notes: tuple[Note, ...] = ()  # counted by source and kind; no part of what is prepared
+
+
+COLUMNS = {each.name: each.metadata for each in fields(Post) if each.metadata}
+# the index's columns of a post, after its key; `extra` is JSON there
+POST_FIELDS = [
+    pa.field("source", pa.string(), nullable=False),
+    *(pa.field(name, what["arrow"]) for name, what in COLUMNS.items() if what["index"]),
+    pa.field("extra", pa.string()),
+]
+# what else of a post a preparation's table holds
+STATED_FIELDS = [pa.field(name, what["arrow"]) for name, what in COLUMNS.items() if not what["index"]]
 
 
 def read_post(

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from trainer.core.files import sha256_file, sha256_json, sync_file, write_file, write_json
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, shard_name
+from trainer.data.post import POST_FIELDS
 from trainer.data.tables import take_rows
 
 FORMAT_VERSION = 1
@@ -39,14 +40,7 @@ LATENT_FIELDS = [
         for name in ("bucket_width", "bucket_height", "original_width", "original_height", "crop_left", "crop_top")
     ),
 ]
-# what the post says: it may change without encoding anything again
-POST_FIELDS = [
-    pa.field("source", pa.string(), nullable=False),
-    *(pa.field(name, pa.string()) for name in ("caption", "rating")),
-    *(pa.field(name, pa.int32()) for name in ("score", "year")),
-    *(pa.field(f"tags_{name}", pa.string()) for name in ("general", "character", "copyright", "artist", "meta")),
-    pa.field("extra", pa.string()),  # JSON
-]
+# what the post says may change without encoding anything again
 SCHEMA = pa.schema([LATENT_FIELDS[0], POST_FIELDS[0], *LATENT_FIELDS[1:], *POST_FIELDS[1:]])
 
 

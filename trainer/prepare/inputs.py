@@ -22,8 +22,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_json, write_file
 from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.images import BadImage, stat_image
-from trainer.data.post import ImagePlace, Post, TableCell, TarMember
-from trainer.data.shards import POST_FIELDS
+from trainer.data.post import POST_FIELDS, STATED_FIELDS, ImagePlace, Post, TableCell, TarMember
 from trainer.data.sources.records import Item, Reject, Remark
 from trainer.data.tables import read_table
 from trainer.prepare.remarks import Remarks
@@ -47,8 +46,7 @@ INPUTS_SCHEMA = pa.schema(
         pa.field("image", pa.struct(PLACE_FIELDS), nullable=False),
         *STAT_FIELDS,
         *POST_FIELDS,
-        pa.field("stated_width", pa.int32()),
-        pa.field("stated_height", pa.int32()),
+        *STATED_FIELDS,
     ]
 )
 

@@ -10,7 +10,6 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,30 +28,18 @@ READ_BYTES = 1 << 20  # what is read and hashed at a time
 Advance = Callable[[int], object]  # called with the number of bytes that are done
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What was checked and found whole, for people."""
-
-    folder: Path
-    samples: int
-    shards: int
-    size: int  # bytes of all shards
-
-    def __str__(self) -> str:
-        return f"{self.samples} samples in {self.shards} shards, {self.size} bytes, all as written: {self.folder}"
-
-
-def verify_shards(folder: Path, progress: bool = True) -> Verified:
-    """Check shards, samples, index and fingerprint.
+def verify_shards(folder: Path, progress: bool = True) -> str:
+    """Check shards, samples, index and fingerprint; what was found whole, in words.
 
     Raises:
         UserError: with all problems, one a line, each naming its shard and, where there is one, its sample.
     """
     manifest = read_manifest(folder)
+    index = Index(folder, manifest)
     size = sum(shard["size"] for shard in manifest["shards"])
     problems: list[str] = []
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=not progress) as meter:
-        for problem in find_damages(Index(folder, manifest), meter.update):
+        for problem in find_damages(index, meter.update):
             problems.append(problem)
             meter.set_postfix_str(f"{len(problems)} problem(s)")
     if problems:
@@ -61,7 +48,7 @@ def verify_shards(folder: Path, progress: bool = True) -> Verified:
             f"{len(problems)} problem(s) in {folder}:\n{listed}\n"
             "restore what is named from a copy, or move the folder away and run scripts/build_shards.py"
         )
-    return Verified(folder, len(Index(folder, manifest)), len(manifest["shards"]), size)
+    return f"{len(index)} samples in {len(manifest['shards'])} shards, {size} bytes, all as written: {folder}"
 
 
 def find_damages(index: Index, advance: Advance) -> Iterator[str]:

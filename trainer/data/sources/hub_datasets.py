@@ -18,7 +18,7 @@ from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
 from trainer.data.post import ImagePlace, Post, TableCell, encode_key
 from trainer.data.sources.caption_fields import check_columns, read_captioned
-from trainer.data.sources.posts_files import BATCH_ROWS, plain_values
+from trainer.data.sources.posts_files import ROWS_AT_A_TIME, plain_values
 from trainer.data.sources.records import BadRecord, Reject, reject
 
 NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
@@ -107,7 +107,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
 def iterate_dataset_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str, Any], bool | str]]:
     """Each row's values but bytes, and where its image is: True in its cell, a path beside it, or False for nowhere."""
     columns = [column.name for column in table.schema if not holds_bytes(column.type)]
-    for batch in table.select([*columns, image]).to_batches(BATCH_ROWS):
+    for batch in table.select([*columns, image]).to_batches(ROWS_AT_A_TIME):
         values, cells = batch.select(columns), batch.column(image)
         values.validate(full=True)  # offsets of a damaged file would lead anywhere
         cells.validate()

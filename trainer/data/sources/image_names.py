@@ -8,9 +8,10 @@ from typing import Any
 
 from trainer.data.sources.records import BadRecord
 
-GALLERY_DL_PREFIX = "danbooru_"  # gallery-dl's file names: danbooru_<id>_<md5>.<ext>
-# the same of its other sites: gelbooru_<id>_<md5>
-SITE_NAME = re.compile(r"(?P<site>[a-z0-9][a-z0-9.-]*)_(?P<id>[0-9]+)_(?P<md5>[0-9a-f]{32})")
+# gallery-dl's file names: <site>_<id>_<md5>; danbooru's are known without the sum
+SITE_NAME = re.compile(
+    r"(?P<site>danbooru(?=_[0-9]+(?:_|\Z))|[a-z0-9][a-z0-9.-]*(?=_[0-9]+_[0-9a-f]{32}\Z))_(?P<id>[0-9]+).*", re.DOTALL
+)
 MD5 = re.compile(r"[0-9a-f]{32}")
 MD5_AT_END = re.compile(r"(?:^|[_-])([0-9a-f]{32})$")  # Danbooru's downloads: __tags_drawn_by_someone__<md5>
 DRIVE = re.compile(r"[A-Za-z]:/")
@@ -26,11 +27,7 @@ def stem_of(name: str) -> str:
 def stem_or_id(name: str) -> str:
     """A path's last part without its extension, or the id where gallery-dl named the file."""
     stem = stem_of(name)
-    if stem.startswith(GALLERY_DL_PREFIX):
-        number = stem[len(GALLERY_DL_PREFIX) :].split("_", 1)[0]
-        return number if number.isdecimal() else stem
-    # a quick look first: most names are short
-    matched = SITE_NAME.fullmatch(stem) if len(stem) > 34 and stem[-33] == "_" else None
+    matched = SITE_NAME.fullmatch(stem) if "_" in stem else None
     return matched["id"] if matched else stem
 
 
@@ -42,11 +39,8 @@ def md5_in(name: str) -> str | None:
 
 def site_in(name: str) -> str | None:
     """The site in the name that gallery-dl gives a file."""
-    stem = stem_of(name)
-    matched = SITE_NAME.fullmatch(stem)
-    if matched:
-        return matched["site"]
-    return GALLERY_DL_PREFIX.removesuffix("_") if stem_or_id(name) != stem else None
+    matched = SITE_NAME.fullmatch(stem_of(name))
+    return matched["site"] if matched else None
 
 
 def read_md5(record: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,7 @@ from trainer.data.sources.record_files import is_parquet, iterate_records
 from trainer.data.sources.records import BadRecord, Item, Reject, parse_record, reject
 
 FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
-BATCH_ROWS = 1024  # rows of a Parquet file that are decoded at a time
+ROWS_AT_A_TIME = 1024  # rows of a Parquet file that are decoded at a time
 
 
 def iterate_posts_file(file: Path, images: ImageFolder, source: str, column: str | None = None) -> Iterator[Item]:
@@ -72,7 +72,7 @@ def iterate_parquet(file: Path, column: str | None = None) -> Iterator[dict[str,
             columns = [each.name for each in table.schema_arrow if not pa.types.is_large_binary(each.type)]
             check_columns(table.schema_arrow, column, str(file))
             columns = [name for name in columns if not pa.types.is_binary(table.schema_arrow.field(name).type)]
-            for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+            for batch in table.iter_batches(ROWS_AT_A_TIME, columns=columns):
                 yield from batch.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
