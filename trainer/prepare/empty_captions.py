@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from trainer.core.errors import UserError
 from trainer.data.sites import TAG_CATEGORIES
-from trainer.data.sources.caption_fields import NO_CAPTION
+from trainer.data.sources.records import NO_CAPTION
 from trainer.prepare.remarks import Remarks
 
 SPACE = " \t\r\n"

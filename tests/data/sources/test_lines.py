@@ -17,7 +17,7 @@ from trainer.core.rng import rng
 from trainer.data.captions import VARIANT_SEPARATOR, draw_caption
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
-from trainer.data.sources.lines import settle_caption
+from trainer.data.sources.records import settle_caption
 from trainer.prepare.inputs import find_filter
 from trainer.report.survey import count_finished
 

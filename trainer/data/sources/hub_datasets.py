@@ -17,9 +17,9 @@ from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
 from trainer.data.post import ImagePlace, Post, TableCell, encode_key
-from trainer.data.sources.caption_fields import check_columns, read_captioned
-from trainer.data.sources.posts_files import ROWS_AT_A_TIME, plain_values
-from trainer.data.sources.records import BadRecord, Reject, reject
+from trainer.data.sources.posts_files import plain_values
+from trainer.data.sources.record_files import ROWS_AT_A_TIME
+from trainer.data.sources.records import BadRecord, Reject, check_columns, read_captioned, reject
 
 NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
 

@@ -14,12 +14,18 @@ from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import ImagePlace, TarMember
-from trainer.data.sources.folders import check_inside, walk_files
+from trainer.data.sources.folders import (
+    add_up,
+    check_inside,
+    is_system_folder,
+    remark_file,
+    walk_files,
+    without_extension,
+)
 from trainer.data.sources.image_names import md5_in, plain_path, prefix_before, relative_path, stem_or_id, strip_start
 from trainer.data.sources.records import BadRecord, Reject, Remark
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed, reject_damage
-from trainer.data.sources.unread import add_up, is_system_folder, remark_file, without_extension
 
 
 class InTar(NamedTuple):

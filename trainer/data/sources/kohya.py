@@ -13,9 +13,8 @@ from typing import Any
 from trainer.core.errors import UserError
 from trainer.data.fields import read_text, show_text
 from trainer.data.post import Note, Post, encode_key, read_post
-from trainer.data.sources.caption_fields import find_caption, join_captions
 from trainer.data.sources.image_folders import ImageFolder
-from trainer.data.sources.records import BadRecord, Reject, parse_record, reject
+from trainer.data.sources.records import BadRecord, Reject, find_caption, join_captions, parse_record, reject
 
 CAPTION_SEPARATOR = ","  # sd-scripts' default
 LATENTS_SUFFIX = ".npz"  # of the latents that sd-scripts writes beside an image

@@ -7,22 +7,25 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.post import Post, encode_key, read_key
 from trainer.data.sites import image_stems
-from trainer.data.sources.caption_fields import NO_FIELD, check_columns, read_captioned
 from trainer.data.sources.folders import EXTENSIONS
 from trainer.data.sources.image_folders import ImageFolder
 from trainer.data.sources.image_names import md5_in, read_md5, read_site, site_in
-from trainer.data.sources.record_files import is_parquet, iterate_records
-from trainer.data.sources.records import BadRecord, Item, Reject, parse_record, reject
+from trainer.data.sources.record_files import iterate_records
+from trainer.data.sources.records import (
+    NO_FIELD,
+    BadRecord,
+    Item,
+    Reject,
+    parse_record,
+    read_captioned,
+    reject,
+)
 
 FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
-ROWS_AT_A_TIME = 1024  # rows of a Parquet file that are decoded at a time
 
 
 def iterate_posts_file(file: Path, images: ImageFolder, source: str, column: str | None = None) -> Iterator[Item]:
@@ -33,49 +36,17 @@ def iterate_posts_file(file: Path, images: ImageFolder, source: str, column: str
 
     Raises:
         UserError: when the file cannot be read at all, a part of it costs the rest, or it is not clear which column
-            holds the captions.
-    """
-    if is_parquet(file):
-        for number, row in enumerate(iterate_parquet(file, column), start=1):
-            yield read_record(row, source, f"{file.name} row {number}", images, column)
-        return
-    records = iterate_records(file)
-    posts = (read_record(record, source, f"{file.name} {where}", images, column) for where, record in records)
-    yield from refuse_unused_column(posts, column, file.name)
-
-
-def refuse_unused_column(items: Iterator[Item], column: str | None, file: str) -> Iterator[Item]:
-    """The items of a file without columns, of which some must have the field that the config names.
-
-    Raises:
-        UserError: after the last one, where none has.
+            holds the captions; after the last post, where none has the field that the source names.
     """
     posts, without = 0, 0
-    for item in items:
+    for where, record in iterate_records(file, column):
+        item = read_record(record, source, f"{file.name} {where}", images, column)
         if isinstance(item, Post):
             posts += 1
             without += any(note.kind == NO_FIELD for note in item.notes)
         yield item
     if posts and posts == without:
-        raise UserError(f"caption_column {column} has no effect: no record of {file} has a field of that name")
-
-
-def iterate_parquet(file: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file as the values of its columns, but for columns of bytes.
-
-    Raises:
-        UserError: when it cannot be read. One damaged page costs its whole row group, which may be the whole file:
-            that is no matter of one record.
-    """
-    try:
-        with pq.ParquetFile(file) as table:
-            columns = [each.name for each in table.schema_arrow if not pa.types.is_large_binary(each.type)]
-            check_columns(table.schema_arrow, column, str(file))
-            columns = [name for name in columns if not pa.types.is_binary(table.schema_arrow.field(name).type)]
-            for batch in table.iter_batches(ROWS_AT_A_TIME, columns=columns):
-                yield from batch.to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from error
+        raise UserError(f"caption_column {column} has no effect: no record of {file.name} has a field of that name")
 
 
 def read_record(

@@ -1,4 +1,4 @@
-"""Records of text files: one JSON object a line, an array of them, or a table (CSV, TSV); compressed or not.
+"""Records of files: one JSON object a line, an array of them, or a table (CSV, TSV, Parquet); compressed or not.
 
 What a file is, its content says. What is none of these is named once, and not line by line.
 """
@@ -12,13 +12,15 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from trainer.core.errors import UserError
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, check_columns
 
 # a line's bytes, a decoded record, or why there is none
 Record = tuple[str, bytes | dict[str, Any] | BadRecord]  # after where it stands in its file, such as "line 3"
@@ -44,6 +46,7 @@ FOREIGN = {  # what people have instead, by its first bytes
 TAR_MAGIC = slice(257, 262)  # where a tar says "ustar"
 READ = "posts files are .jsonl, .json (an array of posts), .csv, .tsv (also as .gz, .bz2, .xz or .zst) and .parquet"
 START = 4096  # bytes of which a file's kind is seen
+ROWS_AT_A_TIME = 1024  # of an Arrow or Parquet file that become Python values
 READ_CHARACTERS = 2**20  # characters of an array that are read at a time
 MAX_DOCUMENT = 2**26  # bytes up to which a file is looked at as a whole
 BETWEEN = re.compile(r"[\s,]*")
@@ -58,12 +61,18 @@ class Damaged(Exception):
     """Why the rest of a file is lost."""
 
 
-def iterate_records(file: Path) -> Iterator[Record]:
+def iterate_records(file: Path, column: str | None = None) -> Iterator[Record]:
     """The records of a file in order.
+
+    Args:
+        column: the field of finished captions that the source names; a table with columns must have it.
 
     Raises:
         UserError: when it cannot be read, is of another kind, or is damaged, so that the rest of it is lost.
     """
+    if is_parquet(file):
+        yield from iterate_parquet(file, column)
+        return
     where = "its beginning"
     opener = find_opener(file)
     try:
@@ -75,6 +84,26 @@ def iterate_records(file: Path) -> Iterator[Record]:
                 yield where, record
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error, Damaged) as error:
         raise UserError(f"{file} is damaged after {where}: {error}") from error
+
+
+def iterate_parquet(file: Path, column: str | None) -> Iterator[Record]:
+    """The rows of a Parquet file as the values of its columns, but for columns of bytes.
+
+    Raises:
+        UserError: when it cannot be read. One damaged page costs its whole row group, which may be the whole file:
+            that is no matter of one record.
+    """
+    try:
+        with pq.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            check_columns(schema, column, str(file))
+            is_bytes = (pa.types.is_binary, pa.types.is_large_binary)
+            columns = [each.name for each in schema if not any(check(each.type) for check in is_bytes)]
+            batches = table.iter_batches(ROWS_AT_A_TIME, columns=columns)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def find_opener(file: Path) -> Callable[[Path], Any]:

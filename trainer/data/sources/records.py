@@ -1,14 +1,45 @@
-"""What sources yield, and records -> posts. What cannot be a Post is a Reject, with a short reason to count by."""
+"""What sources yield, and records -> posts. What cannot be a Post is a Reject, with a short reason to count by.
 
+A finished caption stands under the names that people give it: a field of a record, or a column of a table. ``caption``
+is what a Post calls it. Where a record has neither that nor tags, one of a few other names will do; where it is not
+clear which, nobody guesses. Hugging Face's own data sets have ``text``, generators' ``prompt``, webdataset ``txt``.
+
+Captions of several lines are the first line, all lines as tags, or one of them in each pass. sd-scripts trains on the
+first unless enable_wildcard is set, and then on one at random (library/train_util.py, BaseDataset.process_caption);
+tools that write one tag a line, such as gallery-dl, mean all of them.
+"""
+
+import dataclasses
 import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from trainer.data.fields import show_text
-from trainer.data.post import ImagePlace, Post
-from trainer.data.sources.caption_fields import read_captioned
+import pyarrow as pa
+
+from trainer.core.errors import UserError
+from trainer.data.captions import VARIANT_SEPARATOR
+from trainer.data.fields import Note, is_nan, show_text, show_value
+from trainer.data.post import ImagePlace, Post, read_post
 
 MAX_SIDECAR = 2**22  # bytes of a post or caption: more is none
+
+CAPTION = "caption"
+CAPTION_NAMES = (CAPTION, "captions", "text", "txt", "prompt")  # in lower case
+# texts that are no captions
+OTHER_TEXTS = {"id", "md5", "rating", "file", "file_name", "file_ext", "source", "category", "subcategory"}
+TEXT_BESIDE_TAGS = "text beside tags, which make the caption"
+NO_CAPTION = "neither caption nor tags, but other text"
+NO_FIELD = "no field of caption_column"
+
+Lines = Literal["first", "tags", "variants"]
+LINE_END = re.compile(rf"[\r\n{VARIANT_SEPARATOR}]")
+LINES_KINDS = {
+    "first": "captions of several lines, of which the first is read",
+    "tags": "captions of several lines, read as tags",
+    "variants": "captions of several lines, read as variants",
+}
 
 
 @dataclass(frozen=True)
@@ -103,3 +134,121 @@ def decode_caption(sidecar: Sidecar) -> str:
         seen = "UTF-16" if sidecar.content.startswith((b"\xff\xfe", b"\xfe\xff")) else "in another encoding"
         detail = f"{sidecar.name} is not UTF-8 but {seen} (byte {error.start}): save it as UTF-8"
         raise ValueError(detail) from error
+
+
+def read_captioned(record: dict[str, Any], column: str | None = None, **more: Any) -> Post:
+    """The Post of a record, whose caption may have another name.
+
+    Args:
+        column: the field of captions that the source names.
+        more: what ``read_post`` takes beside the record.
+
+    Raises:
+        ValueError: as ``read_post``, and when it is not clear which field is the caption.
+    """
+    notes: list[Note] = []
+    name = column if column is not None else None if more.get(CAPTION) is not None else find_caption(record, notes)
+    if column is not None and column not in record:
+        notes.append(Note(NO_FIELD, f"the record has no {column}"))
+    if name is not None:
+        record = {field: value for field, value in record.items() if field != name} | {CAPTION: record.get(name)}
+    if isinstance(record.get(CAPTION), list):
+        record = record | {CAPTION: join_captions(record[CAPTION])}
+    post = read_post(record, **more)
+    return dataclasses.replace(post, notes=(*post.notes, *notes)) if notes else post
+
+
+def find_caption(record: Mapping[str, Any], notes: list[Note]) -> str | None:
+    """The field that holds a record's caption; None where tags make it, or nothing does.
+
+    Raises:
+        ValueError: when several may.
+    """
+    if has_text(record.get(CAPTION)):
+        return CAPTION
+    if any(value and not is_nan(value) and is_tags(name) for name, value in record.items()):
+        if beside := [name for name in CAPTION_NAMES if has_text(record.get(name))]:
+            notes.append(Note(TEXT_BESIDE_TAGS, f"{', '.join(beside)}; caption_column would make it the caption"))
+        return None
+    texts = [name for name, value in record.items() if has_text(value)]
+    known = [name for name in texts if name.lower() in CAPTION_NAMES]
+    if len(known) > 1:
+        raise ValueError(f"{', '.join(known)} may each be the caption: set caption_column to one of them")
+    if not known and (others := [name for name in texts if is_other(name)]):
+        notes.append(Note(NO_CAPTION, f"the record has text in {show_text(', '.join(others))}"))
+    return known[0] if known else None
+
+
+def join_captions(value: Any) -> Any:
+    """Several captions of one image as the lines of one text, None where they are empty; anything else as it is."""
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "\n".join(line for each in value if (line := " ".join(each.split()))) or None
+    return value
+
+
+def has_text(value: Any) -> bool:
+    """Whether a value is a text, or a list of some."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(each, str) for each in value) and any(each.strip() for each in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_tags(name: str) -> bool:
+    return name.startswith("tag") and (name in ("tags", "tag_string") or name.startswith(("tag_string_", "tags_")))
+
+
+def is_other(name: str) -> bool:
+    """Whether a field of text may be a caption that nobody has recognised."""
+    return not is_tags(name) and name not in OTHER_TEXTS and not name.endswith(("_url", "_at", "__"))
+
+
+def check_columns(schema: pa.Schema, column: str | None, where: str) -> None:
+    """Refuse a table of which it is not clear which column holds the captions.
+
+    Raises:
+        UserError: with the columns that there are.
+    """
+    listed = show_text(", ".join(schema.names))
+    if column is not None and column not in schema.names:
+        raise UserError(f"{where} has no column {column}, only {listed}")
+    if column is not None or CAPTION in schema.names or any(is_tags(name) for name in schema.names):
+        return
+    texts = [field.name for field in schema if holds_text(field.type)]
+    known = [name for name in texts if name.lower() in CAPTION_NAMES]
+    if len(known) > 1:
+        raise UserError(f"{where} has several columns of captions ({', '.join(known)}): set its caption_column to one")
+    if not known and any(is_other(name) for name in texts):
+        names = ", ".join(CAPTION_NAMES)
+        advice = f"set its caption_column to one of {listed}"
+        raise UserError(f"{where} has no column of tags, and none that is called {names}: {advice}")
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether cells of this type are texts or lists of texts."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        return holds_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def settle_lines(items: Iterator[Item], lines: Lines) -> Iterator[Item]:
+    """The items of a source, their captions as the config wants them, which a post with several lines notes."""
+    for item in items:
+        yield settle_caption(item, lines) if isinstance(item, Post) and item.caption else item
+
+
+def settle_caption(post: Post, lines: Lines) -> Post:
+    """A post whose caption is one text, or variants of one."""
+    caption = post.caption or ""
+    if not LINE_END.search(caption):
+        return post
+    parts = [part for line in LINE_END.split(caption) if (part := line.strip())]
+    if len(parts) < 2:  # only blank lines beside it: the text stays as it is
+        return dataclasses.replace(post, caption=caption.replace(VARIANT_SEPARATOR, " "))
+    match lines:
+        case "first":
+            told, detail = parts[0], f"not read: {show_value(parts[1])}; lines: tags or variants reads all"
+        case "tags":
+            told, detail = ", ".join(part.strip(", ") for part in parts), f"{len(parts)} lines"
+        case "variants":
+            told, detail = VARIANT_SEPARATOR.join(parts), f"{len(parts)} lines"
+    return dataclasses.replace(post, caption=told, notes=(*post.notes, Note(LINES_KINDS[lines], detail)))

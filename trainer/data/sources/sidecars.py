@@ -10,9 +10,19 @@ from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import Post, encode_key
-from trainer.data.sources.folders import EXTENSIONS, Found, check_inside, walk_files
+from trainer.data.sources.folders import (
+    CAPTIONS,
+    EXTENSIONS,
+    POSTS,
+    Found,
+    check_inside,
+    extension_of,
+    remark_file,
+    remark_second,
+    walk_files,
+    without_extension,
+)
 from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
-from trainer.data.sources.unread import CAPTIONS, POSTS, extension_of, remark_file, remark_second, without_extension
 
 PLAIN_CAPTIONS = (".txt", ".caption")  # after the image's name without extension; other spellings come after these
 NO_SIDECAR = f"no caption ({', '.join('.' + end for end in CAPTIONS)}) and no post (.json) beside the image"

@@ -14,11 +14,7 @@ from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import image_extensions
 from trainer.data.post import Post, TarMember, encode_key
-from trainer.data.sources.folders import walk_files
-from trainer.data.sources.record_files import DECOMPRESSORS
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
-from trainer.data.sources.tar_headers import Damage, Member, walk_tar
-from trainer.data.sources.unread import (
+from trainer.data.sources.folders import (
     CAPTIONS,
     PACKAGE_OF,
     POSTS,
@@ -26,7 +22,11 @@ from trainer.data.sources.unread import (
     is_system_folder,
     remark_file,
     remark_second,
+    walk_files,
 )
+from trainer.data.sources.record_files import DECOMPRESSORS
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
+from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 
 
 @dataclass
