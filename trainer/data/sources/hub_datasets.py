@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
@@ -111,15 +112,14 @@ def iterate_dataset_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str
         values, cells = batch.select(columns), batch.column(image)
         values.validate(full=True)  # offsets of a damaged file would lead anywhere
         cells.validate()
-        inner = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
-        within = zip(cells.is_valid().to_pylist(), inner.is_valid().to_pylist(), strict=True)
-        paths = [None] * len(cells)
-        if pa.types.is_struct(cells.type) and cells.type.get_field_index("path") >= 0:
-            named = cells.field("path")
-            named.validate(full=True)
-            paths = named.to_pylist()
-        for row, path, (valid, has_bytes) in zip(values.to_pylist(), paths, within, strict=True):
-            yield row, (has_bytes or path or False) if valid else False
+        within, paths = cells, [None] * len(cells)
+        if pa.types.is_struct(cells.type):
+            within = pc.struct_field(cells, "bytes")  # null where the whole cell is
+            if cells.type.get_field_index("path") >= 0:
+                cells.field("path").validate(full=True)
+                paths = pc.struct_field(cells, "path").to_pylist()
+        for row, path, has_bytes in zip(values.to_pylist(), paths, within.is_valid().to_pylist(), strict=True):
+            yield row, has_bytes or path or False
 
 
 def read_dataset_row(

@@ -12,6 +12,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.core.errors import UserError
-from trainer.data.sources.records import MAX_SIDECAR, BadRecord, check_columns
+from trainer.data.sources.records import MAX_SIDECAR, BadRecord, check_columns, not_an_object
+from trainer.data.sources.tar_headers import MAGIC
 
 # a line's bytes, a decoded record, or why there is none
 Record = tuple[str, bytes | dict[str, Any] | BadRecord]  # after where it stands in its file, such as "line 3"
@@ -43,7 +45,6 @@ FOREIGN = {  # what people have instead, by its first bytes
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
 }
-TAR_MAGIC = slice(257, 262)  # where a tar says "ustar"
 READ = "posts files are .jsonl, .json (an array of posts), .csv, .tsv (also as .gz, .bz2, .xz or .zst) and .parquet"
 START = 4096  # bytes of which a file's kind is seen
 ROWS_AT_A_TIME = 1024  # of an Arrow or Parquet file that become Python values
@@ -74,12 +75,11 @@ def iterate_records(file: Path, column: str | None = None) -> Iterator[Record]:
         yield from iterate_parquet(file, column)
         return
     where = "its beginning"
-    opener = find_opener(file)
     try:
-        with opener(file) as probe:
+        with open_content(file) as probe:
             start = probe.read(START)
         refuse_foreign(file, start)
-        with opener(file) as content:
+        with open_content(file) as content:
             for where, record in choose_reader(file, content, start):
                 yield where, record
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error, Damaged) as error:
@@ -106,16 +106,15 @@ def iterate_parquet(file: Path, column: str | None) -> Iterator[Record]:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def find_opener(file: Path) -> Callable[[Path], Any]:
-    """What opens a file without its compression.
+def open_content(file: Path) -> BinaryIO:
+    """A file opened for reading, without its compression.
 
     Raises:
         UserError: when it cannot be opened.
     """
     start = read_start(file)
-    return next(
-        (opener for magic, opener in DECOMPRESSORS.items() if start.startswith(magic)), lambda path: path.open("rb")
-    )
+    openers = (opener for magic, opener in DECOMPRESSORS.items() if start.startswith(magic))
+    return next(openers, partial(Path.open, mode="rb"))(file)
 
 
 def read_start(file: Path) -> bytes:
@@ -136,7 +135,7 @@ def refuse_foreign(file: Path, start: bytes) -> None:
         UserError: naming it.
     """
     kind = next((kind for magic, kind in FOREIGN.items() if start.startswith(magic)), None)
-    kind = "a tar archive" if start[TAR_MAGIC] == b"ustar" else kind
+    kind = "a tar archive" if start[MAGIC] == b"ustar" else kind
     if kind is not None:
         raise UserError(f"{file} is {kind}: {READ}")
 
@@ -176,21 +175,20 @@ def refuse_document(file: Path, start: bytes) -> None:
         UserError: with the names in it.
     """
     first, end, _ = start.partition(b"\n")
-    if not end or not first.startswith(b"{"):
-        return
+    if end and first.startswith(b"{") and parse_json(first) is None:
+        with open_content(file) as content:
+            whole = parse_json(content.read(MAX_DOCUMENT))
+        if whole is not None:
+            names = ", ".join(list(whole)[:10])
+            raise UserError(f"{file} is one JSON object (of {names}), not one post a line or an array of posts: {READ}")
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text; None where it is none."""
     try:
-        json.loads(first)
-    except ValueError:
-        pass
-    else:
-        return
-    try:
-        with find_opener(file)(file) as content:
-            whole = json.loads(content.read(MAX_DOCUMENT))
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return
-    names = ", ".join(list(whole)[:10])
-    raise UserError(f"{file} is one JSON object (of {names}), not one post a line or an array of posts: {READ}")
+        return None
 
 
 def iterate_table_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
@@ -258,6 +256,4 @@ def iterate_array(file: BinaryIO) -> Iterator[Record]:
             buffer, at, ended = buffer[at:] + more, 0, not more
             continue
         at, number = end, number + 1
-        kind = type(item).__name__
-        fault = BadRecord("bad_record", f"a post must be a JSON object, not {kind}")
-        yield f"post {number}", item if isinstance(item, dict) else fault
+        yield f"post {number}", item if isinstance(item, dict) else not_an_object(item)

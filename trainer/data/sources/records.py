@@ -96,8 +96,13 @@ def parse_record(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadRecord("bad_json", str(error)) from error
     if not isinstance(record, dict):
-        raise BadRecord("bad_record", f"a post must be a JSON object, not {type(record).__name__}")
+        raise not_an_object(record)
     return record
+
+
+def not_an_object(record: Any) -> BadRecord:
+    """The error of JSON that is no object."""
+    return BadRecord("bad_record", f"a post must be a JSON object, not {type(record).__name__}")
 
 
 class Sidecar(NamedTuple):
