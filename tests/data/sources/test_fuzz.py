@@ -23,12 +23,12 @@ from trainer.core.errors import UserError
 from trainer.data.buckets import Fit
 from trainer.data.images import BadImage, open_arrow, read_bytes, read_image_header, read_pixels
 from trainer.data.post import Post, TableCell, TarMember
+from trainer.data.sources.folders import iterate_folder
 from trainer.data.sources.hub_datasets import find_image_column, iterate_dataset_rows
 from trainer.data.sources.image_folders import list_images
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
 from trainer.data.sources.records import Reject, Remark
-from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
 
 DEMO = REPOSITORY / "demo"

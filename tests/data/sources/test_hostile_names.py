@@ -13,11 +13,11 @@ from trainer.config.schema import FiltersConfig
 from trainer.data.images import BadImage, open_image
 from trainer.data.jxl_header import CODESTREAM, CONTAINER
 from trainer.data.post import Post
+from trainer.data.sources.folders import iterate_folder
 from trainer.data.sources.image_folders import list_images
 from trainer.data.sources.posts_files import iterate_posts_file
 from trainer.data.sources.record_files import Damaged, bounded_lines, iterate_records
 from trainer.data.sources.records import MAX_SIDECAR, Reject, Remark
-from trainer.data.sources.sidecars import iterate_folder
 from trainer.prepare.inputs import survey_inputs
 from trainer.prepare.remarks import MAX_KINDS, OTHER_KINDS, Remarks
 

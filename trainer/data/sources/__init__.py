@@ -10,12 +10,12 @@ from pathlib import Path
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.post import Post, encode_key
+from trainer.data.sources.folders import iterate_folder
 from trainer.data.sources.hub_datasets import iterate_dataset
 from trainer.data.sources.image_folders import ImageFolder, list_images
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
 from trainer.data.sources.records import Item, Reject, Remark, settle_lines
-from trainer.data.sources.sidecars import iterate_folder
 from trainer.data.sources.tars import iterate_tars
 
 Folders = dict[tuple[str, bool], ImageFolder]  # by path, and whether links are followed
