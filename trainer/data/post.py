@@ -31,7 +31,7 @@ from trainer.data.fields import (
     show_text,
     show_value,
 )
-from trainer.data.sites import Site, find_site, has_several_files, read_id, read_rating
+from trainer.data.sites import Site, find_site, read_own_id, read_rating
 from trainer.data.tag_fields import read_tags
 
 Scalar = str | int | float | bool
@@ -145,13 +145,9 @@ def read_post(
 
 
 def read_key(record: Mapping[str, Any]) -> str | None:
-    """The key of a record's ``id``; None where it has none, or where several files share it.
-
-    Raises:
-        ValueError: when the id is neither a whole number nor text.
-    """
-    post_id = read_id(record)
-    return None if post_id is None or has_several_files(record) else encode_key(post_id)
+    """The key of a record's own id; None where it has none. Raises what ``read_own_id`` does."""
+    own_id = read_own_id(record)
+    return None if own_id is None else encode_key(own_id)
 
 
 def encode_key(name: str | bytes) -> str:

@@ -64,8 +64,8 @@ def find_site(record: Mapping[str, Any]) -> Site:
     return SITES["e621"] if is_e621 else SITES["danbooru"]
 
 
-def read_id(record: Mapping[str, Any]) -> str | None:
-    """The text of a record's ``id``, or None where it has none. Several files of one post share it.
+def read_own_id(record: Mapping[str, Any]) -> str | None:
+    """The text of a record's ``id``; None where it has none, or where several files of one post share it.
 
     Raises:
         ValueError: when the id is neither a whole number nor text.
@@ -74,28 +74,23 @@ def read_id(record: Mapping[str, Any]) -> str | None:
     if post_id is None or is_nan(post_id):
         return None
     if isinstance(post_id, str) and post_id:
-        return check_text("id", post_id)
-    try:
-        return str(parse_whole(post_id))
-    except ValueError as error:
-        raise ValueError(f"id must be a whole number or text, not {show_value(post_id)}") from error
-
-
-def has_several_files(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of one of several files of its post, so that its id names no image."""
+        own = check_text("id", post_id)
+    else:
+        try:
+            own = str(parse_whole(post_id))
+        except ValueError as error:
+            raise ValueError(f"id must be a whole number or text, not {show_value(post_id)}") from error
     field = find_site(record).files
     count = None if field is None else record.get(field)
     try:
-        return not is_missing(count) and parse_whole(count) > 1
+        return None if not is_missing(count) and parse_whole(count) > 1 else own
     except ValueError:
-        return False
+        return own
 
 
 def image_stems(record: Mapping[str, Any]) -> list[str]:
     """What a record's image may be called, without its extension: its id, and gallery-dl's filename."""
-    post_id, filename = read_id(record), record.get("filename")
-    stems = [] if post_id is None or has_several_files(record) else [post_id]
-    return stems + ([filename] if isinstance(filename, str) and filename else [])
+    return [stem for stem in (read_own_id(record), record.get("filename")) if isinstance(stem, str) and stem]
 
 
 def read_rating(record: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
 from trainer.data.post import ImagePlace, Post, TableCell, encode_key
-from trainer.data.sources.posts_files import plain_values
+from trainer.data.sources.posts_files import plain_value
 from trainer.data.sources.record_files import ROWS_AT_A_TIME
 from trainer.data.sources.records import BadRecord, Reject, check_columns, read_captioned, reject
 
@@ -128,7 +128,7 @@ def read_dataset_row(
     """The post of one row."""
     key, origin = encode_key(f"{source.label}/{number}"), f"{source.label} row {number}"
     try:
-        record = plain_values(values)
+        record = plain_value(values)
         image = place if isinstance(place, TableCell) else place_file(place, split.images)
         return read_captioned(record, source.caption_column, source=source.label, image=image, origin=origin, key=key)
     except ValueError as error:

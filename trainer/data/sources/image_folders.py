@@ -135,7 +135,7 @@ class ImageFolder:
             inner = relative_path(self.strip(plain), self.path)
             found = self.match(inner, bare)
             if len(found) > 1:
-                raise BadRecord("image_ambiguous", f"{path!r} may be {show_text(', '.join(found))}")
+                raise BadRecord("image_ambiguous", f"{path!r} may be {', '.join(found)}")
             if not found and bare:
                 raise BadRecord("image_missing", f"no image in the folder is called {path!r}")
             if not found:

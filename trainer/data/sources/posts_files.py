@@ -8,22 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.data.fields import show_text
 from trainer.data.post import Post, encode_key, read_key
 from trainer.data.sites import image_stems
 from trainer.data.sources.folders import EXTENSIONS
 from trainer.data.sources.image_folders import ImageFolder
 from trainer.data.sources.image_names import md5_in, read_md5, read_site, site_in
 from trainer.data.sources.record_files import iterate_records
-from trainer.data.sources.records import (
-    NO_FIELD,
-    BadRecord,
-    Item,
-    Reject,
-    parse_record,
-    read_captioned,
-    reject,
-)
+from trainer.data.sources.records import NO_FIELD, BadRecord, Item, Reject, parse_record, read_captioned, reject
 
 FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
 
@@ -57,7 +48,7 @@ def read_record(
     try:
         if isinstance(line, BadRecord):
             raise line
-        record = parse_record(line) if isinstance(line, bytes) else plain_values(line)
+        record = parse_record(line) if isinstance(line, bytes) else plain_value(line)
         key = read_key(record)
         name = find_image(record, images)
         image = images.place(name)
@@ -83,9 +74,10 @@ def find_image(record: Mapping[str, Any], images: ImageFolder) -> str:
             return images.locate(file)
     stems, md5 = image_stems(record), read_md5(record)
     if not stems and md5 is None:
-        there = show_text(", ".join(record)) or "none"
+        there = ", ".join(record) or "none"
         raise BadRecord("bad_record", f"no id, file, file_name or md5 by which to find its image; its fields: {there}")
-    found = next((names for stem in stems if (names := find_stem(stem, record, md5, images))), [])
+    matches = ([name for name in images.find(stem) if may_be_of(name, record, md5)] for stem in stems)
+    found = next(filter(None, matches), [])
     if not found and md5 is not None:
         found = images.find(md5) or images.find_md5(md5)
     found = choose_image(found, record, md5) if len(found) > 1 else found
@@ -93,13 +85,8 @@ def find_image(record: Mapping[str, Any], images: ImageFolder) -> str:
     if not found:
         raise BadRecord("image_missing", f"no image is called {called} and one of {', '.join(EXTENSIONS)}")
     if len(found) > 1:
-        raise BadRecord("image_ambiguous", f"{called} has several images: {show_text(', '.join(sorted(found)))}")
+        raise BadRecord("image_ambiguous", f"{called} has several images: {', '.join(sorted(found))}")
     return found[0]
-
-
-def find_stem(stem: str, record: Mapping[str, Any], md5: str | None, images: ImageFolder) -> list[str]:
-    """The images of a stem or id that may be the record's."""
-    return [name for name in images.find(stem) if may_be_of(name, record, md5)]
 
 
 def may_be_of(name: str, record: Mapping[str, Any], md5: str | None) -> bool:
@@ -125,17 +112,13 @@ def choose_image(found: list[str], record: Mapping[str, Any], md5: str | None) -
     return found
 
 
-def plain_values(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table as JSON would hold it: dates as ISO text, decimals as numbers."""
-    return {name: plain_value(value) for name, value in row.items()}
-
-
 def plain_value(value: Any) -> Any:
+    """A row of a table, or a value in it, as JSON would hold it: dates as ISO text, decimals as numbers."""
     match value:
         case date():  # a datetime is one
             return value.isoformat()
         case dict():
-            return plain_values(value)
+            return {name: plain_value(each) for name, each in value.items()}
         case Decimal():
             return int(value) if value == value.to_integral_value() else float(value)
     return value

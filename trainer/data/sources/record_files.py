@@ -12,7 +12,6 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,8 +112,8 @@ def open_content(file: Path) -> BinaryIO:
         UserError: when it cannot be opened.
     """
     start = read_start(file)
-    openers = (opener for magic, opener in DECOMPRESSORS.items() if start.startswith(magic))
-    return next(openers, partial(Path.open, mode="rb"))(file)
+    openers = [opener for magic, opener in DECOMPRESSORS.items() if start.startswith(magic)]
+    return openers[0](file) if openers else file.open("rb")
 
 
 def read_start(file: Path) -> bytes:
