@@ -3,6 +3,7 @@
 An unreadable value of an optional field costs nobody a post: it is None as well, and noted.
 """
 
+import json
 import math
 import os
 import re
@@ -39,9 +40,22 @@ def is_missing(value: Any) -> bool:
     return value is None or is_nan(value)
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a text is not there: null, or NaN, which tables have for what is missing, also among texts."""
+    return value is None or is_nan(value)
+
+
 def is_nan(value: Any) -> bool:
-    """Whether a value is the number NaN, which tables have for what is missing, also among texts."""
+    """Whether a value is the number NaN."""
     return isinstance(value, float | Decimal) and math.isnan(value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_optional(parse: Callable[[Any], Value], name: str, value: Any, notes: list[Note]) -> Value | None:
@@ -131,12 +145,12 @@ def epoch_year(number: float) -> int:
 
 
 def read_text(name: str, value: Any) -> str | None:
-    """A text field, or None; NaN is what tables have for a missing one.
+    """A text field, or None.
 
     Raises:
         ValueError: when it is no text.
     """
-    if value is None or is_nan(value):
+    if is_absent(value):
         return None
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {show_value(value)}")

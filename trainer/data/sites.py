@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.data.fields import check_text, is_missing, is_nan, parse_whole, show_value
+from trainer.data.fields import check_text, is_absent, is_missing, parse_whole, show_value
 
 # words and letters of all sites, in lower case; "safe" is what sites have that know no "general"
 RATING_NAMES = {
@@ -71,7 +71,7 @@ def read_own_id(record: Mapping[str, Any]) -> str | None:
         ValueError: when the id is neither a whole number nor text.
     """
     post_id = record.get("id")
-    if post_id is None or is_nan(post_id):
+    if is_absent(post_id):
         return None
     if isinstance(post_id, str) and post_id:
         own = check_text("id", post_id)

@@ -4,12 +4,11 @@ Danbooru has strings (``tag_string_general``), gallery-dl lists or strings (``ta
 Danbooru a list of ``{name, category}``, taggers and people commas. All give the same strings.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainer.data.fields import Note, check_text, is_nan, show_text, show_value
+from trainer.data.fields import Note, check_text, is_absent, parse_json, show_text, show_value
 from trainer.data.sites import TAG_CATEGORIES, TAG_CATEGORY_NUMBERS
 
 PREFIXES = ("tag_string_", "tags_")
@@ -30,9 +29,8 @@ def read_tags(record: Mapping[str, Any], notes: list[Note]) -> dict[str, str | N
     for name in sorted(fields.keys() - KNOWN.keys()):
         label, value = fields[name]
         if value:
-            notes.append(
-                Note(f"tags of an unknown category: {show_text(name)}", f"{show_text(label)}: {show_value(value)}")
-            )
+            kind = f"tags of an unknown category: {show_text(name)}"
+            notes.append(Note(kind, f"{show_text(label)}: {show_value(value)}"))
     if not any(value for name, (_, value) in fields.items() if name in KNOWN):
         for name in ("tag_string", "tags"):
             value = record.get(name)
@@ -45,11 +43,7 @@ def nest_tags(tags: Any) -> dict[str, Any]:
     """Category -> tags of a field ``tags`` that says the categories: e621's mapping, or the list of old dumps."""
     if isinstance(tags, Mapping):
         return {str(name): value for name, value in tags.items()}
-    if (
-        not isinstance(tags, list)
-        or not tags
-        or not all(isinstance(tag, Mapping) and "category" in tag for tag in tags)
-    ):
+    if not isinstance(tags, list) or not all(isinstance(tag, Mapping) and "category" in tag for tag in tags):
         return {}
     nested: dict[str, Any] = {}
     for tag in tags:
@@ -79,30 +73,17 @@ def join_fields(fields: Mapping[str, tuple[str, Any]], names: Iterable[str], not
     return " ".join(text for text in texts if text)
 
 
-def is_absent(value: Any) -> bool:
-    return value is None or is_nan(value)
-
-
 def read_tag_value(name: str, value: Any, notes: list[Note]) -> str:
     """Tags as text or as a list."""
     if isinstance(value, str):
         if value.lstrip()[:2] not in LIST_AS_TEXT:
             return split_string(name, check_text(name, value), notes)
-        value = parse_list(name, value)
+        text, value = value, parse_json(value)
+        if not isinstance(value, list):
+            raise ValueError(f"{name} holds a list written as text, which is not JSON: {show_value(text)}")
     if not isinstance(value, list):
         raise ValueError(f"{name} must be text or a list of texts, not {show_value(value)}")
     return read_tag_list(name, value, notes)
-
-
-def parse_list(name: str, text: str) -> list[Any]:
-    """A list that a table holds as text, where that is JSON."""
-    try:
-        tags = json.loads(text)
-    except (ValueError, RecursionError):
-        tags = None
-    if not isinstance(tags, list):
-        raise ValueError(f"{name} holds a list written as text, which is not JSON: {show_value(text)}")
-    return tags
 
 
 def split_string(name: str, text: str, notes: list[Note]) -> str:

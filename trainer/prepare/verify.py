@@ -6,7 +6,6 @@ SHA-256. Where a shard's hash differs, CRC-32, headers and JSON tell which of it
 """
 
 import hashlib
-import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from trainer.core.errors import UserError
 from trainer.core.layout import INDEX_FILE, LATENTS_FILE, MANIFEST_FILE
+from trainer.data.fields import parse_json
 from trainer.data.index import Index, find_file_problem, find_hash_problem, find_index_problem, read_manifest
 from trainer.data.shards import LATENT_FIELDS, Row, fingerprint_rows, member_header
 from trainer.data.tables import read_table
@@ -128,10 +128,7 @@ def holds_json(rest: bytes, row: Row) -> bool:
     text = rest[len(padding) + len(member_header(name, 0)) :].rstrip(b"\0")
     if rest.rstrip(b"\0") != padding + member_header(name, len(text)) + text:
         return False
-    try:
-        written = json.loads(text)
-    except ValueError:
-        return False
+    written = parse_json(text)
     return isinstance(written, dict) and all(written.get(field.name) == row[field.name] for field in LATENT_FIELDS)
 
 

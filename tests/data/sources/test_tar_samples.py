@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from support.paths import REPOSITORY
 from trainer.config.schema import DataConfig, SourceConfig
@@ -12,6 +13,7 @@ from trainer.data.images import read_bytes
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.records import Item, Reject, Remark
+from trainer.data.sources.tars import split_name
 
 PNG = (REPOSITORY / "demo" / "images" / "bee.png").read_bytes()
 
@@ -91,3 +93,39 @@ def test_a_folder_of_tars_counts_what_lies_beside_them(tmp_path: Path) -> None:
     items = list(iterate_sources(DataConfig("shards", sources=[SourceConfig("tars", str(tmp_path))])))
     kinds = [item.kind for item in items if isinstance(item, Remark)]
     assert kinds == ["unread file: .idx", "hidden or system folder, not entered"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.png",
+        "sub/a.PNG",
+        "v1.0/b.c.png",
+        "./a.json",
+        "a b/ü.cls.txt",
+        "a.",
+        "deep/er/001.seg.png",
+        "README",
+        ".hidden.png",
+    ],
+)
+def test_keys_and_extensions_are_webdatasets(name: str) -> None:
+    """An extension is lowered as webdataset does when it groups members."""
+    their_key, their_extension = webdataset.tariterators.base_plus_ext(name)
+    key, extension = split_name(name)
+    assert key == their_key and (key is None or extension == their_extension.lower())
+
+
+def test_samples_are_those_that_webdataset_reads(tmp_path: Path) -> None:
+    captions = {f"{'deep/' * (n % 3)}{n:04d}": f"drawing {n}" for n in range(20)}
+    with webdataset.TarWriter(str(tmp_path / "t.tar")) as writer:
+        for key, caption in captions.items():
+            writer.write({"__key__": key, "png": PNG, "txt": caption, "json": {"score": 3}})
+    theirs = {
+        sample["__key__"]: (sample["txt"].decode(), sample["png"])
+        for sample in webdataset.WebDataset(str(tmp_path / "t.tar"), shardshuffle=False)
+    }
+    items = list(iterate_sources(DataConfig("shards", sources=[SourceConfig("tars", str(tmp_path / "t.tar"))])))
+    posts = [item for item in items if isinstance(item, Post)]
+    ours = {post.origin.removeprefix("t.tar: "): (post.caption, read_bytes(post.image)) for post in posts}
+    assert len(posts) == len(items) and ours == theirs and {key: value[0] for key, value in ours.items()} == captions

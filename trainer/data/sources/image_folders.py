@@ -243,14 +243,15 @@ def may_read_link(listed: ImageFolder, tar: str) -> bool:
 
 def list_tar(listed: ImageFolder, tar: str) -> None:
     """Add the images of a tar, and what else is in it. Of two members of one name the later counts."""
-    others: dict[str, Remark] = {}
+    others: dict[str, list[str]] = {}
     with open_tar(listed.path / tar) as file:
         for item in walk_tar(file):
             if isinstance(item, Damage):
                 listed.damages.append(reject_damage(item, tar))
             elif (kind := add_member(listed, tar, item)) is not None:
-                add_up(others, Remark(listed.source, kind, origin=show_text(f"{tar}: {item.name}")))
-    listed.damages.extend(others.values())
+                others.setdefault(kind, []).append(item.name)
+    for kind, names in others.items():
+        listed.damages.append(Remark(listed.source, kind, len(names), show_text(f"{tar}: {names[0]}")))
 
 
 def add_member(listed: ImageFolder, tar: str, member: Member) -> str | None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.core.errors import UserError
+from trainer.data.fields import parse_json
 from trainer.data.sources.records import MAX_SIDECAR, BadRecord, check_columns, not_an_object
 from trainer.data.sources.tar_headers import MAGIC
 
@@ -180,14 +181,6 @@ def refuse_document(file: Path, start: bytes) -> None:
         if whole is not None:
             names = ", ".join(list(whole)[:10])
             raise UserError(f"{file} is one JSON object (of {names}), not one post a line or an array of posts: {READ}")
-
-
-def parse_json(text: bytes) -> Any:
-    """The value of a JSON text; None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def iterate_table_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
