@@ -1,6 +1,6 @@
 """Single values as sites, dumps and tables write them: numbers, dates, text. What is missing is None.
 
-An unreadable value of an optional field costs nobody a post: it is None as well, and noted.
+An unreadable value of an optional field costs no post: it is None as well, and noted.
 """
 
 import json
@@ -76,7 +76,7 @@ def show_value(value: Any) -> str:
 
 
 def show_text(text: str) -> str:
-    """Text with what UTF-8 cannot hold spelt out: a file's name need not be Unicode."""
+    """Text with what UTF-8 cannot hold written as escapes: a file's name need not be Unicode."""
     try:
         return os.fsencode(text).decode(errors="backslashreplace")
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell

@@ -38,8 +38,8 @@ Scalar = str | int | float | bool
 SCALARS = (str, int, float, bool)  # a tuple: isinstance takes three times as long over a union
 
 MAX_EXTRA_LENGTH = 200  # characters of a text kept in `extra`; longer ones are prose, which no rule of ours reads
-# fields that have a place of their own in Post, or repeat one
-TOLD_ELSEWHERE = {"caption", "rating", "score", "image_width", "image_height", "file", "tags", "tag_string"}
+# fields that have a place of their own in Post, or repeat one that has
+OWN_PLACES = {"caption", "rating", "score", "image_width", "image_height", "file", "tags", "tag_string"}
 DATE_FIELDS = ("created_at", "create_date", "date")  # Danbooru's and others'; pixiv's; gallery-dl's own
 
 
@@ -184,10 +184,11 @@ def read_score(record: Mapping[str, Any], site: Site, notes: list[Note]) -> int 
 def read_year(record: Mapping[str, Any], notes: list[Note]) -> int | None:
     """The year of ``media_asset.created_at``, else of the first of DATE_FIELDS that is a date; None where none is."""
     asset = record.get("media_asset")
-    nested = (
-        ("media_asset.created_at", asset.get("created_at")) if isinstance(asset, Mapping) else ("media_asset", asset)
+    dates = (
+        {"media_asset.created_at": asset.get("created_at")} if isinstance(asset, Mapping) else {"media_asset": asset}
     )
-    for name, value in (nested, *((name, record.get(name)) for name in DATE_FIELDS)):
+    dates |= {name: record.get(name) for name in DATE_FIELDS}
+    for name, value in dates.items():
         if (year := read_optional(parse_year, name, value, notes)) is not None:
             return year
     return None
@@ -207,7 +208,7 @@ def read_extra(record: Mapping[str, Any], notes: list[Note]) -> dict[str, Scalar
     extra: dict[str, Scalar] = {}
     for name in sorted(record):
         value = record[name]
-        if not isinstance(value, SCALARS) or is_told_elsewhere(name) or len(str(value)) > MAX_EXTRA_LENGTH:
+        if not isinstance(value, SCALARS) or has_own_place(name) or len(str(value)) > MAX_EXTRA_LENGTH:
             continue
         if is_storable(name) and is_storable(value):
             extra[name] = value
@@ -224,6 +225,6 @@ def is_storable(value: Scalar) -> bool:
 
 
 @lru_cache(maxsize=1024)  # records of one source have the same names
-def is_told_elsewhere(name: str) -> bool:
+def has_own_place(name: str) -> bool:
     """Whether a field has a place of its own in Post, repeats one, or is a link."""
-    return name in TOLD_ELSEWHERE or name.startswith(("tag_string_", "tags_")) or name.endswith("_url")
+    return name in OWN_PLACES or name.startswith(("tag_string_", "tags_")) or name.endswith("_url")

@@ -109,13 +109,13 @@ def walk_files(
         walk.may_enter("", os.fspath(folder), linked=False)
     waiting = [walk_one(walk, "")]  # not by recursion: folders may be nested deeper than Python's stack
     while waiting:
-        for item in waiting[-1]:
-            if isinstance(item, str):
-                waiting.append(walk_one(walk, item))
-                break
-            yield item
-        else:
+        item = next(waiting[-1], None)
+        if item is None:
             waiting.pop()
+        elif isinstance(item, str):
+            waiting.append(walk_one(walk, item))
+        else:
+            yield item
 
 
 def walk_one(walk: Walk, parent: str) -> Iterator[Found | str]:
@@ -224,7 +224,7 @@ class Beside:
     siblings: dict[str, bool]
     names: dict[str, list[str]] = field(default_factory=dict)  # of sidecars, by their name with the extension lowered
     bare: set[str] = field(default_factory=set)  # names of images, with and without extension
-    chosen: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)  # an image's captions and posts
+    read: set[str] = field(default_factory=set)  # names of the sidecars that are read
 
     def __post_init__(self) -> None:
         for name in self.siblings:
@@ -232,8 +232,8 @@ class Beside:
                 self.bare |= {name, without_extension(name)}
             elif extension_of(name) in (*CAPTIONS, *POSTS):
                 self.names.setdefault(f"{without_extension(name)}.{extension_of(name)}", []).append(name)
-        self.chosen = {name: self.choose(name) for name in self.siblings if is_image_name(name)}
-        self.read = {name for chosen in self.chosen.values() for names in chosen for name in names}
+        for image in filter(is_image_name, self.siblings):
+            self.read.update(*self.choose(image))
 
     def choose(self, image: str) -> tuple[list[str], list[str]]:
         """The captions of an image, of which there should be one, and its post, if it has one.
@@ -295,7 +295,7 @@ def read_beside(folder: Path, found: Found, beside: Beside, source: str, follow_
     origin = show_text(found.name)
     try:
         path = folder / found.name if found.plain else check_inside(folder, found.name, follow_links)
-        captions, posts = beside.chosen[found.last]
+        captions, posts = beside.choose(found.last)
         if len(captions) > 1:
             raise BadRecord("caption_ambiguous", f"several captions: {', '.join(captions)}; keep one of them")
         if not captions and not posts:

@@ -7,7 +7,6 @@ runs no code that comes with a dataset.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,32 @@ from trainer.data.sources.records import BadRecord, Reject, check_columns, read_
 NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
 
 
-@dataclass(frozen=True)
-class Split:
-    """What a split is made of."""
-
-    files: list[Path]  # Arrow, in order
-    images: Path  # files that rows name by path must lie below it
-
-
 def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
     """The rows of a split, in order. Columns are named as Danbooru's fields; others are kept as ``extra``.
 
     Raises:
         UserError: when the package, the dataset, the split or a column is missing, or a file is damaged.
     """
-    split, number = find_split(source), 0
-    for file in split.files:
+    files, root = find_split(source)
+    number = 0
+    for file in files:
         try:
             table = open_arrow(file)
             image = find_image_column(source, table.schema)
             check_columns(table.schema, source.caption_column, f"the dataset {source.path}")
             for row, (values, place) in enumerate(iterate_dataset_rows(table, image)):
-                yield read_dataset_row(
-                    source, number, values, TableCell(file, row, image) if place is True else place, split
-                )
+                cell = TableCell(file, row, image)
+                yield read_dataset_row(source, number, values, cell if place is True else place, root)
                 number += 1
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is not UTF-8 is a ValueError
             raise UserError(f"{file} is damaged: {error}") from error
 
 
-def find_split(source: SourceConfig) -> Split:
-    """Let the package find, fetch and, for anything but a saved dataset, build the Arrow files of a split."""
+def find_split(source: SourceConfig) -> tuple[list[Path], Path]:
+    """Let the package find, fetch and, for anything but a saved dataset, build the Arrow files of a split, in order.
+
+    With them the folder in which files must lie that rows name by their paths.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -79,7 +73,7 @@ def find_split(source: SourceConfig) -> Split:
     if sum(open_arrow(file).num_rows for file in files) != len(found):
         raise UserError(f"the split {name} is a part of its files only: name a whole split of {source.path}")
     root = folder if folder.is_dir() else Path(datasets.config.HF_CACHE_HOME)
-    return Split(files, root.resolve())
+    return files, root.resolve()
 
 
 def find_image_column(source: SourceConfig, schema: pa.Schema) -> str:
@@ -93,8 +87,8 @@ def find_image_column(source: SourceConfig, schema: pa.Schema) -> str:
         return source.image_column
     images = [column.name for column in schema if holds_bytes(column.type)]
     if len(images) != 1:
-        told = "no column" if not images else f"several columns ({', '.join(images)})"
-        raise UserError(f"the dataset {source.path} has {told} of images: set its image_column")
+        there = f"several columns ({', '.join(images)})" if images else "no column"
+        raise UserError(f"the dataset {source.path} has {there} of images: set its image_column")
     return images[0]
 
 
@@ -123,13 +117,13 @@ def iterate_dataset_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str
 
 
 def read_dataset_row(
-    source: SourceConfig, number: int, values: dict[str, Any], place: TableCell | bool | str, split: Split
+    source: SourceConfig, number: int, values: dict[str, Any], place: TableCell | bool | str, root: Path
 ) -> Post | Reject:
     """The post of one row."""
     key, origin = encode_key(f"{source.label}/{number}"), f"{source.label} row {number}"
     try:
         record = plain_value(values)
-        image = place if isinstance(place, TableCell) else place_file(place, split.images)
+        image = place if isinstance(place, TableCell) else place_file(place, root)
         return read_captioned(record, source.caption_column, source=source.label, image=image, origin=origin, key=key)
     except ValueError as error:
         return reject(key, origin, error)

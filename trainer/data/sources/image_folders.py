@@ -192,10 +192,8 @@ class ImageFolder:
                 "source in data.sources"
             )
         if self.strip_prefix and not counts.stripped:
-            told = (
-                f"none of {counts.names} names of images begins with it" if counts.names else "no record names a file"
-            )
-            raise UserError(f"strip_prefix {self.strip_prefix!r} has no effect: {told}")
+            why = f"none of {counts.names} names of images begins with it" if counts.names else "no record names a file"
+            raise UserError(f"strip_prefix {self.strip_prefix!r} has no effect: {why}")
 
 
 def list_images(folder: Path, source: str = "", follow_links: bool = False) -> ImageFolder:

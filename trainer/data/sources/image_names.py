@@ -60,10 +60,7 @@ def read_site(record: Mapping[str, Any]) -> str | None:
 
 def plain_path(name: str) -> str:
     """A path as this machine writes it: slashes, and no ``./`` at its beginning."""
-    plain = name.replace("\\", "/")
-    while plain.startswith("./"):
-        plain = plain[2:].lstrip("/")
-    return plain
+    return re.sub(r"^(?:\./+)+", "", name.replace("\\", "/"))
 
 
 def strip_start(path: str, prefix: str) -> str | None:
@@ -72,11 +69,8 @@ def strip_start(path: str, prefix: str) -> str | None:
     Both are as ``plain_path`` gives them. On a Windows drive upper and lower case are the same.
     """
     start = prefix.rstrip("/") + "/"
-    if path.startswith(start):
-        return path[len(start) :].lstrip("/")
-    if DRIVE.match(start) and path[: len(start)].casefold() == start.casefold():
-        return path[len(start) :].lstrip("/")
-    return None
+    fold = str.casefold if DRIVE.match(start) else str
+    return path[len(start) :].lstrip("/") if fold(path[: len(start)]) == fold(start) else None
 
 
 @lru_cache(maxsize=64)

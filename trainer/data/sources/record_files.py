@@ -230,7 +230,7 @@ def iterate_array(file: BinaryIO) -> Iterator[Record]:
     decoder = json.JSONDecoder()
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
     buffer, number, ended = text.read(READ_CHARACTERS).lstrip(), 0, False
-    at = 1  # behind the bracket
+    at = 1  # after the bracket
     while True:
         at = BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
         if buffer[at : at + 1] == "]":

@@ -35,11 +35,6 @@ NO_FIELD = "no field of caption_column"
 
 Lines = Literal["first", "tags", "variants"]
 LINE_END = re.compile(rf"[\r\n{VARIANT_SEPARATOR}]")
-LINES_KINDS = {
-    "first": "captions of several lines, of which the first is read",
-    "tags": "captions of several lines, read as tags",
-    "variants": "captions of several lines, read as variants",
-}
 
 
 @dataclass(frozen=True)
@@ -249,11 +244,14 @@ def settle_caption(post: Post, lines: Lines) -> Post:
     parts = [part for line in LINE_END.split(caption) if (part := line.strip())]
     if len(parts) < 2:  # only blank lines beside it: the text stays as it is
         return dataclasses.replace(post, caption=caption.replace(VARIANT_SEPARATOR, " "))
+    detail = f"{len(parts)} lines"
     match lines:
         case "first":
-            told, detail = parts[0], f"not read: {show_value(parts[1])}; lines: tags or variants reads all"
+            text, how = parts[0], "of which the first is read"
+            detail = f"not read: {show_value(parts[1])}; lines: tags or variants reads all"
         case "tags":
-            told, detail = ", ".join(part.strip(", ") for part in parts), f"{len(parts)} lines"
+            text, how = ", ".join(part.strip(", ") for part in parts), "read as tags"
         case "variants":
-            told, detail = VARIANT_SEPARATOR.join(parts), f"{len(parts)} lines"
-    return dataclasses.replace(post, caption=told, notes=(*post.notes, Note(LINES_KINDS[lines], detail)))
+            text, how = VARIANT_SEPARATOR.join(parts), "read as variants"
+    note = Note(f"captions of several lines, {how}", detail)
+    return dataclasses.replace(post, caption=text, notes=(*post.notes, note))

@@ -68,10 +68,10 @@ def walk_tar(file: BinaryIO) -> Iterator[Member | Damage]:
                 described = {}
             elif size > MAX_EXTENDED_BYTES:
                 raise tarfile.HeaderError(f"an extended header of {size} bytes")
-            elif info.type == tarfile.XGLTYPE:
-                lasting |= parse_pax(file.read(size))
-            else:
-                described |= parse_extended(info.type, file.read(size))
+            elif info.type == tarfile.GNUTYPE_LONGNAME:
+                described["path"] = file.read(size).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+            elif info.type != tarfile.GNUTYPE_LONGLINK:  # links are refused, wherever they lead
+                (lasting if info.type == tarfile.XGLTYPE else described).update(parse_pax(file.read(size)))
             position = start + size + -size % BLOCK
         except tarfile.HeaderError as error:
             described = {}
@@ -100,13 +100,6 @@ def parse_size(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise tarfile.HeaderError(f"a size of {text[:30]!r}")
     return int(text)
-
-
-def parse_extended(kind: bytes, payload: bytes) -> dict[str, str]:
-    """What an extended header says of the member after it, by pax's names."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
-    return {} if kind == tarfile.GNUTYPE_LONGLINK else parse_pax(payload)  # links are refused, wherever they lead
 
 
 def parse_pax(payload: bytes) -> dict[str, str]:
