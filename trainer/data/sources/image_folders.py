@@ -4,11 +4,11 @@ Images are files, or members of tars that lie in the folder; those are read at t
 member, so that a folder with its own tars beside it is what it was.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from trainer.core.errors import UserError
 from trainer.data.fields import show_text
@@ -28,15 +28,6 @@ from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed, reject_damage
 
 
-class InTar(NamedTuple):
-    """An image in a tar: the tar's path below the folder, the member's path in it, and its bytes."""
-
-    tar: str
-    member: str
-    offset: int
-    length: int
-
-
 @dataclass
 class NameCounts:
     """What became of the file names of one source."""
@@ -53,7 +44,7 @@ class ImageFolder:
     path: Path
     by_stem: dict[str, str | list[str]] = field(default_factory=dict)  # stem or id -> name, or several
     links: set[str] = field(default_factory=set)  # names that are no plain files
-    members: dict[str, InTar] = field(default_factory=dict)  # by name: the tar's path, a slash and the member's
+    members: dict[str, TarMember] = field(default_factory=dict)  # by name: the tar's path, a slash and the member's
     by_md5: dict[str, list[str]] = field(default_factory=dict)  # made when it is first asked for
     source: str = ""  # what the first source that asks is called
     follow_links: bool = False  # a link may lead to a file elsewhere
@@ -101,7 +92,9 @@ class ImageFolder:
 
     def inner(self, name: str) -> str:
         """An image's path in its folder or in its tar."""
-        return self.members[name].member if name in self.members else name
+        if name not in self.members:
+            return name
+        return name[len(os.fspath(self.members[name].path.relative_to(self.path))) + 1 :]
 
     def place(self, name: str) -> ImagePlace:
         """The image of this name, which must stay inside the folder.
@@ -111,8 +104,7 @@ class ImageFolder:
         """
         self.used.add(name)
         if name in self.members:
-            tar, _, offset, length = self.members[name]
-            return TarMember(self.path / tar, offset, length)
+            return self.members[name]
         if name in self.links or name not in self.all_of(stem_or_id(name)):
             return check_inside(self.path, name, self.follow_links)
         return self.path / name
@@ -242,27 +234,27 @@ def may_read_link(listed: ImageFolder, tar: str) -> bool:
 def list_tar(listed: ImageFolder, tar: str) -> None:
     """Add the images of a tar, and what else is in it. Of two members of one name the later counts."""
     others: dict[str, list[str]] = {}
-    with open_tar(listed.path / tar) as file:
+    path = listed.path / tar
+    with open_tar(path) as file:
         for item in walk_tar(file):
             if isinstance(item, Damage):
                 listed.damages.append(reject_damage(item, tar))
-            elif (kind := add_member(listed, tar, item)) is not None:
+            elif (kind := add_member(listed, tar, item, path)) is not None:
                 others.setdefault(kind, []).append(item.name)
     for kind, names in others.items():
         listed.damages.append(Remark(listed.source, kind, len(names), show_text(f"{tar}: {names[0]}")))
 
 
-def add_member(listed: ImageFolder, tar: str, member: Member) -> str | None:
+def add_member(listed: ImageFolder, tar: str, member: Member, path: Path) -> str | None:
     """Add a member of a tar that is an image; what one is that is not read, or stands for an earlier one."""
     *folders, last = member.name.split("/")
     if any(is_system_folder(each) for each in folders):
         return "members of hidden or system folders in tars, not read"
     if not is_image_name(last):
         return None if member.name.endswith("/") else "members of tars that are no images"
-    inner = plain_path(member.name)
-    name = f"{tar}/{inner}"
+    name = f"{tar}/{plain_path(member.name)}"
     again = name in listed.members
     if not again:
         listed.add(name)
-    listed.members[name] = InTar(tar, inner, member.offset, member.length)
+    listed.members[name] = TarMember(path, member.offset, member.length)
     return "members of tars written again later, not read" if again else None

@@ -5,7 +5,6 @@ Only sidecars are read; an image is a stretch of its tar.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +23,7 @@ from trainer.data.sources.folders import (
     remark_second,
     walk_files,
 )
-from trainer.data.sources.record_files import DECOMPRESSORS
+from trainer.data.sources.record_files import DECOMPRESSORS, read_start
 from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 
@@ -75,8 +74,7 @@ def refuse_compressed(file: Path) -> None:
     raise UserError(f"{file} is compressed: images are read at their place in the tar, so decompress it first")
 
 
-@contextmanager
-def open_tar(file: Path) -> Iterator[BinaryIO]:
+def open_tar(file: Path) -> BinaryIO:
     """A tar file opened for reading.
 
     Raises:
@@ -84,14 +82,9 @@ def open_tar(file: Path) -> Iterator[BinaryIO]:
     """
     if not file.is_file():  # a pipe would wait for ever
         raise UserError(f"{file} is neither a tar file nor a folder")
-    try:
-        opened = file.open("rb")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    with opened as tar:
-        if tar.read(8).startswith(tuple(DECOMPRESSORS)):
-            refuse_compressed(file)
-        yield tar
+    if read_start(file).startswith(tuple(DECOMPRESSORS)):
+        refuse_compressed(file)
+    return file.open("rb")
 
 
 def iterate_tar(file: Path, name: str, source: str) -> Iterator[Item]:
