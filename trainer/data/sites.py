@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.data.fields import check_text, is_absent, is_missing, parse_whole, show_value
+from trainer.data.fields import check_text, is_absent, is_missing, parse_whole, read_optional, show_value
 
 # words and letters of all sites, in lower case; "safe" is what sites have that know no "general"
 RATING_NAMES = {
@@ -81,11 +81,8 @@ def read_own_id(record: Mapping[str, Any]) -> str | None:
         except ValueError as error:
             raise ValueError(f"id must be a whole number or text, not {show_value(post_id)}") from error
     field = find_site(record).files
-    count = None if field is None else record.get(field)
-    try:
-        return None if not is_missing(count) and parse_whole(count) > 1 else own
-    except ValueError:
-        return own
+    count = None if field is None else read_optional(parse_whole, field, record.get(field), [])
+    return own if count is None or count <= 1 else None
 
 
 def image_stems(record: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ A folder is a source of its own where captions and posts lie beside its images.
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from trainer.core.errors import UserError
@@ -18,6 +18,7 @@ from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, R
 
 CAPTIONS = ("txt", "caption", "tags")  # extensions of finished captions
 POSTS = ("json",)
+SIDECARS = (*CAPTIONS, *POSTS)
 PACKAGE_OF = {end: plug_in.package for plug_in in PLUG_INS for end in plug_in.extensions}
 
 # beside hidden ones: what systems, file servers and tools put among images, with copies and previews of them
@@ -193,12 +194,6 @@ def remark_second(source: str, name: str, origin: str) -> Remark:
     return Remark(source, kind, origin=show_text(origin), detail="another one of the same image was read")
 
 
-def add_up(sums: dict[str, Remark], remark: Remark) -> None:
-    """Sum remarks by kind, where there may be as many as images; the first one is the example."""
-    before = sums.get(remark.kind)
-    sums[remark.kind] = replace(before, count=before.count + remark.count) if before else remark
-
-
 def kind_of(extension: str) -> str:
     """An extension in words; one that is a number, long or strange may be of one file only, and has no kind."""
     if not extension:
@@ -230,7 +225,7 @@ class Beside:
         for name in self.siblings:
             if is_image_name(name):
                 self.bare |= {name, without_extension(name)}
-            elif extension_of(name) in (*CAPTIONS, *POSTS):
+            elif extension_of(name) in SIDECARS:
                 self.names.setdefault(f"{without_extension(name)}.{extension_of(name)}", []).append(name)
         for image in filter(is_image_name, self.siblings):
             self.read.update(*self.choose(image))
@@ -253,7 +248,7 @@ class Beside:
         """What is to be said of a file that is no image; nothing of a sidecar that is read."""
         if found.last in self.read:
             return None
-        if extension_of(found.last) in (*CAPTIONS, *POSTS) and without_extension(found.last) in self.bare:
+        if extension_of(found.last) in SIDECARS and without_extension(found.last) in self.bare:
             return remark_second(source, found.last, found.name)
         return remark_file(source, found.last, found.name)
 

@@ -14,14 +14,7 @@ from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import ImagePlace, TarMember
-from trainer.data.sources.folders import (
-    add_up,
-    check_inside,
-    is_system_folder,
-    remark_file,
-    walk_files,
-    without_extension,
-)
+from trainer.data.sources.folders import check_inside, is_system_folder, remark_file, walk_files, without_extension
 from trainer.data.sources.image_names import md5_in, plain_path, prefix_before, relative_path, stem_or_id, strip_start
 from trainer.data.sources.records import BadRecord, Reject, Remark
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
@@ -219,6 +212,12 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
         example = show_text(compressed[0])
         listed.damages.append(Remark(source, "compressed tars, not read", len(compressed), example))
     return listed
+
+
+def add_up(sums: dict[str, Remark], remark: Remark) -> None:
+    """Sum remarks by kind, where there may be as many as images; the first one is the example."""
+    before = sums.get(remark.kind)
+    sums[remark.kind] = replace(before, count=before.count + remark.count) if before else remark
 
 
 def may_read_link(listed: ImageFolder, tar: str) -> bool:

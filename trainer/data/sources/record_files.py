@@ -78,7 +78,6 @@ def iterate_records(file: Path, column: str | None = None) -> Iterator[Record]:
     try:
         with open_content(file) as probe:
             start = probe.read(START)
-        refuse_foreign(file, start)
         with open_content(file) as content:
             for where, record in choose_reader(file, content, start):
                 yield where, record
@@ -128,20 +127,16 @@ def read_start(file: Path) -> bytes:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def refuse_foreign(file: Path, start: bytes) -> None:
-    """Name a file of another kind.
+def choose_reader(file: Path, content: BinaryIO, start: bytes) -> Iterator[Record]:
+    """The records of a file's content, which begins with ``start``.
 
     Raises:
-        UserError: naming it.
+        UserError: when it is of another kind, naming it.
     """
     kind = next((kind for magic, kind in FOREIGN.items() if start.startswith(magic)), None)
     kind = "a tar archive" if start[MAGIC] == b"ustar" else kind
     if kind is not None:
         raise UserError(f"{file} is {kind}: {READ}")
-
-
-def choose_reader(file: Path, content: BinaryIO, start: bytes) -> Iterator[Record]:
-    """The records of a file's content, which begins with ``start``."""
     name = file.name.lower()
     while name.endswith(COMPRESSED_ENDS):
         name = name[: name.rfind(".")]

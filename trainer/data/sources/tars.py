@@ -16,7 +16,7 @@ from trainer.data.post import Post, TarMember, encode_key
 from trainer.data.sources.folders import (
     CAPTIONS,
     PACKAGE_OF,
-    POSTS,
+    SIDECARS,
     extension_of,
     is_system_folder,
     remark_file,
@@ -39,7 +39,7 @@ class TarSample:
 
     @property
     def sidecars(self) -> list[str]:
-        return sorted(name for name in self.members if extension_of("." + name) in (*CAPTIONS, *POSTS))
+        return sorted(name for name in self.members if extension_of("." + name) in SIDECARS)
 
 
 def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterator[Item]:
