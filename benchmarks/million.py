@@ -142,7 +142,7 @@ def main() -> None:
         def write(folder: Path) -> str:
             """sort, fingerprint and write the index"""
             table = make_table(rows)
-            write_index(folder, table, list_shards(folder, rows), {})
+            write_index(folder, table.sort_by("key"), list_shards(folder, rows), {})
             return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
 
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")

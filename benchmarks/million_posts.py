@@ -1,9 +1,10 @@
-"""A million posts: from their JSON through filters, the table of a preparation, its merge, captions and plan.
+"""A million posts: from their JSON through filters, the table of a preparation, planning and merge, captions and plan.
 
-``python benchmarks/million_posts.py [--posts 1271990]``
+``python benchmarks/million_posts.py [--posts 1271990] [--prepare-only] [--folder /tmp]``
 
 Metadata only: posts as benchmarks/posts.py makes them, their images one file that is never opened, their latents taken
-as encoded before. Each measurement runs in a process of its own, so that memory is what that work adds.
+as encoded. Each measurement runs in a process of its own, with all libraries of a preparation loaded: "peak" is the
+highest resident memory of the whole process (VmHWM).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from million import list_shards, measure, name_shards
+from million import list_shards, measure
 from posts import make_rows, plain_config
 
 from trainer.config.schema import FiltersConfig
@@ -25,11 +26,13 @@ from trainer.data.index import open_index
 from trainer.data.plan import Plan
 from trainer.data.post import Post, TarMember, read_post
 from trainer.data.tables import read_table
-from trainer.prepare.inputs import Inputs, survey_inputs
-from trainer.prepare.merge import merge_set
-from trainer.prepare.work import LATENTS_SCHEMA, STAT, Stock, Work, make_folders, plan_todo, write_stock
+from trainer.prepare import prepare  # noqa: F401, so that its libraries are loaded
+from trainer.prepare.inputs import Survey, survey_inputs
+from trainer.prepare.merge import merge_set, plan_chunks
+from trainer.prepare.work import LATENTS_SCHEMA, DoneChunk, Work, make_folders, read_done, read_pending, write_done
 
 DISTINCT = 20_000  # posts that differ in more than their ids
+SHARD = 2000  # samples
 FILTERS = FiltersConfig(min_score=0, ratings=["g", "s", "q"], first_year=2007, forbidden_tags=["comic", "4koma"])
 
 
@@ -65,8 +68,8 @@ def read_only(folder: Path) -> str:
     return f"{sum(1 for _ in read_posts(folder)):,} posts"
 
 
-def survey(folder: Path, filters: FiltersConfig) -> Inputs:
-    work = Work(folder / "work")
+def survey(folder: Path, filters: FiltersConfig) -> Survey:
+    work = Work(folder / "shards")
     make_folders(work)
     return survey_inputs(read_posts(folder), filters, "|||", work.inputs)
 
@@ -78,51 +81,70 @@ def survey_filtered(folder: Path) -> str:
 
 def survey_all(folder: Path) -> str:
     """read, and write the table of a preparation, all posts"""
-    return (
-        f"{survey(folder, FiltersConfig()).total:,} posts, {Work(folder / 'work').inputs.stat().st_size / 1e6:,.0f} MB"
-    )
+    total, size = survey(folder, FiltersConfig()).total, Work(folder / "shards").inputs.stat().st_size
+    return f"{total:,} posts, {size / 1e6:,.0f} MB"
 
 
-def write_latents(folder: Path) -> None:
-    """What would have been encoded, as an earlier preparation leaves it."""
-    work, count = Work(folder / "work"), len(read_table(Work(folder / "work").inputs))
-    inputs, generator = read_table(work.inputs), np.random.default_rng(0)
-    numbers = np.arange(count)
-    sides = np.array([[832, 1216], [1024, 1024], [1216, 832], [896, 1152]])[generator.integers(0, 4, count)]
-    columns = {
-        "key": inputs["key"].combine_chunks(),
-        "shard": name_shards(numbers // 2000),
-        "content_hash": pa.array([f"{number:064x}" for number in numbers]),
-        "offset": pa.array(numbers % 2000 * 131_072),
-        "bucket_width": pa.array(sides[:, 0]),
-        "bucket_height": pa.array(sides[:, 1]),
-        "several_frames": pa.nulls(count),
-    } | {name: inputs[name].combine_chunks() for name in STAT}
-    filler = pa.array(np.full(count, 2048))
-    table = pa.table([columns.get(field.name, filler).cast(field.type) for field in LATENTS_SCHEMA], LATENTS_SCHEMA)
-    write_stock(work.store, Stock(table, list_shards(work.set, count)))
+def count_inputs(work: Work) -> Survey:
+    return Survey(len(read_table(work.inputs)), "0", [], {})
+
+
+def plan_new(folder: Path) -> str:
+    """find the pending posts (all), and cut them into chunks"""
+    work = Work(folder / "shards")
+    plan_chunks(work, None, count_inputs(work), SHARD)
+    return f"{len(read_pending(work)):,} chunks"
+
+
+def write_latents(folder: Path) -> str:
+    """write what would have been encoded, chunk by chunk"""
+    work, generator = Work(folder / "shards"), np.random.default_rng(0)
+    inputs, count = read_table(work.pending), len(read_table(work.pending))
+    sides = np.array([[832, 1216], [1024, 1024], [1216, 832], [896, 1152]])
+    for number, shard in enumerate(list_shards(work.set, count)):
+        posts = inputs.slice(number * SHARD, SHARD)
+        numbers, size = np.arange(len(posts)), sides[generator.integers(0, 4, len(posts))]
+        columns = {name: posts[name] for name in posts.column_names} | {
+            "shard": pa.array([shard.name] * len(posts)),
+            "content_hash": pa.array([f"{number * SHARD + place:064x}" for place in numbers]),
+            "offset": pa.array(numbers * 131_072),
+            "bucket_width": pa.array(size[:, 0]),
+            "bucket_height": pa.array(size[:, 1]),
+            "several_frames": pa.nulls(len(posts)),
+        }
+        filler = pa.array(np.full(len(posts), 2048))
+        latents = pa.table(
+            [columns.get(field.name, filler).cast(field.type) for field in LATENTS_SCHEMA], LATENTS_SCHEMA
+        )
+        write_done(DoneChunk(work.done / f"{Path(shard.name).stem}.arrow", [shard], [], {}), latents)
+    return f"{number + 1:,} chunks"
+
+
+def plan_again(folder: Path) -> str:
+    """find the pending posts (none)"""
+    work = Work(folder / "shards")
+    work.pending.unlink()  # as if the inputs were others
+    plan_chunks(work, None, count_inputs(work), SHARD)
+    return f"{len(read_pending(work)):,} chunks"
 
 
 def merge(folder: Path) -> str:
-    """find what is left to encode (nothing), and merge the set"""
-    work, config = Work(folder / "work"), plain_config()
-    inputs = Inputs(len(read_table(work.inputs)), "0", [], {})
-    todo = plan_todo(work, read_table(work.inputs), Stock(LATENTS_SCHEMA.empty_table(), []), "0", 2000)
-    assert not len(todo)
-    counts = merge_set(work, todo, [], inputs, {}, config.filters)["counts"]
+    """merge the set: latents.arrow, notes, index, fingerprint"""
+    work = Work(folder / "shards")
+    counts = merge_set(work, None, read_done(work), count_inputs(work), {}, plain_config().filters)["counts"]
     return f"{counts['samples']:,} samples"
 
 
 def plan(folder: Path) -> str:
     """open the index, and plan the run"""
-    index = open_index(folder / "work" / "set")
+    index = open_index(Work(folder / "shards").set)
     plan = Plan(index.bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
     return f"{plan.steps_for_epochs(10):,} steps for 10 epochs"
 
 
 def captions(folder: Path) -> str:
     """compose and draw the caption of every sample"""
-    index, rules = open_index(folder / "work" / "set"), plain_config().captions
+    index, rules = open_index(Work(folder / "shards").set), plain_config().captions
     rows = chain.from_iterable(batch.to_pylist() for batch in index.table.to_batches())
     lengths = [
         len(draw_caption(compose_caption(row, rules), rules, rng("caption", 42, 0, number)))
@@ -134,15 +156,16 @@ def captions(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Posts, filters, merge, captions and plan at the recipe's size.")
     parser.add_argument("--posts", type=int, default=1_271_990)
-    count = parser.parse_args().posts
-    with tempfile.TemporaryDirectory() as name:
+    parser.add_argument("--prepare-only", action="store_true", help="leave out filters, plan and captions")
+    parser.add_argument("--folder", help="where to put everything meanwhile: 4 GB a million posts")
+    arguments = parser.parse_args()
+    begin, end = (read_only, survey_filtered), (plan, captions)
+    works = [survey_all, plan_new, write_latents, plan_again, merge]
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        write_posts(folder, count)
+        write_posts(folder, arguments.posts)
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
-        for work in (read_only, survey_filtered, survey_all):
-            measure(work, folder)
-        write_latents(folder)
-        for work in (merge, plan, captions):
+        for work in works if arguments.prepare_only else (*begin, *works, *end):
             measure(work, folder)
 
 

@@ -30,7 +30,7 @@ from trainer.data.images import open_image, read_bytes, read_image_header, read_
 from trainer.prepare.decode import Decoded, Task, decoders, look, start_pool
 
 DRAWINGS = Path(__file__).parent.parent / "demo" / "images"
-# extension, what Pillow's save is told, and the grain's standard deviation of 255
+# extension, the options of Pillow's save, and the grain's standard deviation of 255
 FORMATS: tuple[tuple[str, dict[str, Any], float], ...] = (
     ("jpg", {"quality": 92}, 6.0), ("jpg", {"quality": 85}, 6.0), ("png", {}, 2.0), ("jpg", {"quality": 95}, 4.0),
     ("png", {}, 1.0), ("webp", {"quality": 90}, 6.0),
@@ -55,15 +55,15 @@ def make_image(drawing: Path, number: int, grain: float) -> Image.Image:
 def make_tasks(folder: Path, count: int) -> list[Task]:
     """Images on disk, as the preparation looks at them."""
     drawings, tasks = sorted(DRAWINGS.iterdir()), []
-    told: dict[str, list[int]] = {}
+    measured: dict[str, list[int]] = {}
     for number in range(count):
         name, options, grain = FORMATS[number % len(FORMATS)]
         path, image = folder / f"{number}.{name}", make_image(drawings[number % len(drawings)], number, grain)
         image.save(path, **options)
         for place, value in enumerate((1, path.stat().st_size, image.width * image.height)):
-            told.setdefault(name, [0, 0, 0])[place] += value
+            measured.setdefault(name, [0, 0, 0])[place] += value
         tasks.append(Task(path.stem, path.name, path, None, None, BucketsConfig()))
-    for name, (files, size, pixels) in told.items():
+    for name, (files, size, pixels) in measured.items():
         megapixels = pixels / files / 1e6
         print(f"{files} {name}: {megapixels:.1f} megapixels each, {size / files / 1e6:.1f} MB, "
               f"{size / pixels:.2f} bytes a pixel")  # fmt: skip
@@ -119,7 +119,7 @@ def look_in_stages(task: Task, spent: dict[str, float]) -> np.ndarray:
 
 
 def hand_over(images: int) -> float:
-    """Seconds of CPU, of both sides, to bring the pixels of so many images from a decoding process to the main one."""
+    """Seconds of CPU, of both sides, to hand the pixels of so many images from a decoding process to the main one."""
     spent = []
     for shape in ((1024, 1024, 3), (1,)):
         began = cpu_seconds()

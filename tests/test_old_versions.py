@@ -108,6 +108,21 @@ def test_the_set_takes_what_is_new_and_encodes_nothing_again(script: Script) -> 
     assert "9 samples in 3 shards" in script("scripts/verify_shards.py", "shards")[0]
 
 
+@pytest.mark.parametrize("lost", [None, "shard-00000.tar", "shard-00002.tar"])
+def test_an_interrupted_preparation_is_resumed(script: Script, lost: str | None) -> None:
+    """Two shards of an earlier plan, one of the last; a shard that is lost is made again."""
+    tars = hash_files(Path("interrupted.unfinished/set"))
+    if lost:
+        (Path("interrupted.unfinished/set") / lost).unlink()
+        del tars[lost]
+    words = ["--config", "tiny.yaml", "data.shards=interrupted", "data.samples_per_shard=2"]
+    told = "\n".join(script("scripts/build_shards.py", *words))
+    assert f"{3 if lost else 5} of 8 samples were encoded before" in told and "set aside, not_an_image: 1" in told
+    assert read_json(Path("interrupted/manifest.json"))["fingerprint"] == EXPECTED["index_fingerprint"]
+    assert tars.items() <= hash_files(Path("interrupted")).items() and not Path("interrupted.unfinished").exists()
+    assert "8 samples in" in script("scripts/verify_shards.py", "interrupted")[0]
+
+
 def test_a_checkpoint_exports_to_the_same_tensors(script: Script) -> None:
     assert hash_folder(RUN / "export") == EXPECTED["export"]  # the old export itself
     script("scripts/export.py", str(STEP_3), "--out", "again")

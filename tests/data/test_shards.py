@@ -246,7 +246,7 @@ def test_what_does_not_belong_together_is_refused(index: Index, tmp_path: Path) 
 
 
 def test_many_rows_stay_in_few_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(shards, "INDEX_ROWS", 4)
     manifest = write_set(tmp_path / "set", 6)
     index = open_index(tmp_path / "set")
     assert index.table["key"].num_chunks == 2 and manifest["fingerprint"] == index.fingerprint

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from trainer.core.errors import UserError
 from trainer.data.tables import (
     connect,
     cut_batches,
@@ -61,6 +62,16 @@ def test_a_file_is_read_by_each_query_from_its_beginning(tmp_path: Path) -> None
                 ("3", 2),
                 ("4", 3),
             ]
+
+
+def test_a_query_without_room_is_a_users_problem(tmp_path: Path) -> None:
+    table = pa.table({"key": [str(number) * 20 for number in range(100_000)]})
+    (tmp_path / "file").write_text("where the folder should be")
+    with (
+        pytest.raises(UserError, match=r"no room for a query in .*/file: "),
+        connect(tmp_path / "file", 1_000_000, posts=table) as connection,
+    ):
+        list(read_rows(connection, "SELECT key FROM posts ORDER BY key DESC"))
 
 
 def test_what_is_written_depends_on_the_rows_alone(tmp_path: Path) -> None:

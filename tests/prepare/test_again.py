@@ -135,6 +135,25 @@ def test_a_lost_shard_of_an_unfinished_run_is_made_again(
     assert hashes(Path(config.data.shards)) == hashes(Path(whole.data.shards))
 
 
+def test_a_lost_shard_of_an_earlier_plan_is_made_again(
+    whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its posts were none of those to encode when the second run was begun."""
+    config = copied(whole, tmp_path / "lost")
+    fewer = replace(config.data, posts=[str(tmp_path / "fewer.jsonl")])
+    lines = Path(str(config.data.posts and config.data.posts[0])).read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(lines[:30]))
+    monkeypatch.setattr(prepare, "finish", lambda *_: prepare.Summary(Path(), 0, 0, {}, {}, {}, 0))
+    run(replace(config, data=fewer))
+    run(config)
+    monkeypatch.undo()
+    (Path(f"{config.data.shards}.unfinished") / "set" / "shard-00001.tar").unlink()
+    summary = run(config)
+    assert (summary.samples, summary.encoded) == (POSTS, 5)
+    assert [row["key"] for row in read_jsonl(Path(config.data.shards) / "quarantine.jsonl")] == ["900"]
+    verify_shards(Path(config.data.shards), progress=False)
+
+
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by one number, the size of its batch, with each forward of the VAE."""
     sizes: list[int] = []

@@ -12,7 +12,7 @@ from trainer.data.index import open_index
 from trainer.data.post import Note, Post
 from trainer.data.sources.records import Item, Remark
 from trainer.prepare import prepare
-from trainer.prepare.remarks import MAX_EXAMPLES
+from trainer.prepare.remarks import EXAMPLES_OF_A_KIND
 from trainer.report.report import make_report, render, summarise
 
 
@@ -52,7 +52,7 @@ def test_remarks_reach_manifest_terminal_and_page(
     assert (manifest["counts"]["inputs"], manifest["counts"]["set_aside"]) == (30, {})
     assert "noted in b: file of no known kind: .mp4: 5" in str(summary) and "notes.jsonl" in str(summary)
     lines = read_jsonl(Path(config.data.shards) / "notes.jsonl")
-    assert [line["note"] for line in lines].count("unreadable score") == MAX_EXAMPLES < 25
+    assert [line["note"] for line in lines].count("unreadable score") == EXAMPLES_OF_A_KIND < 25
     assert lines[0] == {"key": None, "origin": "x.mp4", "note": "file of no known kind: .mp4", "source": "b",
                         "detail": "see the formats"}  # fmt: skip
     assert lines[1]["key"] == "0" and lines[1]["detail"] == "score 'x0'"

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from support.posts_on_disk import copy_of, draw, hashes, make_base, make_config, make_posts, read_jsonl, run
@@ -19,9 +18,7 @@ from support.ranks import add_posts, fork, kill, start_ranks
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
-from trainer.data.tables import read_table, take_rows, write_table
 from trainer.prepare import prepare
-from trainer.prepare import work as unfinished
 from trainer.prepare.verify import verify_shards
 
 
@@ -41,7 +38,7 @@ def keys(config: Config) -> list[str]:
 
 
 def test_chunks_without_a_shard_are_not_taken_for_others(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All files touched, killed before the end; then posts are added, and killed again right behind the new todo."""
+    """All files touched, killed before the end; then posts are added, and killed again right after the new plan."""
     run(config)
     folder = Path(str(config.data.images))
     for image in folder.iterdir():
@@ -53,7 +50,7 @@ def test_chunks_without_a_shard_are_not_taken_for_others(config: Config, monkeyp
             if not (folder / f"{number}.png").exists():
                 draw(folder / f"{number}.png", number)
                 add_posts(folder.parent, {"id": number, "tags": "1girl"})
-        monkeypatch.setattr(prepare, "is_done", lambda *_: os._exit(1))
+        monkeypatch.setattr(prepare, "read_done", lambda *_: os._exit(1))
     monkeypatch.undo()
     assert run(config).samples == 15 and {"1000", "1004"} <= set(keys(config))
     verify_shards(Path(config.data.shards), progress=False)
@@ -203,16 +200,3 @@ def test_batch_sizes_of_the_vae_are_not_mixed(config: Config, tmp_path: Path) ->
     add_posts(tmp_path / "posts", {"id": 11, "file": "1.png", "tags": "1girl"})
     with pytest.raises(UserError, match="encode_batch_size was None, is 4"):
         run(replace(config, data=replace(config.data, encode_batch_size=4)))
-
-
-def test_rows_are_taken_from_any_batches_in_any_order(tmp_path: Path) -> None:
-    table = pa.concat_tables(
-        [pa.table({"n": list(range(low, low + 7)), "t": [str(low)] * 7}) for low in range(0, 70, 7)]
-    )
-    write_table(tmp_path / "t.arrow", table, {"a": "ä"})
-    mapped = read_table(tmp_path / "t.arrow")
-    assert unfinished.read_told(mapped) == {"a": "ä"}
-    for rows in ([], [3], [69, 0, 35, 35, 7], list(range(70))[::-1]):
-        taken = take_rows(mapped, np.array(rows, dtype=np.int64))
-        assert taken["n"].to_pylist() == rows and taken["t"].to_pylist() == [str(row // 7 * 7) for row in rows]
-        assert taken["n"].num_chunks <= 1

@@ -17,7 +17,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
 from trainer.data.index import Index, open_index
 from trainer.data.shards import LATENT_FIELDS, SCHEMA, ShardWriter, rows_to_table, write_index
-from trainer.data.tables import read_table, write_table
+from trainer.data.tables import read_table, write_batches
 from trainer.prepare.verify import verify_shards
 
 # not in their order in the tars; one is longer than a tar header's name
@@ -268,7 +268,8 @@ def test_a_shard_of_another_set(folder: Path, tmp_path: Path) -> None:
 def list_latents(folder: Path) -> None:
     """Give the set its list of all that lies in its tars, as a preparation writes it."""
     fields = [field.name for field in LATENT_FIELDS]
-    write_table(folder / "latents.arrow", Index(folder, {}).table.select(fields))
+    latents = Index(folder, {}).table.select(fields)
+    write_batches(folder / "latents.arrow", latents.schema, latents.to_batches())
     manifest = json.loads((folder / "manifest.json").read_text())
     write_json(folder / "manifest.json", manifest | {"latents_sha256": sha256_file(folder / "latents.arrow")})
 

@@ -330,7 +330,7 @@ def test_rules_are_counted_as_captions_apply_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 65536])
 def test_counts_do_not_depend_on_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(shards, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(shards, "INDEX_ROWS", chunk)
     words = ["a b", " a  c ", "", None, "b\tb", "ü a"]
     rows = [row(f"{number:02}", tags_general=words[number % 6], content_hash=str(number % 9)) for number in range(20)]
     rows[4]["caption"] = "x ||| y, , x"

@@ -1,7 +1,7 @@
-"""The processes of a preparation: which one this is, of how many, and how they wait for each other.
+"""The processes of a preparation: which one this is, of how many, and how they wait for each other; and the device.
 
-They meet before the first image and behind the last. Gloo is used on GPUs too: nothing large is sent, and a wait may
-last for days, where NCCL's would run out.
+They meet before the first image and after the last. Gloo is used on GPUs too: nothing large is sent, and a wait may
+last for days, where NCCL's would time out.
 """
 
 import os
@@ -16,11 +16,11 @@ import torch.distributed
 
 from trainer.core.errors import UserError
 
-T = TypeVar("T")
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     """This process and the others."""
 
     rank: int = 0
@@ -31,7 +31,7 @@ class Team:
         """Whether this process reads the posts and puts the result together."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def share(self, value: Shared) -> Shared:
         """The main process's value, in every process."""
         if self.world == 1:
             return value
@@ -40,21 +40,21 @@ class Team:
         return values[0]
 
     def wait(self) -> None:
-        """Until all are here. One that died ends the others here too."""
+        """Wait until all are here. One that died ends the others here too."""
         if self.world > 1:
             torch.distributed.barrier()
 
 
 @contextmanager
-def join_team() -> Iterator[Team]:
+def join_processes() -> Iterator[Processes]:
     """The processes that ``accelerate launch`` or ``torchrun`` started; this one alone without them."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Team()
+        yield Processes()
         return
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     try:
-        yield Team(int(os.environ["RANK"]), world)
+        yield Processes(int(os.environ["RANK"]), world)
     finally:
         torch.distributed.destroy_process_group()
 

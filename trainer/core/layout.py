@@ -1,6 +1,7 @@
 """Names on the disk: what the files and folders of sets, runs, checkpoints and published models are called."""
 
 import re
+from pathlib import Path
 
 # a set of shards (data.shards); shard-00000.tar and so on lie beside these
 INDEX_FILE = "index.arrow"
@@ -16,6 +17,11 @@ WORK_LOCK_FILE = "lock"  # held by the main process
 OTHERS_LOCK_FILE = "lock.others"  # shared by the others
 SETTINGS_FILE = "settings.json"
 INPUTS_FILE = "inputs.arrow"
+PENDING_FILE = "pending.arrow"  # posts to encode, in order of their keys, a batch a chunk
+DONE_FOLDER = "rows"  # a file for each chunk that is done
+SET_FOLDER = "set"  # shards, and at the end what becomes the set
+QUERIES_FOLDER = "tmp"  # of DuckDB
+OLD_STORE_FILE = "store.arrow"  # what was encoded, in unfinished folders of version 0.2.0
 
 # a run's folder
 RUN_FILE = "run.json"
@@ -52,5 +58,10 @@ def shard_name(number: int) -> str:
 
 
 def shard_number(name: str) -> int:
-    """The inverse of ``shard_name``."""
-    return int(name.removeprefix("shard-").removesuffix(".tar"))
+    """The number of a shard, or of the file of its chunk."""
+    return int(Path(name).stem.removeprefix("shard-"))
+
+
+def done_name(number: int) -> str:
+    """The file of a chunk that is done, by the number of its shard."""
+    return f"shard-{number:05d}.arrow"

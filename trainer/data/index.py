@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE
-from trainer.data.shards import FORMAT_VERSION, SCHEMA, Row
+from trainer.data.shards import SCHEMA, SET_FORMAT, Row
 
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
 
@@ -97,8 +97,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format_version {version}, this program reads {FORMAT_VERSION}")
+    if version != SET_FORMAT:
+        raise UserError(f"{path} has format_version {version}, this program reads {SET_FORMAT}")
     return manifest
 
 
@@ -151,42 +151,27 @@ def latents_shape(record: Row) -> tuple[int, int, int]:
 
 
 def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> None:
-    """Read one sample's raw latents into an array of their shape: its bytes and nothing else are read.
+    """Fill a contiguous fp16 (4, H/8, W/8) array from a sample's ``.npy``, which must be of that shape.
+
+    Nothing but its bytes is read, and they are not copied again.
 
     Raises:
         UserError: naming shard and key, when the bytes are not those that were written.
     """
     where = f"shard {index.folder}/{record['shard']}, key {record['key']}"
-    place = {name: record[name] for name in ("offset", "length", "crc32")}
-    try:
-        file = index._open_shard(record["shard"])
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    read_payload_into(raw_latents, file, **place, where=where)
-
-
-def read_payload_into(
-    raw_latents: np.ndarray, file: io.FileIO, *, offset: int, length: int, crc32: int, where: str
-) -> None:
-    """Fill a contiguous fp16 (4, H/8, W/8) array from the ``.npy`` of that shape at ``offset``.
-
-    Nothing but its bytes is read, and they are not copied again. ``where`` names the sample in errors.
-
-    Raises:
-        UserError: when the bytes are not those that were written.
-    """
     written = npy_header(raw_latents.shape)
     header = bytearray(len(written))
     try:
-        read = os.preadv(file.fileno(), [header, raw_latents.data], offset)
+        descriptor = index._open_shard(record["shard"]).fileno()
+        read = os.preadv(descriptor, [header, raw_latents.data], record["offset"])
         found = zlib.crc32(raw_latents.data, zlib.crc32(header))
-        if (read, header, found) == (length, written, crc32):
+        if (read, header, found) == (record["length"], written, record["crc32"]):
             return
         # damaged, or of another shape or layout: read again as whatever it says it is
-        payload = os.pread(file.fileno(), length, offset)
+        payload = os.pread(descriptor, record["length"], record["offset"])
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    if len(payload) != length or zlib.crc32(payload) != crc32:
+    if len(payload) != record["length"] or zlib.crc32(payload) != record["crc32"]:
         raise UserError(f"{where}: the bytes are damaged (CRC-32 differs); restore this shard from a copy")
     latents = np.load(io.BytesIO(payload), allow_pickle=False)
     if latents.shape != raw_latents.shape or latents.dtype != np.float16:

@@ -9,23 +9,21 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from trainer.core.files import sha256_file, sha256_json, sync_file, write_file, write_json
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, shard_name
 from trainer.data.post import POST_FIELDS
-from trainer.data.tables import take_rows
+from trainer.data.tables import cut_batches
 
-FORMAT_VERSION = 1
-WHERE_COLUMNS = ("shard", "offset", "length")  # where a sample lies, not what it is
-CHUNK_ROWS = 65536  # rows of one record batch of the index
+SET_FORMAT = 1
+INDEX_ROWS = 65536  # rows of one record batch of the index
 
 Row = dict[str, Any]
 
@@ -103,34 +101,43 @@ def member_header(name: str, size: int) -> bytes:
 
 
 def rows_to_table(rows: Sequence[Row]) -> pa.Table:
-    """Index rows as an Arrow table of the contract's columns."""
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    """Rows as the index has them: an Arrow table of its columns, in order of the keys."""
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=SCHEMA)
 
 
 def write_index(
-    folder: Path, table: pa.Table, shards: Sequence[ShardFile], latents: dict[str, Any], **more: Any
+    folder: Path,
+    rows: pa.Table | pa.RecordBatchReader,
+    shards: Iterable[ShardFile],
+    latents: dict[str, Any],
+    **more: Any,
 ) -> dict[str, Any]:
-    """Write index.arrow, sorted by key, and then manifest.json, which makes the set complete; returns the manifest.
+    """Write index.arrow and then manifest.json, which makes the set complete; returns the manifest.
 
-    ``latents`` says what made them; ``more`` are the manifest's other sections (inputs, counts).
+    Args:
+        rows: of SCHEMA's columns, in order of the keys, no more than one batch of which is in memory at a time.
+        latents: what made them.
+        more: the manifest's other sections (inputs, counts).
     """
-    order = pc.sort_indices(table, sort_keys=[("key", "ascending")])
-    # in batches: one array of strings holds 2 GiB at most
-    starts = range(0, len(order), CHUNK_ROWS)
-    batches = [take_rows(table, order.slice(start, CHUNK_ROWS).to_numpy()) for start in starts]
-    ordered = pa.concat_tables([table.slice(0, 0), *batches])
+    fingerprint = ""
 
-    def write_arrow(path: Path) -> None:
+    def write(path: Path) -> None:
+        nonlocal fingerprint
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in batches:
-                writer.write_table(batch.combine_chunks(), max_chunksize=CHUNK_ROWS)
 
-    write_file(folder / INDEX_FILE, write_arrow)
+            def write_each() -> Iterator[pa.RecordBatch]:
+                for batch in cut_batches(pa.RecordBatchReader.from_stream(rows), SCHEMA, INDEX_ROWS):
+                    writer.write_batch(batch)
+                    yield batch
+
+            fingerprint = fingerprint_rows(pa.RecordBatchReader.from_batches(SCHEMA, write_each()), latents)
+
+    write_file(folder / INDEX_FILE, write)
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": SET_FORMAT,
         "latents": latents,
         **more,
-        "fingerprint": fingerprint_rows(ordered, latents),
+        "fingerprint": fingerprint,
         "index_sha256": sha256_file(folder / INDEX_FILE),
         "shards": [vars(shard) for shard in sorted(shards, key=lambda shard: shard.name)],
     }
@@ -138,11 +145,17 @@ def write_index(
     return manifest
 
 
-def fingerprint_rows(ordered: pa.Table, latents: dict[str, Any]) -> str:
-    """What the samples are, however they are spread over shards: SHA-256 over what made them and each row's JSON."""
+def fingerprint_rows(rows: pa.Table | pa.RecordBatchReader, latents: dict[str, Any]) -> str:
+    """What the samples are, however they are spread over shards: SHA-256 over what made them and each row's JSON.
+
+    Args:
+        rows: in order of the keys.
+    """
     digest = hashlib.sha256(sha256_json(latents).encode())
-    what = ordered.drop_columns(list(WHERE_COLUMNS))
-    for start in range(0, len(what), 4096):
-        for row in what.slice(start, 4096).to_pylist():
-            digest.update(json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+    for batch in pa.RecordBatchReader.from_stream(rows):
+        what = batch.drop_columns(["shard", "offset", "length"])
+        for start in range(0, len(what), 4096):
+            for row in what.slice(start, 4096).to_pylist():
+                line = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+                digest.update(line.encode() + b"\n")
     return digest.hexdigest()

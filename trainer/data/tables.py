@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
+from trainer.core.errors import UserError, shorten
 from trainer.core.files import write_file
 
-MEMORY = "400MB"  # of DuckDB; what it holds beyond that lies in its temporary folder
-THREADS = 2
+if TYPE_CHECKING:  # importing it takes half a second, which only those who ask wait for
+    import duckdb
+
+MEMORY = 300_000_000  # bytes that DuckDB uses; what it holds beyond that lies in its temporary folder
 READ_ROWS = 8192  # of a query's result at once
 
 
@@ -33,15 +35,26 @@ class ArrowStream:
 
 
 @contextmanager
-def connect(temporary: Path, **tables: pa.Table | ArrowStream) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB over some tables, by their names; ``temporary`` is the folder for what does not fit into its memory.
+def connect(
+    temporary: Path, memory: int = MEMORY, **tables: pa.Table | ArrowStream
+) -> Iterator["duckdb.DuckDBPyConnection"]:
+    """DuckDB over some tables, by their names.
 
     It reads no other file and loads no extension. Text is compared by its UTF-8 bytes, as Arrow does. Rows come in no
     order unless a query says ORDER BY. Values go into queries as parameters, never into their text.
+
+    Args:
+        temporary: the folder for what does not fit into its memory.
+        memory: bytes; the default, or a tenth of what is sorted where that is more.
+
+    Raises:
+        UserError: where neither memory nor the disk has room for a query.
     """
+    import duckdb
+
     options = {
-        "memory_limit": MEMORY,
-        "threads": THREADS,
+        "memory_limit": f"{memory}B",
+        "threads": 1,  # each has memory of its own, and sums of floats depend on their number
         "temp_directory": str(temporary),
         "preserve_insertion_order": False,
         "python_enable_replacements": False,  # else SQL could name any variable in reach
@@ -52,10 +65,15 @@ def connect(temporary: Path, **tables: pa.Table | ArrowStream) -> Iterator[duckd
         connection.execute("SET enable_external_access = false")  # after the temporary folder, which it would refuse
         for name, table in tables.items():
             connection.register(name, table)
-        yield connection
+        try:
+            yield connection
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            raise UserError(
+                f"no room for a query in {temporary}: {shorten(str(error))}; make room and start again"
+            ) from error
 
 
-def read_rows(connection: duckdb.DuckDBPyConnection, query: str, **values: Any) -> Iterator[dict[str, Any]]:
+def read_rows(connection: "duckdb.DuckDBPyConnection", query: str, **values: Any) -> Iterator[dict[str, Any]]:
     """The rows of a query; ``values`` are its parameters ``$name``."""
     for batch in connection.sql(query, params=values).to_arrow_reader(READ_ROWS):
         yield from batch.to_pylist()
@@ -83,22 +101,27 @@ def cut_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows: int)
 
     A query's batches have any length, and anything in the place of a null.
     """
-    waiting, count = [], 0
+    parts: list[pa.Table] = []
+    count = 0
     for batch in batches:
-        waiting.append(batch)
-        count += len(batch)
-        while count >= rows:
-            table = pa.Table.from_batches(waiting)
-            yield from tidy_batch(table.slice(0, rows), schema)
-            waiting, count = table.slice(rows).to_batches(), count - rows
-    if count:
-        yield from tidy_batch(pa.Table.from_batches(waiting), schema)
+        start = 0
+        while start < len(batch):
+            part = batch.slice(start, rows - count)
+            # a copy with zero in the place of each null, as the library's take has it
+            parts.append(pa.Table.from_batches([part.take(pa.array(np.arange(len(part))))]).select(schema.names))
+            start, count = start + len(part), count + len(part)
+            if count == rows:
+                yield join_parts(parts, schema)
+                count = 0
+    if parts:
+        yield join_parts(parts, schema)
 
 
-def tidy_batch(table: pa.Table, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """A table as one batch, with zero in the place of each null, as the library's take has it."""
-    taken = table.combine_chunks().take(pa.array(np.arange(len(table))))
-    return taken.select(schema.names).cast(schema).combine_chunks().to_batches()
+def join_parts(parts: list[pa.Table], schema: pa.Schema) -> pa.RecordBatch:
+    """Tables as one batch; the list is emptied, so that they are not held beside it."""
+    joined = pa.concat_tables(parts).cast(schema).combine_chunks()
+    parts.clear()
+    return joined.to_batches()[0]
 
 
 def write_batches(
@@ -118,38 +141,3 @@ def write_batches(
 def read_facts(path: Path) -> dict[str, Any]:
     """The ``facts`` of ``write_batches``."""
     return json.loads(stream_table(path).schema.metadata[b"told"])
-
-
-def write_table(path: Path, table: pa.Table, told: dict[str, Any] | None = None) -> None:
-    """An Arrow file; ``told`` goes into its schema's metadata."""
-    schema = table.schema.with_metadata({"told": json.dumps(told, ensure_ascii=False)} if told is not None else None)
-
-    def write(temporary: Path) -> None:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(table.cast(schema))
-
-    write_file(path, write)
-
-
-def read_told(table: pa.Table) -> dict[str, Any]:
-    """The ``told`` of ``write_table``."""
-    return json.loads(table.schema.metadata[b"told"])
-
-
-def take_rows(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """Some rows in this order, as one chunk.
-
-    Batch by batch: the library's own take joins a whole column of strings first, which costs its size each time and
-    fails above 2 GiB.
-    """
-    order = np.argsort(rows, kind="stable")
-    ascending, parts, start = rows[order], [table.slice(0, 0)], 0
-    for batch in table.to_batches():
-        low, high = np.searchsorted(ascending, [start, start + len(batch)])
-        if low < high:
-            parts.append(pa.Table.from_batches([batch.take(pa.array(ascending[low:high] - start))]))
-        start += len(batch)
-    taken = pa.concat_tables(parts).combine_chunks()
-    back = np.empty(len(order), dtype=np.int64)
-    back[order] = np.arange(len(order))
-    return taken.take(pa.array(back)).combine_chunks()

@@ -124,32 +124,33 @@ class Decoders:
         for task in tasks:
             waiting.append((task, self.submit(task)))
             if len(waiting) > AHEAD * self.processes:
-                yield self.take(waiting)
+                yield settle(*waiting.popleft())
         while waiting:
-            yield self.take(waiting)
+            yield settle(*waiting.popleft())
 
     def submit(self, task: Task) -> Future[Outcome]:
-        """The outcome to come; of a pool that has died meanwhile it is that, which ``take`` mends."""
+        """The outcome to come, of a new pool where an image has killed the old one."""
         assert self.pool is not None
         try:
             return self.pool.submit(look, task)
-        except BrokenProcessPool as error:
-            future: Future[Outcome] = Future()
-            future.set_exception(error)
-            return future
-
-    def take(self, waiting: deque[tuple[Task, Future[Outcome]]]) -> Outcome:
-        """The next outcome. A pool dies as a whole: its images are then looked at one by one, each in a pool of one."""
-        task, future = waiting.popleft()
-        try:
-            return future.result()
         except BrokenProcessPool:
             self.close()
             self.pool = start_pool(self.processes)
-            outcome = look_alone(task)
-            for place, (other, _) in enumerate(waiting):
-                waiting[place] = (other, resolved(look_alone(other)))
-            return outcome
+            return self.pool.submit(look, task)
+
+
+def settle(task: Task, future: Future[Outcome]) -> Outcome:
+    """An outcome. A pool dies as a whole: all its images are then looked at one by one, each in a pool of one."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        pass
+    with start_pool(1) as pool:
+        try:
+            return pool.submit(look, task).result()
+        except BrokenProcessPool:
+            detail = "the process that decoded it died: a fault of the decoder, or too little memory"
+            return Reject(task.key, task.origin, "killed_decoder", detail)
 
 
 def start_pool(processes: int) -> ProcessPoolExecutor:
@@ -167,20 +168,3 @@ def begin_process(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def look_alone(task: Task) -> Outcome:
-    """One image in a process of its own."""
-    with start_pool(1) as pool:
-        try:
-            return pool.submit(look, task).result()
-        except BrokenProcessPool:
-            detail = "the process that decoded it died: a fault of the decoder, or too little memory"
-            return Reject(task.key, task.origin, "killed_decoder", detail)
-
-
-def resolved(outcome: Outcome) -> "Future[Outcome]":
-    """A future that is done."""
-    future: Future[Outcome] = Future()
-    future.set_result(outcome)
-    return future

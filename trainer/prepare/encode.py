@@ -1,4 +1,4 @@
-"""Posts of a chunk -> pixels -> raw latents -> one shard, and the chunks of one process after each other.
+"""The posts of a chunk -> pixels -> raw latents -> one shard.
 
 What a chunk gives depends on the chunk alone. Images of a bucket may share a forward of the VAE: with one at a time
 latents are a function of the image alone, in a batch its neighbours decide the last bits.
@@ -15,15 +15,15 @@ import torch
 from diffusers import AutoencoderKL
 
 from trainer.config.schema import BucketsConfig
+from trainer.core.layout import done_name
 from trainer.data.buckets import Size
 from trainer.data.images import pixels_to_tensor
 from trainer.data.shards import Row, ShardWriter
 from trainer.data.sources.records import Reject
-from trainer.data.tables import read_table, take_rows
 from trainer.model.vae import encode_raw_latents
 from trainer.prepare.decode import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
-from trainer.prepare.inputs import describe_reject, read_place
-from trainer.prepare.work import LATENTS_SCHEMA, STAT, UNKNOWN, Done, Stock, Todo, Work, write_done
+from trainer.prepare.inputs import STAT_FIELDS, describe_reject, read_place
+from trainer.prepare.work import LATENTS_SCHEMA, DoneChunk, Work, write_done
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Encoder:
 
 
 class Chunk:
-    """What has become of a chunk's posts so far, and its shard on the way."""
+    """What has become of a chunk's posts so far, and its shard on its way."""
 
     def __init__(self, work: Work, number: int, encoder: Encoder) -> None:
         self.work, self.number, self.encoder = work, number, encoder
@@ -48,19 +48,18 @@ class Chunk:
         self.set_aside: list[dict[str, Any]] = []
         self.filtered: Counter[str] = Counter()
 
-    def add(self, row: Row, old: Row | None, outcome: Outcome) -> None:
-        """The outcome of one post; ``old`` is the row of its latents, if it has some."""
+    def add(self, post: Row, outcome: Outcome) -> None:
+        """Take the outcome of one post, a row of the pending ones."""
         match outcome:
             case Reject():
                 self.set_aside.append(describe_reject(outcome))
             case Filtered():
                 self.filtered[outcome.name] += 1
             case Unchanged():
-                assert old is not None
-                self.latents.append(old | {name: row[name] for name in STAT})
+                self.latents.append(post["known"] | {field.name: post[field.name] for field in STAT_FIELDS})
             case Decoded():
                 batch = self.waiting.setdefault(outcome.fit.bucket, [])
-                batch.append((row, outcome))
+                batch.append((post, outcome))
                 if len(batch) == self.encoder.batch_size:
                     self.encode(self.waiting.pop(outcome.fit.bucket))
 
@@ -78,13 +77,14 @@ class Chunk:
             made = {name: written.get(name, row.get(name)) for name in LATENTS_SCHEMA.names}
             self.latents.append(made | {"several_frames": image.several_frames or None})
 
-    def finish(self) -> Done:
-        """Encode what still waits for a full batch, and end the shard."""
+    def finish(self) -> DoneChunk:
+        """Encode the rest, which waits for full batches, end the shard, and make the chunk count."""
         for bucket in list(self.waiting):
             self.encode(self.waiting.pop(bucket))
         shards = [self.writer.finish()] if self.writer else []
-        table = pa.Table.from_pylist(self.latents, schema=LATENTS_SCHEMA)
-        return Done(Stock(table, shards), self.set_aside, dict(self.filtered))
+        done = DoneChunk(self.work.done / done_name(self.number), shards, self.set_aside, dict(self.filtered))
+        write_done(done, pa.Table.from_pylist(self.latents, schema=LATENTS_SCHEMA))
+        return done
 
 
 def place_image(image: Decoded) -> Row:
@@ -100,21 +100,15 @@ def place_image(image: Decoded) -> Row:
     }
 
 
-def encode_chunk(work: Work, todo: Todo, chunk: int, encoder: Encoder, advance: Callable[[Chunk], object]) -> Done:
-    """Encode a chunk and make it count; ``advance`` is told behind each image."""
-    inputs, store = read_table(work.inputs), read_table(work.store)
-    part = todo.chunk(chunk)
-    rows = take_rows(inputs, todo.rows[part]).to_pylist()
-    olds = [None if place == UNKNOWN else store.slice(place, 1).to_pylist()[0] for place in todo.known[part].tolist()]
+def encode_chunk(chunk: Chunk, pending: pa.RecordBatch, advance: Callable[[], object]) -> DoneChunk:
+    """Encode the pending posts of a chunk and make it count; ``advance`` is called after each image."""
+    posts, encoder = pending.to_pylist(), chunk.encoder
     tasks = [
-        Task(row["key"], row["origin"], read_place(row["image"]), old and old["content_hash"], encoder.min_side,
-             encoder.buckets)
-        for row, old in zip(rows, olds, strict=True)
+        Task(post["key"], post["origin"], read_place(post["image"]), post["known"] and post["known"]["content_hash"],
+             encoder.min_side, encoder.buckets)
+        for post in posts
     ]  # fmt: skip
-    made = Chunk(work, todo.first_shard + chunk, encoder)
-    for row, old, outcome in zip(rows, olds, encoder.decoders.look_at(tasks), strict=True):
-        made.add(row, old, outcome)
-        advance(made)
-    done = made.finish()
-    write_done(work, todo, chunk, done)
-    return done
+    for post, outcome in zip(posts, encoder.decoders.look_at(tasks), strict=True):
+        chunk.add(post, outcome)
+        advance()
+    return chunk.finish()

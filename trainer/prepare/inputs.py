@@ -1,33 +1,37 @@
-"""All that the sources bring, read once and kept as an Arrow table: what a preparation works through.
+"""All that the sources hold, read once into an Arrow table: what a preparation works through.
 
-No image is opened here. The table is written in batches and mapped afterwards, so that a million posts never stand in
-memory as objects, and every process of a preparation reads the same posts without asking the sources again.
+No image is opened here. The table is written in batches, so that a million posts never stand in memory as objects.
 """
 
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+from duckdb import DuckDBPyConnection
 from tqdm import tqdm
 
 from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_json, write_file
+from trainer.core.files import sha256_json
+from trainer.core.layout import QUERIES_FOLDER
 from trainer.data.captions import VARIANT_SEPARATOR
+from trainer.data.fields import show_text
 from trainer.data.images import BadImage, stat_image
 from trainer.data.post import POST_FIELDS, STATED_FIELDS, ImagePlace, Post, TableCell, TarMember
-from trainer.data.sources.records import Item, Reject, Remark
-from trainer.data.tables import read_table
+from trainer.data.sites import TAG_CATEGORIES
+from trainer.data.sources.records import NO_CAPTION, Item, Reject, Remark
+from trainer.data.tables import connect, stream_table, write_batches
 from trainer.prepare.remarks import Remarks
 
-BATCH_ROWS = 16384
+SURVEY_ROWS = 16384  # of a batch, which is hashed as a whole
+MAX_ORIGINS = 3  # that a message names
 PLACE_FIELDS = [
     pa.field("path", pa.binary(), nullable=False),  # of the file that holds the image; file names need not be Unicode
     pa.field("offset", pa.int64()),  # of a tar's member
@@ -51,11 +55,16 @@ INPUTS_SCHEMA = pa.schema(
 )
 
 OF_A_POST = tuple(name for name in INPUTS_SCHEMA.names if name in Post.__dataclass_fields__)
-WHERE_COLUMNS = ("origin", "image")  # where an input lies, not what it is
+
+# SQL: whether a row of posts has an empty caption, the usual separator and commas included. Such a caption comes of a
+# finished one without words, or of neither a caption nor tags; a rating, a score and a year say nothing of the image
+TAGS = ", ".join(f"tags_{category}" for category in TAG_CATEGORIES)
+EMPTY_CAPTION = f"""(CASE WHEN caption IS NULL THEN trim(concat_ws('', {TAGS}), E' \\t\\r\\n')
+                     ELSE trim(caption, E' \\t\\r\\n,|') END = '')"""
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Survey:
     """What a look at all sources found."""
 
     total: int  # posts, those that a filter removed, and rejects
@@ -67,7 +76,7 @@ class Inputs:
 
 def survey_inputs(
     items: Iterable[Item], filters: FiltersConfig, separator: str, path: Path, progress: bool = False
-) -> Inputs:
+) -> Survey:
     """Read all posts once into the table ``path``; filtered ones and remarks are only counted, rejects are kept.
 
     Args:
@@ -81,46 +90,41 @@ def survey_inputs(
     filtered: Counter[str] = Counter()
     total, digest, remarks = 0, hashlib.sha256(), Remarks()
 
-    def write(temporary: Path) -> None:
+    def accept() -> Iterator[dict[str, Any]]:
         nonlocal total
-        records: list[dict[str, Any]] = []
+        for item in tqdm(items, "read posts", unit="post", disable=not progress):
+            if isinstance(item, Remark):
+                remarks.add(item)
+                continue
+            total += 1
+            if isinstance(item, Post):
+                remarks.add(item)
+                remarks.add_separator(item, separator)
+            record = item if isinstance(item, Reject) else describe_post(item)
+            if isinstance(record, Reject):
+                set_aside.append(describe_reject(record))
+            elif (name := find_filter(record, filters, separator)) is not None:
+                filtered[name] += 1
+            else:
+                yield record
 
-        def flush() -> None:
+    def hashed() -> Iterator[pa.RecordBatch]:
+        accepted = accept()
+        while records := list(islice(accepted, SURVEY_ROWS)):
             batch = pa.RecordBatch.from_pylist(records, schema=INPUTS_SCHEMA)
-            writer.write_batch(batch)
-            digest.update(batch.drop_columns(list(WHERE_COLUMNS)).serialize())
-            records.clear()
+            digest.update(batch.drop_columns(["origin", "image"]).serialize())  # not where they lie
+            yield batch
 
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, INPUTS_SCHEMA) as writer:
-            for item in tqdm(items, "read posts", unit="post", disable=not progress):
-                if isinstance(item, Remark):
-                    remarks.add(item)
-                    continue
-                total += 1
-                if isinstance(item, Post):
-                    remarks.add(item)
-                    remarks.add_separator(item, separator)
-                record = item if isinstance(item, Reject) else describe(item)
-                if isinstance(record, Reject):
-                    set_aside.append(describe_reject(record))
-                elif (name := find_filter(record, filters, separator)) is not None:
-                    filtered[name] += 1
-                else:
-                    records.append(record)
-                if len(records) == BATCH_ROWS:
-                    flush()
-            if records:
-                flush()
-
-    write_file(path, write)
-    refuse_double_keys(read_table(path))
+    write_batches(path, INPUTS_SCHEMA, hashed())
+    with connect(path.with_name(QUERIES_FOLDER), inputs=stream_table(path)) as tables:
+        refuse_double_keys(tables)
     # what the filters let through is in the table; only the shorter side is judged later, by the image itself
     decided: list[Any] = [digest.hexdigest(), set_aside, filters.min_side, filters.drop_duplicates]
     decided += [remarks.counts] if remarks.counts else []  # so that a set that has none is known again
-    return Inputs(total, sha256_json(decided), set_aside, dict(filtered), remarks)
+    return Survey(total, sha256_json(decided), set_aside, dict(filtered), remarks)
 
 
-def describe(post: Post) -> dict[str, Any] | Reject:
+def describe_post(post: Post) -> dict[str, Any] | Reject:
     """The table's row of a post, with its file's size and time; a Reject where the file is missing."""
     try:
         size, mtime = stat_image(post.image)
@@ -146,13 +150,9 @@ def name_place(place: ImagePlace) -> str:
 
 def describe_place(place: ImagePlace) -> dict[str, Any]:
     """Where an image lies, as the table's struct."""
-    match place:
-        case TarMember():
-            return {"path": os.fsencode(place.path), "offset": place.offset, "length": place.length}
-        case TableCell():
-            return {"path": os.fsencode(place.path), "row": place.row, "column": place.column}
-        case _:
-            return {"path": os.fsencode(place)}
+    path = place if isinstance(place, Path) else place.path
+    parts = {name: getattr(place, name, None) for name in ("offset", "length", "row", "column")}
+    return {"path": os.fsencode(path), **parts}
 
 
 def read_place(struct: dict[str, Any]) -> ImagePlace:
@@ -167,7 +167,7 @@ def read_place(struct: dict[str, Any]) -> ImagePlace:
 
 def describe_reject(reject: Reject) -> dict[str, Any]:
     """A line of the quarantine. A file name need not be Unicode, and details quote it."""
-    return asdict(reject) | {"detail": reject.detail.encode(errors="backslashreplace").decode()}
+    return asdict(reject) | {"detail": show_text(reject.detail)}
 
 
 def find_filter(row: dict[str, Any], filters: FiltersConfig, separator: str) -> str | None:
@@ -201,21 +201,42 @@ def list_tags(row: dict[str, Any], separator: str) -> set[str]:
     return tags | {tag.strip() for tag in finished}
 
 
-def refuse_double_keys(table: pa.Table) -> None:
+def refuse_double_keys(tables: DuckDBPyConnection) -> None:
     """A key names one sample, its latents and its noise.
 
     Raises:
-        UserError: naming both places of such a key.
+        UserError: naming two places of such a key.
     """
-    counts = pc.value_counts(table["key"])
-    double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(double):
-        key = double[0].as_py()
-        first, second, *_ = table.filter(pc.equal(table["key"], key)).select(["source", "origin"]).to_pylist()
-        others = f" ({len(double) - 1} other keys do too)" if len(double) > 1 else ""
-        advice = "remove one of the posts"
-        if first["source"] != second["source"]:
-            advice += (
-                f", or, where they are different ones, set prefix_keys: true for {second['source']} in data.sources"
-            )
-        raise UserError(f"the key {key} occurs twice: {first['origin']} and {second['origin']}; {advice}{others}")
+    double = tables.sql("SELECT key FROM inputs GROUP BY key HAVING count(*) > 1 ORDER BY key").fetchall()
+    if not double:
+        return
+    key = double[0][0]
+    found = "SELECT source, origin FROM inputs WHERE key = $key ORDER BY length(origin), origin"
+    (_, origin), (source, other), *_ = places = tables.sql(found, params={"key": key}).fetchall()
+    advice = "remove one of the posts"
+    if places[0][0] != source:
+        advice += f", or, where they are different ones, set prefix_keys: true for {source} in data.sources"
+    others = f" ({len(double) - 1} other keys do too)" if len(double) > 1 else ""
+    raise UserError(f"the key {key} occurs twice: {origin} and {other}; {advice}{others}")
+
+
+def refuse_empty_captions(work_inputs: Path, share: float, remarks: Remarks) -> None:
+    """Refuse more empty captions than data.max_empty_captions allows, among the posts that filters have let through.
+
+    Raises:
+        UserError: with some of them, and the text that their records hold under other names.
+    """
+    with connect(work_inputs.with_name(QUERIES_FOLDER), inputs=stream_table(work_inputs)) as tables:
+        counts = f"SELECT count(*) FILTER ({EMPTY_CAPTION}), count(*) FROM inputs"
+        ((empty, total),) = tables.sql(counts).fetchall()
+        if empty <= share * total:
+            return
+        some = f"SELECT origin FROM inputs WHERE {EMPTY_CAPTION} ORDER BY key LIMIT {MAX_ORIGINS}"
+        origins = ", ".join(origin for (origin,) in tables.sql(some).fetchall())
+    lines = [
+        f"{empty} of {total} posts have neither a caption nor tags, above data.max_empty_captions {share}: {origins}"
+        f"{' ...' if empty > MAX_ORIGINS else ''}. Name the field of captions by a posts or dataset source's "
+        "caption_column, mend the posts, or raise the share"
+    ]
+    others = {(line["source"], line["detail"]) for line in remarks.examples if line["note"] == NO_CAPTION}
+    raise UserError("\n".join(lines + [f"  {source}: {detail}" for source, detail in sorted(others)[:MAX_ORIGINS]]))

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "support"))
 from arithmetic import hash_tensors, probe_arithmetic  # noqa: E402
 
-KEPT = {"make.py", "README.md"}
+KEPT = {"make.py", "interrupt.py", "README.md"}
 COMMIT = "f02ee99"
 RUN, CHECKPOINTS = "runs/tiny", "runs/tiny/checkpoints"
 STEP_3, STEP_6 = f"{CHECKPOINTS}/step-00000003", f"{CHECKPOINTS}/step-00000006"
