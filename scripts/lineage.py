@@ -19,9 +19,10 @@ def main() -> None:
     )
     parser.add_argument("--config", action="store_true", help="print each stage's whole config too")
     arguments = parser.parse_args()
-    from trainer.model.lineage_tree import find_lineage, tell_lineage
+    from trainer.model.lineage import find_lineage
+    from trainer.model.lineage_rows import format_tree
 
-    print(tell_lineage(find_lineage(arguments.file), arguments.config), end="")
+    print(format_tree(find_lineage(arguments.file), arguments.config), end="")
 
 
 if __name__ == "__main__":

@@ -10,29 +10,31 @@ from huggingface_hub import ModelCard
 
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
-from trainer.release.card import Release, write_card
-from trainer.release.card_stages import Stage, cell, write_changes
+from trainer.model.lineage import Lineage
+from trainer.model.lineage_rows import complete_stage
+from trainer.release.card import Release, write_card, write_changes
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
+from trainer.release.markdown import cell
 from trainer.sample.pictures import Sample
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def make_stage(place: int, name: str, base: dict[str, Any], step: int, images: int, **work: Any) -> Stage:
+def make_stage(place: int, name: str, base: dict[str, Any], step: int, images: int, **work: Any) -> Lineage:
     config = load_config([REPOSITORY / f"configs/{name}.yaml"])
     lineage = {
         "run": config.run.name, "stage": config.run.stage, "step": step, "images": images, "base": base,
         "samples_seen": step * config.data.global_batch_size, "index_fingerprint": f"fingerprint{place}",
         "written_at": "2024-01-10T00:00:00+00:00", "config": config.written,
-        "code": {"version": "0.2.0", "commit": COMMIT, "dirty": place == 2},
+        "code": {"version": "0.2.0", "commit": COMMIT, "dirty": place == 2}, **work,
     }  # fmt: skip
-    return Stage(lineage, work.get("hours"), work.get("hardware", ()), f"configs/{place}-{name}.yaml")
+    return complete_stage(lineage)
 
 
 def make_release(*words: str, **changes: Any) -> Release:
     first = {"reference": "Linaqruf/animagine-xl-2.0", "revision": "c0ffee", "sha256": "ab", "lineage": None}
-    stage1 = make_stage(1, "stage1_feature_alignment", first, 132_499, 1_271_990, hours=504.0, hardware=("2 x A100",))
-    second = {"reference": "export/stage1", "revision": None, "sha256": "cd", "lineage": stage1.lineage}
+    stage1 = make_stage(1, "stage1_feature_alignment", first, 132_499, 1_271_990, hours=504.0, hardware=["2 x A100"])
+    second = {"reference": "export/stage1", "revision": None, "sha256": "cd", "lineage": stage1}
     stage2 = make_stage(2, "stage2_refine_unet", second, 521, 2_500)
     source = "publish.source_url=https://example.org/source"
     config = load_config([REPOSITORY / "configs/stage2_refine_unet.yaml"], [source, *words])
@@ -91,7 +93,7 @@ def test_knobs_of_the_header() -> None:
 
 def test_a_base_that_the_hub_does_not_know_is_not_named_in_the_header() -> None:
     release = make_release()
-    release.stages[0].lineage["base"]["revision"] = None
+    release.stages[0]["base"]["revision"] = None
     data = ModelCard(write_card(release)).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data and "widget" not in data
     assert "Linaqruf/animagine-xl-2.0, SHA-256 `ab`" in write_card(release)
@@ -171,15 +173,15 @@ def test_training_is_told_stage_by_stage() -> None:
     assert table["optimizer"][0] == "adamw, betas [0.9, 0.99], weight decay 0.1" and table["gradient norm"][0] == "1.0"
     release = make_release()
     original = {"name": "adafactor", "betas": None, "weight_decay": 0.0, "max_grad_norm": None}
-    release.stages[0].lineage["config"]["optim"] |= original
+    release.stages[0]["config"]["optim"] |= original
     table = rows(section(write_card(release), "Training"))
     assert table["optimizer"][0] == "adafactor, weight decay 0.0" and table["gradient norm"][0] == "not clipped"
 
 
 def test_an_interpolation_stays_one_and_an_older_run_lacks_fields() -> None:
     release = make_release()
-    release.stages[1].lineage["config"]["optim"]["unet_lr"] = "${oc.env:SECRET_RATE}"
-    del release.stages[1].lineage["config"]["diffusion"]["min_snr_gamma"]
+    release.stages[1]["config"]["optim"]["unet_lr"] = "${oc.env:SECRET_RATE}"
+    del release.stages[1]["config"]["diffusion"]["min_snr_gamma"]
     table = rows(section(write_card(release), "Training"))
     assert table["learning rates"][1] == "${oc.env:SECRET_RATE}" and table["min-SNR gamma"][1] == "off"
 
@@ -213,7 +215,7 @@ def test_full_precision_is_linked_or_offered(full: str | None) -> None:
 
 
 def test_changes_come_from_the_lineage() -> None:
-    text = write_changes("My model", make_release().stages, "fp16", "madebyollin/sdxl-vae-fp16-fix")
+    text = write_changes(make_release("model.vae=madebyollin/sdxl-vae-fp16-fix"))
     first, second = text.split("## ")[1:]
     assert "[Linaqruf/animagine-xl-2.0](https://huggingface.co/Linaqruf/animagine-xl-2.0), commit `c0ffee`" in first
     assert "weights of UNet, text encoder 1, text encoder 2" in first and "Not trained: VAE" in first

@@ -87,7 +87,7 @@ def test_it_answers_where_it_comes_from(run: Path, request_of: Request, tiny_bas
     assert first["optim"]["unet_lr"] == 1e-3
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert str(tiny_base).encode() not in everything and str(run.parent).encode() not in everything
-    assert [stage.config_file for stage in release.stages] == ["configs/1-stage1.yaml", "configs/2-stage2.yaml"]
+    assert [made["run"] for made in release.stages] == ["stage1", "stage2"]
 
 
 def test_doing_it_again_changes_nothing_and_nothing_is_overwritten(request_of: Request) -> None:

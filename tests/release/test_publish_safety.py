@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from support.published_run import SOURCE, change, parts, request_of, run, stages, stand_in, write_png
 from trainer.core.errors import UserError
 from trainer.model.base import Base, find_base, hash_base
-from trainer.model.lineage import complete_lineage, shorten_paths
+from trainer.model.lineage import shorten_paths
 from trainer.model.weights_file import LazyFile
 from trainer.release.artefacts import write_tokenizer
 from trainer.release.base_terms import find_terms, read_terms
 from trainer.release.export import export
 from trainer.release.folder import check_folder
 from trainer.release.licence import Terms, find_base_refusals
-from trainer.release.publish import Request, publish
+from trainer.release.publish import Request, check_lineage, publish
 from trainer.sample.drawing import default_folder
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
@@ -79,7 +79,7 @@ def test_a_foreign_lineage_may_lack_what_is_only_told(run: Path, request_of: Req
 )
 def test_a_lineage_must_lead_to_a_base(lineage: dict, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        complete_lineage(lineage)
+        check_lineage(lineage)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import pytest
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
-from trainer.model.lineage import complete_lineage, count_samples
-from trainer.model.lineage_tree import tell_lineage
-from trainer.release.card_stages import fork_words
+from trainer.model.lineage import count_samples
+from trainer.model.lineage_rows import format_tree, list_stages, stage_rows
 from trainer.train.loop import train
 from trainer.train.metrics import read_metrics
 from trainer.train.run import read_run, run_path
@@ -55,9 +54,9 @@ def test_rates_schedule_data_and_captions_may_change(make_config: MakeConfig, pa
     lines = read_metrics(run_path(fork) / "metrics.jsonl")
     assert {step: line["progress/samples_seen"] for step, line in lines.items()} == {4: 20, 5: 28}
     assert lines[4]["lr/unet"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 3 / 5)) / 2)
-    told = tell_lineage(state["lineage"])
-    assert "forked from  parent at step 3, which had seen 12 samples" in told and "parent, stage test, 3 steps" in told
-    assert fork_words(complete_lineage(state["lineage"])["fork"]) == ", forked from parent at step 3"
+    tree = format_tree(state["lineage"])
+    assert "forked from a run that had seen 12 samples:\n    parent, stage test, 3 steps\n" in tree
+    assert stage_rows(list_stages(state["lineage"])[-1])["run"] == "fork, forked from parent at step 3"
 
 
 def test_later_starts_resume_the_forks_own_newest(make_config: MakeConfig, parent: Config) -> None:

@@ -30,11 +30,6 @@ USERS = {"home", "users", "media"}  # folders in which each user has one
 # sections and fields of the config that are prose, prompts or tags, in which a slash makes no path
 PROSE = {"captions", "sampling", "filters", "stage", "title", "author", "prompt", "prompts", "negative_prompt", "tags"}
 PATHS_IN_PROSE = {"thresholds_from"}  # of captions
-RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
-RECORDED: dict[str, type | tuple[type, ...]] = {  # what a lineage tells of its run beside its name, config and base
-    "step": int, "samples_seen": int, "images": int, "started_at": str, "hours": (int, float),
-}  # fmt: skip
-TOLD = ("stage", "index_fingerprint", "written_at")  # texts, told as they are
 
 Lineage = dict[str, Any]
 
@@ -185,43 +180,28 @@ def read_lineage(path: Path) -> Lineage | None:
     return lineage
 
 
-def complete_lineage(lineage: Lineage) -> Lineage:
-    """A lineage with all that cards and licences ask for at every stage; None where it is not recorded.
-
-    Earlier stages come from other people's files: their run's name becomes a file's name, so it must be one.
+def find_lineage(path: Path) -> Lineage:
+    """The lineage of a single file, a diffusers folder or a checkpoint, or of what lies in a published folder.
 
     Raises:
-        UserError: for a run's name that is none, or a part that is not what it should be.
+        UserError: when there is none, when the files in a folder say different things, or when it cannot be read.
     """
-    name, config, base = lineage.get("run"), lineage.get("config"), lineage.get("base")
-    if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    lineage = read_lineage(path)
+    if lineage is not None:
+        return lineage
+    found: dict[str, Lineage] = {}
+    if path.is_dir():
+        inside = sorted(entry for entry in path.iterdir() if entry.is_dir() or entry.suffix == ".safetensors")
+        read = {entry.name: read_lineage(entry) for entry in inside if not entry.name.startswith(".")}
+        found = {name: lineage for name, lineage in read.items() if lineage is not None}
+    if not found:
         raise UserError(
-            f"the lineage names a run {name!r}, which can name no file (letters, digits, . _ and -): it is damaged, or "
-            "its base's file was not made by this trainer"
+            f"{path} carries no lineage: it was not written by this trainer, or another program wrote it again and "
+            "dropped the metadata"
         )
-    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-        raise UserError(f"the lineage of {name} has no config, without which its card cannot be written")
-    known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("reference", "sha256"))
-    if not isinstance(base, dict) or not known or not isinstance(before := base.get("lineage"), dict | None):
-        raise UserError(f"the lineage of {name} does not say which base it began with (reference, sha256, lineage)")
-    code, hardware = lineage.get("code"), lineage.get("hardware")
-    code = code if isinstance(code, dict) else {}
-    return {
-        **lineage,
-        **{key: value if isinstance(value := lineage.get(key), kind) else None for key, kind in RECORDED.items()},
-        **{key: text if isinstance(text := lineage.get(key), str) else "not recorded" for key in TOLD},
-        "fork": complete_fork(lineage.get("fork")),
-        "hardware": [str(device) for device in hardware] if isinstance(hardware, list) else [],
-        "code": {key: code.get(key) for key in ("version", "commit", "dirty")},
-        "base": base | {
-            "revision": base.get("revision") if isinstance(base.get("revision"), str) else None,
-            "lineage": complete_lineage(before) if before is not None else None,
-        },
-    }  # fmt: skip
-
-
-def complete_fork(fork: Any) -> dict[str, Any] | None:
-    """The run that a fork branched off, by name and step; None where there is none, or it does not say so."""
-    if not isinstance(fork, dict) or not isinstance(fork.get("run"), str) or not isinstance(fork.get("step"), int):
-        return None
-    return fork
+    first, *others = found.values()
+    if any(other != first for other in others):
+        raise UserError(f"{path} holds files with different lineages; name one of them: {', '.join(found)}")
+    return first

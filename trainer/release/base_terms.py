@@ -14,6 +14,7 @@ from trainer.core.layout import RUN_FILE
 from trainer.model.base import find_base, hash_base
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
+from trainer.model.lineage_rows import list_stages
 from trainer.model.weights_file import LazyFile
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, known_name, recognise
 from trainer.train.run import locate_from_run
@@ -34,9 +35,9 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
     Raises:
         UserError: when the first base is not where the lineage says, or is another; or when it is given in vain.
     """
-    base: dict[str, Any] = lineage["base"]
-    while True:
-        is_first = base["lineage"] is None
+    stages = list_stages(lineage)
+    for made in reversed(stages):
+        base, is_first = made["base"], made is stages[0]
         if is_first and given is not None:
             return terms_of_given(given, base)
         here = None if base["revision"] is not None else locate([*places, base["reference"]], base["sha256"])
@@ -54,7 +55,8 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
                 f"the base {base['reference']} (SHA-256 {base['sha256']}), whose licence decides, is not where the run "
                 "found it: say where it is with --base PATH_OR_HUB_ID"
             )
-        base, places = base["lineage"]["base"], places_of_run(here)
+        places = places_of_run(here)
+    raise AssertionError("the first stage returns or raises")
 
 
 def locate(places: Sequence[str], sha256: str) -> Path | None:

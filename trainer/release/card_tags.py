@@ -1,12 +1,11 @@
-"""The card's tables of special tags, and what it says of them, from the rules that made the captions."""
+"""What the card says of the special tags, from the rules that made the captions."""
 
 import math
-from collections.abc import Iterator
+from typing import Any
 
 from trainer.config.schema import CaptionsConfig
-from trainer.release.card_stages import table
 
-RATINGS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
+RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 
 
 def best_quality(captions: CaptionsConfig) -> list[str]:
@@ -14,33 +13,32 @@ def best_quality(captions: CaptionsConfig) -> list[str]:
     return list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]
 
 
-def caution(captions: CaptionsConfig) -> Iterator[str]:
-    """What the card of Animagine XL 3.0 says of its quality tags, in the tags of these captions."""
-    tags = {rating: captions.ratings[rating].split(", ") for rating in RATINGS if captions.ratings.get(rating)}
+def caution(captions: CaptionsConfig) -> dict[str, list[str]]:
+    """What the card of Animagine XL 3.0 says of its quality tags, in the tags of these captions.
+
+    ``best`` go by scores, which many posts have that are not safe for work: ``general`` tags belong into the prompt,
+    ``unsafe`` ones into the negative prompt.
+    """
+    tags = {rating: captions.ratings[rating].split(", ") for rating in RATING_WORDS if captions.ratings.get(rating)}
     unsafe = [tag for tag in tags.get("q", []) if tag in tags.get("e", [])] + tags.get("s", [])
-    best, general = (", ".join(f"`{tag}`" for tag in some) for some in (best_quality(captions), tags.get("g", [])))
-    if best and unsafe:
-        yield (
-            f"Be careful with {best}: they go by the scores of posts, and many posts of high score are not safe for "
-            f"work. {f'Put {general} into the prompt, and' if general else 'Put'} "
-            f"{', '.join(f'`{tag}`' for tag in unsafe)} into the negative prompt."
-        )
+    return {"best": best_quality(captions), "general": tags.get("g", []), "unsafe": unsafe}
 
 
-def tag_tables(captions: CaptionsConfig) -> Iterator[str]:
-    """Quality, rating and year tags, from the rules that made the captions."""
-    yield "## Special tags"
-    if captions.quality:
-        by_rating = any(rule.rating for rule in captions.quality)
-        rows = quality_rows(captions)
-        yield table(["quality tag", "score of the post", *(["rating"] if by_rating else [])],
-                    [row if by_rating else row[:2] for row in rows])  # fmt: skip
-    if captions.ratings:
-        yield table(["rating", "tags"], [[RATINGS[key], tag] for key, tag in captions.ratings.items()])
-    if captions.years:
-        yield table(["year tag", "years"], [[rule.tag, f"{rule.first} to {rule.last}"] for rule in captions.years])
-    if captions.columns:
-        yield table(["tag", "from the posts'", "numbers"], column_rows(captions))
+def describe_tags(captions: CaptionsConfig) -> dict[str, Any]:
+    """Rows of the tables of quality, rating and year tags, and of those from other numbers of the posts."""
+    by_rating = any(rule.rating for rule in captions.quality)
+    return {
+        "quality": {
+            "by_rating": by_rating,
+            "rows": [row if by_rating else row[:2] for row in quality_rows(captions)],
+        },
+        "ratings": [[RATING_WORDS[key], tag] for key, tag in captions.ratings.items()],
+        "years": [[rule.tag, f"{rule.first} to {rule.last}"] for rule in captions.years],
+        "columns": [
+            [rule.tag, rule.column, "the rest" if rule.above is None else f"above {rule.above:g}"]
+            for rule in captions.columns
+        ],
+    }
 
 
 def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
@@ -62,14 +60,6 @@ def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
                 scores = "all" if limit is None else f"{limit} and above"
             else:
                 scores = f"below {higher}" if limit is None else f"{limit} to {int(higher) - 1}"
-            rows.append([tag, scores, RATINGS.get(str(rating), str(rating or "all"))])
+            rows.append([tag, scores, RATING_WORDS.get(str(rating), str(rating or "all"))])
             higher = limit
     return rows
-
-
-def column_rows(captions: CaptionsConfig) -> list[list[str]]:
-    """[tag, column, numbers] of each rule about a number that posts bring."""
-    return [
-        [rule.tag, rule.column, "the rest" if rule.above is None else f"above {rule.above:g}"]
-        for rule in captions.columns
-    ]

@@ -6,7 +6,7 @@ Nothing is written under the folder's name before it is complete and checked; no
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from trainer.core.files import sync_file, sync_folder, write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, RUN_FILE
 from trainer.model.base import LazyFile, find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
-from trainer.model.lineage import Lineage, complete_lineage, read_lineage, shorten_paths
+from trainer.model.lineage import Lineage, read_lineage, shorten_paths
+from trainer.model.lineage_rows import list_stages
 from trainer.release.artefacts import copy_with_metadata, hash_files, room_beside
 from trainer.release.base_terms import find_terms
-from trainer.release.card import Release, write_card
-from trainer.release.card_stages import Stage, write_changes
+from trainer.release.card import Release, config_file, write_card, write_changes
 from trainer.release.export import build_export, write_diffusers, write_single_file
 from trainer.release.export_check import check_export
 from trainer.release.folder import check_folder, read_sums, write_sums
@@ -31,8 +31,9 @@ from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
 from trainer.release.shapes import has_sdxl_shapes
 from trainer.sample.pictures import Sample, read_samples
-from trainer.train.run import Work, locate_from_run, read_work
+from trainer.train.run import locate_from_run, read_work
 
+RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
 
 
@@ -55,12 +56,12 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     """
     config = read_publish_config(request.run, overrides)
     weights = find_weights(request.run, config)
-    lineage = complete_lineage(weights.lineage)
+    check_lineage(weights.lineage)
     places = [config.model.pretrained]
     if weights.checkpoint is not None:
         reference = read_train_state(weights.checkpoint)["base"]["reference"]  # the lineage shortens paths
         places.insert(0, locate_from_run(request.run, reference))
-    terms = find_terms(lineage, places, request.base)
+    terms = find_terms(weights.lineage, places, request.base)
     given = read_licence_files(list(request.license_files))
     brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
     refusals = find_refusals(
@@ -73,7 +74,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     licences = collect_licences(terms, brought | given)
     release = Release(
         config=config,
-        stages=list(find_stages(request.run, lineage)),
+        stages=find_stages(request.run, weights.lineage),
         terms=terms,
         license_files={name: what for name, (what, _) in licences.items()},
         acknowledged=request.acknowledged,
@@ -168,16 +169,40 @@ def collect_licences(terms: Terms, texts: dict[str, str]) -> dict[str, tuple[str
     return licences
 
 
-def find_stages(run: Path, lineage: Lineage) -> Iterator[Stage]:
+def check_lineage(lineage: Lineage) -> None:
+    """Refuse what no card can be written of, at any stage; earlier ones come from other people's files.
+
+    Raises:
+        UserError: for a run's name that can name no file, or where config or base are missing.
+    """
+    made: Lineage | None = lineage
+    while made is not None:
+        name, config, base = made.get("run"), made.get("config"), made.get("base")
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+            raise UserError(
+                f"the lineage names a run {name!r}, which can name no file (letters, digits, . _ and -): it is "
+                "damaged, or its base's file was not made by this trainer"
+            )
+        if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+            raise UserError(f"the lineage of {name} has no config, without which its card cannot be written")
+        known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("reference", "sha256"))
+        if not isinstance(base, dict) or not known or not isinstance(base.get("lineage"), dict | None):
+            raise UserError(f"the lineage of {name} does not say which base it began with (reference, sha256, lineage)")
+        made = base.get("lineage")
+
+
+def find_stages(run: Path, lineage: Lineage) -> list[Lineage]:
     """The stages of the lineage, the first of them first; their work from the lineage, else from the run's records."""
-    chain: list[tuple[Lineage, Path | None]] = [(lineage, run)]
-    while (before := chain[-1][0]["base"]["lineage"]) is not None:
-        chain.append((before, run_of_export(chain[-1][0]["base"]["reference"], before["run"])))
-    for place, (made, folder) in enumerate(reversed(chain), start=1):
-        work = Work(made["started_at"], made["hours"], tuple(made["hardware"]))
-        if work.hours is None and folder is not None and made["step"] is not None:
+    stages = list_stages(lineage)
+    folder: Path | None = run
+    for place in reversed(range(len(stages))):
+        made = stages[place]
+        if made is not stages[-1]:
+            folder = run_of_export(stages[place + 1]["base"]["reference"], made["run"])
+        if made["hours"] is None and folder is not None and made["step"] is not None:
             work = read_work(folder, made["step"])
-        yield Stage(made, work.hours, work.hardware, f"configs/{place}-{made['run']}.yaml")
+            stages[place] = made | {"hours": work.hours, "hardware": list(work.hardware)}
+    return stages
 
 
 def run_of_export(reference: str, name: str) -> Path | None:
@@ -199,17 +224,15 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
             shapes = has_sdxl_shapes(find_base(str(temporary / release.weights)))
             release = dataclasses.replace(release, sdxl_shapes=shapes)
         write_json(temporary / LINEAGE_FILE, weights.lineage)
-        for stage in release.stages:
-            settings = yaml.safe_dump(stage.lineage["config"], sort_keys=False, allow_unicode=True, width=120)
-            write_text(temporary / stage.config_file, settings)
+        for place, made in enumerate(release.stages):
+            settings = yaml.safe_dump(made["config"], sort_keys=False, allow_unicode=True, width=120)
+            write_text(temporary / config_file(place, made), settings)
         for name, text in licences.items():
             write_text(temporary / name, text)
         for sample in release.samples:
             (temporary / "samples").mkdir(exist_ok=True)
             shutil.copyfile(sample.path, temporary / "samples" / sample.path.name, follow_symlinks=False)
-        vae = shorten_paths(release.config.written["model"]["vae"])
-        changes = write_changes(release.title, release.stages, release.config.publish.dtype, vae)
-        write_text(temporary / "CHANGES.md", changes)
+        write_text(temporary / "CHANGES.md", write_changes(release))
         write_text(temporary / "README.md", write_card(release))
         check_folder(temporary, release.config.run.name, folder)
         write_sums(temporary)

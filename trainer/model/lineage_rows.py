@@ -1,0 +1,158 @@
+"""What a lineage says, stage by stage, as rows of words: the terminal's tree, the model card and CHANGES.md print them.
+
+Lineages come from other people's files: any value may be missing or of another type, and is "not recorded" then.
+Identifiers stand in backticks; the rest is as the file has it, and each printer escapes it in its own way.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from trainer.model.lineage import Lineage
+
+NOT_RECORDED = "not recorded"
+PART_NAMES = {"unet": "UNet", "text_encoder_1": "text encoder 1", "text_encoder_2": "text encoder 2"}
+RECORDED_TYPES: dict[str, type | tuple[type, ...]] = {
+    "run": str, "stage": str, "index_fingerprint": str, "started_at": str, "written_at": str,
+    "step": int, "samples_seen": int, "images": int, "hours": (int, float),
+}  # fmt: skip
+SHOWN_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
+
+
+def list_stages(lineage: Lineage) -> list[Lineage]:
+    """The run that made a file and those that made its bases, each completed, the first of them first."""
+    stages = [complete_stage(lineage)]
+    while (before := stages[0]["base"]["lineage"]) is not None:
+        stages.insert(0, complete_stage(before))
+    return stages
+
+
+def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
+    """A lineage with all that is told of its run; None, or empty, where it is not recorded or no such value."""
+
+    def part(name: str) -> dict[str, Any]:
+        return value if isinstance(value := lineage.get(name), dict) else {}
+
+    base, fork, hardware = part("base"), part("fork"), lineage.get("hardware")
+    before, texts = base.get("lineage"), {key: value for key, value in base.items() if isinstance(value, str)}
+    return {
+        **lineage,
+        **{key: value if isinstance(value := lineage.get(key), kind) else None for key, kind in RECORDED_TYPES.items()},
+        "fork": fork if isinstance(fork.get("run"), str) and isinstance(fork.get("step"), int) else None,
+        "hardware": [str(device) for device in hardware] if isinstance(hardware, list) else [],
+        "config": {name: values for name, values in part("config").items() if isinstance(values, dict)},
+        "code": {key: part("code").get(key) for key in ("version", "commit", "dirty")},
+        "versions": part("versions"),
+        "base": {key: texts.get(key) for key in ("reference", "revision", "sha256")}
+        | {"lineage": before if before and isinstance(before, dict) else None},
+    }
+
+
+def stage_rows(made: Lineage) -> dict[str, str]:
+    """Name -> words of all that is told of one stage, which is one of :func:`list_stages`."""
+
+    def value(key: str, off: str | None = None) -> str:
+        """A field of the config; ``off`` is what null and 0 mean, where they mean that something is not done."""
+        section, _, name = key.partition(".")
+        found = made["config"].get(section, {}).get(name)
+        if section in made["config"] and not found and off:
+            return off
+        return NOT_RECORDED if found is None else str(found)
+
+    base, code = made["base"], made["code"]
+    settings = made["config"].get("optim", {})
+    trains = {part: made["config"].get("model", {}).get(f"train_{part}") for part in PART_NAMES}
+    betas = "" if settings.get("betas") is None else f"betas {settings['betas']}, "
+    passes = made["samples_seen"] is not None and made["images"]
+    versions = [f"{name} {made['versions'][name]}" for name in SHOWN_LIBRARIES if made["versions"].get(name)]
+    return {
+        "run": words(made["run"]) + fork_words(made["fork"]),
+        "starts from": words(base["reference"]),
+        "its commit": identifier(base["revision"]),
+        "its SHA-256": identifier(base["sha256"]),
+        "images": words(made["images"]),
+        "index fingerprint": identifier(made["index_fingerprint"]),
+        "optimizer steps": words(made["step"]),
+        "samples seen": words(made["samples_seen"]),
+        "samples per step": value("data.global_batch_size"),
+        "epochs (samples seen / images)": f"{made['samples_seen'] / made['images']:.2f}" if passes else NOT_RECORDED,
+        "trained": ", ".join(name for part, name in PART_NAMES.items() if trains[part]),
+        "not trained": ", ".join([*(name for part, name in PART_NAMES.items() if not trains[part]), "VAE"]),
+        "learning rates": ", ".join(rate_words(settings.get(f"{part}_lr")) for part in PART_NAMES if trains[part]),
+        "rate schedule": f"{value('schedule.lr')}, warm-up of {value('schedule.warmup_steps')} steps",
+        "optimizer": f"{value('optim.name')}, {betas}weight decay {value('optim.weight_decay')}",
+        "gradient norm": value("optim.max_grad_norm", off="not clipped"),
+        "noise offset": value("diffusion.noise_offset", off="none"),
+        "prediction": value("diffusion.prediction_type"),
+        "zero terminal SNR": value("diffusion.zero_terminal_snr"),
+        "min-SNR gamma": value("diffusion.min_snr_gamma", off="off"),
+        "arithmetic": f"{value('precision.compute')}, trained weights in fp32",
+        "resolution": f"buckets of {value('buckets.base_resolution')}², sides {value('buckets.min_side')} to "
+        f"{value('buckets.max_side')}",
+        "captions": f"{value('captions.max_token_length')} tokens, shuffled: {value('captions.shuffle')}, dropped: "
+        f"{value('captions.caption_dropout')}, tags dropped: {value('captions.tag_dropout')}",
+        "seed": value("run.seed"),
+        "hardware": ", ".join(made["hardware"]) or NOT_RECORDED,
+        "started": words(made["started_at"]),
+        "written": words(made["written_at"]),
+        "hours (wall clock)": f"{made['hours']:g}" if made["hours"] is not None else NOT_RECORDED,
+        "code": f"{words(code['version'])}, commit {identifier(code['commit'])}"
+        + (" with changes that were not committed" if code["commit"] and code["dirty"] else ""),
+        "libraries": ", ".join(versions) or NOT_RECORDED,
+    }
+
+
+def words(value: Any) -> str:
+    """A value as people read it: whole numbers with their thousands apart."""
+    if value is None:
+        return NOT_RECORDED
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def identifier(value: Any) -> str:
+    """A commit or a hash."""
+    return f"`{value}`" if value else NOT_RECORDED
+
+
+def rate_words(value: Any) -> str:
+    """7.5e-06 as 7.5e-6; an interpolation as it was written."""
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, int | float) else words(value)
+
+
+def fork_words(fork: Mapping[str, Any] | None) -> str:
+    """From which run, and where, a run branched off."""
+    return "" if fork is None else f", forked from {fork['run']} at step {words(fork['step'])}"
+
+
+def format_tree(lineage: Lineage, with_config: bool = False) -> str:
+    """The tree for a terminal: each stage below the one that was made from it, indented; whole configs if asked for."""
+    lines: list[str] = []
+    indent = ""
+    for made in reversed(list_stages(lineage)):
+        lines += [indent + line for line in format_stage(made, with_config)]
+        indent += "  "
+        lines.append(
+            f"{indent}└─ {'that base was made so:' if made['base']['lineage'] else 'nothing recorded before this'}"
+        )
+        indent += "   "
+    return "\n".join(lines) + "\n"
+
+
+def format_stage(made: Lineage, with_config: bool) -> Iterator[str]:
+    """One stage's own part of the tree, and, of a fork, what it branched off."""
+    yield terminal_text(f"{words(made['run'])}, stage {words(made['stage'])}, {words(made['step'])} steps")
+    for name, text in stage_rows(made).items():
+        yield f"  {name:<32}{terminal_text(text.replace('`', ''))}"
+    if made["fork"] and isinstance(before := made["fork"].get("lineage"), dict):
+        yield f"  forked from a run that had seen {terminal_text(words(made['fork'].get('samples_seen')))} samples:"
+        yield from (f"    {line}" for line in format_stage(complete_stage(before), with_config))
+    if with_config:
+        yield "  config"
+        dumped = yaml.safe_dump(made["config"], sort_keys=False, allow_unicode=False, width=110)
+        yield from (f"    {line}" for line in dumped.splitlines())
+
+
+def terminal_text(text: str) -> str:
+    """A text on one line, without control characters, which could rewrite the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
