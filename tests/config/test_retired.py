@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from trainer.config.load import load_config
+from trainer.core.errors import UserError
 
 REST = "run: {name: a, stage: '1'}\nmodel: {pretrained: b}\noptim: {unet_lr: 1.0e-5}\nschedule: {epochs: 1}\n"
 
@@ -45,3 +46,16 @@ def test_what_is_written_again_needs_no_note(tmp_path: Path, capsys: pytest.Capt
     again.write_text(yaml.safe_dump(first.written))
     capsys.readouterr()
     assert load_config([again]) == first and capsys.readouterr().err == ""
+
+
+def test_the_licences_name_can_only_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    today = load_config([write(tmp_path, "loader_threads: 2")])
+    old = tmp_path / "old.yaml"
+    old.write_text("publish: {license_name: faipl-1.0-sd, title: a}\n")
+    config = load_config([tmp_path / "config.yaml", old])
+    assert config.publish.title == "a" and config.written.keys() == today.written.keys()
+    assert "license_name" not in config.written["publish"]
+    assert capsys.readouterr().err == "note: publish.license_name is always faipl-1.0-sd: leave it out\n"
+    for other in ("openrail++", "null", "[faipl-1.0-sd]"):
+        with pytest.raises(UserError, match=r"publish\.license_name: can only be faipl-1\.0-sd, which"):
+            load_config([tmp_path / "config.yaml"], [f"publish.license_name={other}"])

@@ -60,9 +60,9 @@ def test_text_in_files_and_lists_is_what_was_written(tmp_path: Path, minimal: Pa
 
 
 def test_nothing_and_quotes_mean_what_they_mean_in_yaml(minimal: Path) -> None:
-    words = ["publish.title=null", "model.vae=~", "publish.license_name=", "publish.author='null'", 'run.stage="a #1"']
+    words = ["publish.title=null", "model.vae=~", "publish.license_link=", "publish.author='null'", 'run.stage="a #1"']
     config = load_config([minimal], words)
-    assert (config.publish.title, config.model.vae, config.publish.license_name) == (None, None, None)
+    assert (config.publish.title, config.model.vae, config.publish.license_link) == (None, None, None)
     assert (config.publish.author, config.run.stage) == ("null", "a #1")
 
 
@@ -71,7 +71,7 @@ def test_nothing_and_quotes_mean_what_they_mean_in_yaml(minimal: Path) -> None:
 PLACES = [
     ("run.output_dir", "~/x"), ("model.pretrained", "~/x"), ("model.vae", "~/x"), ("model.tokenizer", "~/x"),
     ("data.shards", "~/x"), ("data.images", "~/x"), ("checkpoint.resume", "~/x"), ("checkpoint.fork", "~/x"),
-    ("captions.thresholds_from", "~/x"), ("data.posts", "[~/x, a]"),
+    ("captions.thresholds_from", "~/x"), ("publish.card_template", "~/x"), ("data.posts", "[~/x, a]"),
     ("data.sources", "[{kind: posts, path: ~/x, images: ~/x}]"),
 ]  # fmt: skip
 

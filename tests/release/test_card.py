@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markupsafe import Markup
 
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
+from trainer.core.errors import UserError
 from trainer.model.lineage import Lineage
 from trainer.model.lineage_rows import complete_stage
-from trainer.release.card import Release, write_card, write_changes
+from trainer.release.card import Release, describe_release, describe_use, write_card, write_changes
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
 from trainer.release.markdown import cell
 from trainer.sample.pictures import Sample
@@ -233,6 +235,67 @@ def test_a_cell_breaks_no_table() -> None:
 
 def test_v_prediction_is_said() -> None:
     assert "predicts v\n" in write_card(make_release("diffusion.prediction_type=v_prediction"))
+
+
+# --- a template of the user's
+
+
+def write_template(folder: Path, text: str) -> Path:
+    path = folder / "mine.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_template_of_the_users(tmp_path: Path) -> None:
+    stage = "{{ stage.name }}: {{ stage.rows['optimizer steps'] }}, {{ stage.base }}"
+    text = f"---\n{{{{ header | safe }}}}---\n# {{{{ title }}}}\n{{% for stage in stages %}}\n{stage}\n{{% endfor %}}\n"
+    template = write_template(tmp_path, text)
+    card = write_card(make_release("publish.title='a|b <c>'", card_template=template))
+    assert ModelCard(card).data.to_dict()["license_name"] == FAIPL
+    assert "# a\\|b &lt;c>\n1, feature alignment: 132,499, [Linaqruf/animagine-xl-2.0](https://" in card
+    shipped = REPOSITORY / "trainer/release/card.md"
+    assert write_card(make_release(card_template=shipped)) == write_card(make_release())
+
+
+def test_a_templates_head_names_all_that_it_may_read() -> None:
+    head = (REPOSITORY / "trainer/release/card.md").read_text(encoding="utf-8").partition("#}")[0]
+    names = [*describe_release(make_release()), *describe_use(make_release())]
+    assert [name for name in names if not re.search(rf"\b{name}\b", head)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\n{% if title %}\n", r"mine\.md fails in line 2: .*end of template"),
+        ("a\n\n{{ titel }}\n", r"mine\.md fails in line 3: 'titel' is undefined"),
+        ("{{ stages[0].rows['image'] }}", r"mine\.md fails in line 1: .*no attribute 'image'"),
+        ("a\n{{ dtype / 2 }}", r"mine\.md fails in line 2: unsupported operand"),
+        ("{{ title.__class__.__mro__ }}", r"mine\.md fails in line 1: access to attribute '__class__'"),
+        ("{{ '%s'.format.__globals__ }}", r"mine\.md fails in line 1: access to attribute '__globals__'"),
+        ("{% set _ = people.append('x') %}", r"mine\.md fails in line 1: access to attribute 'append'"),
+        ("{% include 'card.md' %}", r"mine\.md fails in line 1: no loader"),
+        ("{{ range(1000000) }}", r"mine\.md fails in line 1: Range too big"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        write_card(make_release(card_template=write_template(tmp_path, text)))
+
+
+def test_a_template_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the template .*none\.md cannot be read: .*No such file"):
+        write_card(make_release(card_template=tmp_path / "none.md"))
+
+
+def test_a_template_is_given_values_only() -> None:
+    """Of an object it could call methods: a Path can delete files."""
+
+    def kinds(value: object) -> set[type]:
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        return {type(value)}.union(*map(kinds, inner))
+
+    release = make_release(samples=SAMPLES)
+    assert kinds(describe_release(release) | describe_use(release)) <= {dict, list, str, Markup, int, bool, type(None)}
 
 
 def test_without_tags_of_people_none_are_named() -> None:

@@ -162,7 +162,7 @@ def test_the_file_explains_itself(exported, run):
     assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
     assert metadata["modelspec.prediction_type"] == "epsilon"
     assert metadata["modelspec.title"] == "tiny" and metadata["modelspec.author"] == "A. N. Other"
-    assert metadata["modelspec.resolution"] == "1024x1024" and metadata["modelspec.license"] == "openrail++"
+    assert metadata["modelspec.resolution"] == "1024x1024" and metadata["modelspec.license"] == "faipl-1.0-sd"
     assert json.loads(metadata["trainer.recipe"])["optim"]["unet_lr"] == 1e-3
     lineage = read_lineage(run / "checkpoints" / "step-00000020")
     assert lineage["step"] == 20

@@ -132,8 +132,6 @@ BOTH = {FAIPL: "text", OPENRAIL: "text"}
 REFUSALS = [  # terms, texts, words over the good ones, what must be told
     (FREE, {}, {}, ["the text of FAIPL-1.0-SD is missing", "Notices, first paragraph", "--license-file FILE"]),
     (FREE, BOTH, {"source_url": None}, ["publish.source_url is not set", "corresponding source", "Notices, first and"]),
-    (FREE, BOTH, {"license_name": "mit"}, ["publish.license_name is mit", "Notices, third paragraph"]),
-    (FREE, BOTH, {"license_name": None}, ["publish.license_name is None"]),
     (ABSENT, BOTH, {}, ["m does not say under which licence", "Copyright; Notices", "--acknowledge-base-terms"]),
     (Terms("m", "mit"), BOTH, {}, ["m is under mit, which this tool does not know", "--acknowledge-base-terms"]),
     (Terms("m", FAIPL, extra=("a price",)), BOTH, {}, ["with more: a price", "third paragraph", "--acknowledge-base"]),
@@ -147,7 +145,7 @@ REFUSALS = [  # terms, texts, words over the good ones, what must be told
 
 @pytest.mark.parametrize(("terms", "texts", "words", "parts"), REFUSALS)
 def test_refusals(terms: Terms, texts: dict[str, str], words: dict[str, str], parts: list[str]) -> None:
-    good = {"license_name": FAIPL, "source_url": SOURCE, "acknowledged": None}
+    good = {"source_url": SOURCE, "acknowledged": None}
     (told,) = find_refusals(terms, texts, **{**good, **words})
     assert [part for part in parts if part not in told] == []
 
@@ -163,13 +161,13 @@ def test_refusals(terms: Terms, texts: dict[str, str], words: dict[str, str], pa
     ],
 )
 def test_what_is_fine(terms: Terms, acknowledged: str | None) -> None:
-    told = find_refusals(terms, BOTH, license_name=FAIPL, source_url=SOURCE, acknowledged=acknowledged)
+    told = find_refusals(terms, BOTH, source_url=SOURCE, acknowledged=acknowledged)
     assert list(told) == []
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    told = find_refusals(ABSENT, {}, license_name="mit", source_url=None, acknowledged=None)
-    assert len(list(told)) == 4
+    told = find_refusals(ABSENT, {}, source_url=None, acknowledged=None)
+    assert len(list(told)) == 3
 
 
 # --- along the lineage

@@ -160,6 +160,23 @@ def test_knobs(run: Path, request_of: Request, tmp_path: Path) -> None:
         read_publish_config(tmp_path, [])
 
 
+def test_the_cards_template(run: Path, request_of: Request, tmp_path: Path) -> None:
+    """A relative path in the config begins where training ran."""
+    record = json.loads((run / "run.json").read_text())
+    record["attempts"][0]["working_folder"] = str(tmp_path)
+    (run / "run.json").write_text(json.dumps(record))
+    words = [SOURCE, "publish.card_template=mine.md"]
+    with pytest.raises(UserError, match=r"the template mine\.md cannot be read"):
+        publish(request_of, words)
+    assert not (run / "published").exists()
+    (tmp_path / "mine.md").write_text("---\n{{ header | safe }}---\n# {{ title }} by me\n")
+    folder, _ = publish(request_of, words)
+    assert (folder / "README.md").read_text().endswith("---\n# stage2 by me\n")
+    (tmp_path / "mine.md").write_text("drawn in /home/someone/pictures\n")
+    with pytest.raises(UserError, match=r"an absolute path .* in README\.md line 1"):
+        publish(change(request_of, out=tmp_path / "out"), words)
+
+
 # --- what lies in RUN/export
 
 

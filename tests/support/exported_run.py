@@ -36,7 +36,6 @@ def make_run(folder: Path, pretrained: Path, trained: Parts, *words: str, step: 
         "model.train_text_encoder_1=true", "model.train_text_encoder_2=true", "optim.text_encoder_1_lr=1e-3",
         "optim.text_encoder_2_lr=1e-3", "precision.compute=fp32", "precision.frozen=fp32",
         "publish.dtype=fp32", "publish.author=A. N. Other",
-        "publish.license_name=openrail++",
     ]  # fmt: skip
     config = load_config([], [*lines, *words])
     base = find_base(str(pretrained))

@@ -14,7 +14,7 @@ from trainer.release.export import export
 from trainer.release.publish import Request
 
 OURS = "made from nothing by ourselves"
-WORDS = ["publish.license_name=faipl-1.0-sd", "publish.dtype=fp16", "publish.author=null"]
+WORDS = ["publish.dtype=fp16", "publish.author=null"]
 SOURCE = "publish.source_url=https://example.org/source"
 
 

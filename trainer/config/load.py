@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.retired import carry_over
+from trainer.config.retired import ONLY_VALUES, carry_over
 from trainer.config.rules import find_broken_rules
 from trainer.config.schema import Config, Place
 from trainer.config.yaml_text import UNIONS, field_types, read_override, read_yaml
@@ -178,7 +178,9 @@ def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
         return
     hints = field_types(section)
     for name in value:
-        if name not in hints:
+        if only := ONLY_VALUES.get(".".join((*path, str(name)))):
+            yield Problem(".".join((*path, str(name))), f"can only be {only}, which needs not be said: leave it out")
+        elif name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1)
             yield Problem(".".join((*path, str(name))), "unknown key" + (f", did you mean {near[0]}?" if near else ""))
     for item in dataclasses.fields(section):

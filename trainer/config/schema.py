@@ -307,8 +307,8 @@ class PublishConfig:
     author: str | None = None
     formats: list[Literal["single_file", "diffusers"]] = field(default_factory=lambda: ["single_file", "diffusers"])
     dtype: Dtype = "fp16"
-    license_name: str | None = "faipl-1.0-sd"
     license_link: str | None = None  # what the card's header links to; null: the licence file in the folder
+    card_template: Place | None = None  # a Jinja2 template instead of trainer/release/card.md; null: that one
 
 
 @dataclass(frozen=True)

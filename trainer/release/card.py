@@ -39,6 +39,7 @@ class Release:
     weights: str | None  # the single file, if there is one
     full_precision: str | None  # the fp32 file, if it is in the folder
     sdxl_shapes: bool = True  # other programs read the single file only then
+    card_template: Path | None = None  # publish.card_template as it is found from here
 
     @property
     def title(self) -> str:
@@ -57,7 +58,7 @@ def write_card(release: Release) -> str:
     Raises:
         UserError: for a ``publish.card_template`` that cannot be read or fails.
     """
-    return render(packaged("card.md"), describe_release(release) | describe_use(release))
+    return render(release.card_template or packaged("card.md"), describe_release(release) | describe_use(release))
 
 
 def write_changes(release: Release) -> str:

@@ -85,7 +85,6 @@ def find_refusals(
     terms: Terms,
     texts: Mapping[str, str],
     *,
-    license_name: str | None,
     source_url: str | None,
     acknowledged: str | None,
 ) -> Iterator[str]:
@@ -93,12 +92,6 @@ def find_refusals(
 
     ``texts`` are the licence texts at hand, by licence; ``acknowledged``: what the publisher says of the base's terms.
     """
-    if license_name != FAIPL:
-        yield (
-            f"publish.license_name is {license_name}: this tool publishes under {FAIPL} only, which asks derived "
-            "models to stay under it or under a licence that allows all it allows (FAIPL-1.0-SD, Notices, third "
-            "paragraph)"
-        )
     yield from find_base_refusals(terms, acknowledged)
     if FAIPL not in texts:
         yield (

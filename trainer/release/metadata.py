@@ -8,6 +8,7 @@ from trainer.config.schema import Config
 from trainer.model.base import CONFIGS_KEY
 from trainer.model.diffusion import spell
 from trainer.model.lineage import LINEAGE_KEY, shorten_paths
+from trainer.release.licence import FAIPL
 
 RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
 
@@ -42,5 +43,5 @@ def build_metadata(
 def publish_entries(config: Config) -> dict[str, str | None]:
     """The entries that publish.* may change after the training; None stands for no entry."""
     publish = config.publish
-    said = {"title": publish.title or config.run.name, "author": publish.author, "license": publish.license_name}
+    said = {"title": publish.title or config.run.name, "author": publish.author, "license": FAIPL}
     return {f"modelspec.{name}": value for name, value in said.items()}

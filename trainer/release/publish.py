@@ -65,13 +65,13 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     given = read_licence_files(list(request.license_files))
     brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
     refusals = find_refusals(
-        terms, brought | given, license_name=config.publish.license_name, source_url=config.publish.source_url,
-        acknowledged=request.acknowledged,
+        terms, brought | given, source_url=config.publish.source_url, acknowledged=request.acknowledged,
     )  # fmt: skip
     if reasons := list(refusals):
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise UserError(f"{request.run} is not published, for {len(reasons)} reason(s):\n{listed}")
     licences = collect_licences(terms, brought | given)
+    template = config.publish.card_template
     release = Release(
         config=config,
         stages=find_stages(request.run, weights.lineage),
@@ -82,7 +82,9 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
         samples=read_samples(request.samples or request.run / EXPORT_FOLDER / "samples"),
         weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
         full_precision=name_full_precision(config, request.full_precision),
+        card_template=Path(locate_from_run(request.run, template)) if template else None,
     )
+    write_card(release)  # what its template refuses, it refuses before the weights are copied
     if request.samples and not release.samples:
         raise UserError(f"--samples {request.samples} holds no PNG")
     check_samples(release.samples, weights, config.run.name)
