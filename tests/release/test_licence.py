@@ -11,9 +11,19 @@ from support.paths import LICENCE_TEXT
 from trainer.core.errors import UserError
 from trainer.model.base import find_base, hash_base
 from trainer.model.lineage import LINEAGE_KEY
-from trainer.release import base_terms, licence
-from trainer.release.base_terms import fetch_terms, find_terms, read_terms
-from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, known_name, read_licence_files, recognise
+from trainer.release import licence
+from trainer.release.licence import (
+    FAIPL,
+    OPENRAIL,
+    Terms,
+    fetch_terms,
+    find_refusals,
+    find_terms,
+    known_name,
+    read_licence_files,
+    read_terms,
+    recognise,
+)
 
 SOURCE = "https://example.org/source"
 
@@ -138,8 +148,11 @@ REFUSALS = [  # terms, texts, words over the good ones, what must be told
     (RAIL, {FAIPL: "text"}, {}, ["the text of CreativeML Open RAIL++-M is missing", "Section III", "--license-file"]),
     (FREE, BOTH, {"acknowledged": "fine"}, ["--acknowledge-base-terms has no effect"]),
     *[(Terms("m", name), BOTH, {"acknowledged": "I do not care"}, [f"m is under {name}, which forbids", "Copyright"])
-      for name in ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "sai-nc-community", "non-commercial",
-                   "Stability AI Non-Commercial Research", "all rights reserved")],
+      for name in ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "CC BY-NC 4.0", "non-commercial",
+                   "Stability AI Non-Commercial Research", "flux-1-dev-non-commercial-license")],
+    # a name is no guess at what it may mean: these ask for an acknowledgement
+    *[(Terms("m", name), BOTH, {}, [f"m is under {name}, which this tool does not know", "--acknowledge-base-terms"])
+      for name in ("sai-nc-community", "all rights reserved", "cc-by-4.0", "openrail", "creativeml-openrail-m")],
 ]  # fmt: skip
 
 
@@ -213,11 +226,11 @@ def test_a_repository_is_asked_for_its_card_and_licence_only(tmp_path: Path, mon
         asked.append((reference, words))
         return str(tmp_path)
 
-    monkeypatch.setattr(base_terms, "snapshot_download", snapshot)
+    monkeypatch.setattr(licence, "snapshot_download", snapshot)
     (tmp_path / "README.md").write_text(card(license="openrail++"))
     base = lineage_of("owner/sdxl", "ab", revision="c0ffee")
     assert find_terms(base, [], None) == Terms("owner/sdxl", OPENRAIL)
-    assert asked == [("owner/sdxl", {"revision": "c0ffee", "allow_patterns": base_terms.LICENCE_PATTERNS})]
+    assert asked == [("owner/sdxl", {"revision": "c0ffee", "allow_patterns": licence.LICENCE_PATTERNS})]
     # a stage that began with a published model does not ask further down
     second = lineage_of("owner/model", "cd", revision="beef", before=lineage_of("gone", "ef"))
     assert find_terms(second, [], None) == Terms("owner/model", OPENRAIL)
@@ -229,7 +242,7 @@ def test_offline_the_cache_answers_or_says_so(tmp_path: Path, monkeypatch: pytes
             raise OSError("no route to the hub")
         return str(tmp_path)
 
-    monkeypatch.setattr(base_terms, "snapshot_download", snapshot)
+    monkeypatch.setattr(licence, "snapshot_download", snapshot)
     with pytest.raises(UserError, match=r"licence of owner/sdxl is not here .* no route to the hub"):
         fetch_terms("owner/sdxl", "c0ffee")
     (tmp_path / "README.md").write_text(card(license="openrail++"))
@@ -242,7 +255,7 @@ def test_a_part_of_a_snapshot_is_not_all(tmp_path: Path, monkeypatch: pytest.Mon
     def no_answer(*_: object, **__: object) -> None:
         raise OSError("no route to the hub")
 
-    monkeypatch.setattr(base_terms, "snapshot_download", lambda *_, **__: str(tmp_path))
-    monkeypatch.setattr(base_terms.HfApi, "model_info", no_answer)
+    monkeypatch.setattr(licence, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(licence.HfApi, "model_info", no_answer)
     with pytest.raises(UserError, match="could not be fetched from the hub: no route"):
         fetch_terms("owner/sdxl", "c0ffee")

@@ -15,10 +15,9 @@ from trainer.model.base import Base, find_base, hash_base
 from trainer.model.lineage import shorten_paths
 from trainer.model.weights_file import LazyFile
 from trainer.release.artefacts import write_tokenizer
-from trainer.release.base_terms import find_terms, read_terms
 from trainer.release.export import export
 from trainer.release.folder import check_folder
-from trainer.release.licence import Terms, find_base_refusals
+from trainer.release.licence import Terms, find_base_refusals, find_terms, read_terms
 from trainer.release.publish import Request, check_lineage, publish
 from trainer.sample.drawing import default_folder
 
@@ -233,7 +232,7 @@ def test_a_blank_acknowledgement_is_none(request_of: Request) -> None:
 def test_a_card_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8-sig")
     assert read_terms(tmp_path, "m").name == "cc-by-nc-4.0"
-    told = find_base_refusals(Terms("m", "no commercial use"), "I do not care")
+    told = find_base_refusals(Terms("m", "for non-commercial use"), "I do not care")
     assert "which forbids" in next(told)
 
 

@@ -1,32 +1,46 @@
-"""What a base's licence asks and allows, and what FAIPL-1.0-SD asks of whoever publishes. Not legal advice.
+"""What a base's licence asks and allows, where it is found, and what FAIPL-1.0-SD asks of whoever publishes.
 
-A text is recognised by the SHA-256 of its words: line breaks and Markdown do not matter, a changed word does. The texts
-themselves are not ours to ship; they come from the base, or from a file that the user gives.
+A text is recognised by the SHA-256 of its words: line breaks and Markdown do not matter, a changed word does. A name is
+known where it is stated as one of those in the table, and is no guess. The texts themselves are not ours to ship; they
+come from the base, or from a file that the user gives. None of this is legal advice.
 """
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, snapshot_download
 
 from trainer.core.errors import UserError
+from trainer.model.base import find_base, hash_base
+from trainer.model.exports import find_run
+from trainer.model.hub import HUB_ERRORS
+from trainer.model.lineage import LINEAGE_KEY, Lineage
+from trainer.model.lineage_rows import list_stages
+from trainer.model.weights_file import LazyFile
+from trainer.train.run import locate_from_run, read_run
 
 FAIPL, OPENRAIL = "faipl-1.0-sd", "openrail++"  # as the Hub's model cards name them
 KNOWN_WORDS = {
     "68aca8ee6a3c4ea06eb4caa1f81b7bd6da3d80e9b7eed31c9dfd2ccd9d3de183": FAIPL,
     "431140dde2d68f805ca04746ddf23e76b732a2640470190abda51333300785a9": OPENRAIL,  # SDXL's, dated July 26, 2023
 }
-OTHER_NAMES = {
-    "fair ai public license 1 0 sd": FAIPL,
-    "faipl 1 0 sd": FAIPL,
-    "openrail": OPENRAIL,  # only with its two plus signs, see known_name
-    "creativeml open rail m": OPENRAIL,
+KNOWN_NAMES = {  # in lower case, as cards and the headers of single files state them
+    FAIPL: FAIPL,
+    "fair-ai-public-license-1.0-sd": FAIPL,
+    "fair ai public license 1.0-sd": FAIPL,
+    OPENRAIL: OPENRAIL,
+    "creativeml open rail++-m": OPENRAIL,
+    "creativeml open rail++-m license": OPENRAIL,
 }
-FORBIDDING = re.compile(
-    r"\b(n[cd]|non ?commercial|(no|not for) commercial|research|no ?derivatives|all rights reserved|proprietary)\b"
-)
+FORBIDDING = re.compile(r"(?i)non[- ]?commercial|\bcc[- ]by[- ]n[cd]\b")  # names that state it themselves
+LICENCE_FILE = re.compile(r"(?i)(un)?licen[cs]e([-_.][\w+.-]*)?|copying(\.\w+)?")
+LICENCE_PATTERNS = ["LICENSE*", "LICENCE*", "License*", "Licence*", "license*", "licence*", "COPYING*", "README.md"]
 ACKNOWLEDGE = '--acknowledge-base-terms "what they are, and why you may publish"'
 
 
@@ -52,10 +66,8 @@ def recognise(text: str) -> str | None:
 
 
 def known_name(name: str) -> str:
-    """The one name under which a licence is known here; other names stay."""
-    words = " ".join(licence_words(name)).removesuffix(" license")
-    known = OTHER_NAMES.get(words, name)
-    return name if known == OPENRAIL and "++" not in name else known  # CreativeML Open RAIL-M is another licence
+    """The one name under which a licence is known here; other names stay. CreativeML Open RAIL-M is another licence."""
+    return KNOWN_NAMES.get(name.strip().lower(), name)
 
 
 def read_licence_files(files: list[Path]) -> dict[str, str]:
@@ -126,7 +138,7 @@ def find_base_refusals(terms: Terms, acknowledged: str | None) -> Iterator[str]:
                 f"makers license (Copyright; Notices, third paragraph). If you hold the rights: {ACKNOWLEDGE}"
             )
         return
-    if name not in (FAIPL, OPENRAIL) and FORBIDDING.search(" ".join(licence_words(name))):
+    if name not in (FAIPL, OPENRAIL) and FORBIDDING.search(name):
         yield (
             f"{terms.where} is under {name}, which forbids what FAIPL-1.0-SD must allow everyone: use and changes for "
             "any purpose but its prohibited uses (Copyright; Notices, third paragraph). A model derived from it "
@@ -145,3 +157,137 @@ def find_base_refusals(terms: Terms, acknowledged: str | None) -> Iterator[str]:
         )
     elif acknowledged is not None and name in (FAIPL, OPENRAIL) and not terms.extra:
         yield f"--acknowledge-base-terms has no effect: {terms.where} is under {name} and asks nothing beyond it"
+
+
+def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Terms:
+    """The licence of the nearest model of the lineage that says which it is under, else of the first.
+
+    Exports of ours say nothing themselves, so that the chain leads to the base that somebody else made.
+
+    Args:
+        places: where the base of the last stage may lie; the lineage shortens absolute paths.
+        given: where the first base lies now, if the user says it.
+
+    Raises:
+        UserError: when the first base is not where the lineage says, or is another; or when it is given in vain.
+    """
+    stages = list_stages(lineage)
+    for made in reversed(stages):
+        base, is_first = made["base"], made is stages[0]
+        if is_first and given is not None:
+            return terms_of_given(given, base)
+        terms: Terms | None = None
+        here: Path | None = None
+        if base["revision"] is not None:
+            terms = fetch_terms(base["reference"], base["revision"])
+        elif here := locate([*places, base["reference"]], base["sha256"]):
+            terms = read_terms(here, base["reference"])
+        if terms is not None and (terms.name is not None or is_first):
+            if given is not None:
+                raise UserError(f"--base has no effect: {base['reference']} itself says under which licence it is")
+            return terms
+        if is_first:
+            raise UserError(
+                f"the base {base['reference']} (SHA-256 {base['sha256']}), whose licence decides, is not where the run "
+                "found it: say where it is with --base PATH_OR_HUB_ID"
+            )
+        places = base_of_export(here) if here is not None else []
+    raise AssertionError("the first stage returns or raises")
+
+
+def locate(places: Sequence[str], sha256: str) -> Path | None:
+    """The first of these places that holds these very weights; None where none does."""
+    for place in dict.fromkeys(places):
+        if Path(place).expanduser().exists():
+            found = find_base(place)
+            if hash_base(found) == sha256:
+                return found.path
+    return None
+
+
+def base_of_export(export: Path) -> list[str]:
+    """Where the run that made an export, RUN/export/..., found its own base; nothing where that run is not here."""
+    run = find_run(export.parent)
+    return [locate_from_run(run[0], read_run(run[0])["base"]["reference"])] if run is not None else []
+
+
+def terms_of_given(place: str, base: dict[str, Any]) -> Terms:
+    """The terms of ``--base``.
+
+    Raises:
+        UserError: when it holds other weights than the lineage names.
+    """
+    found = find_base(place)
+    if (sha256 := hash_base(found)) != base["sha256"]:
+        raise UserError(f"--base {place} is another model: SHA-256 {sha256}, and the lineage names {base['sha256']}")
+    # named as in the lineage: the place is the user's own and does not belong into a card
+    return read_terms(found.path, base["reference"]) if found.revision is None else fetch_terms(place, found.revision)
+
+
+def read_terms(path: Path, where: str) -> Terms:
+    """What a diffusers folder (licence files, README.md) or a single file (its header) says about its licence.
+
+    A single file of ours says under which licence its maker wanted to publish, not what its base asks: that is passed
+    over, and its lineage leads on to the base.
+
+    Raises:
+        UserError: for a README.md whose header is no YAML.
+    """
+    if path.is_file():
+        metadata = LazyFile(path).metadata
+        named = None if LINEAGE_KEY in metadata else metadata.get("modelspec.license")
+        return Terms(where, known_name(named) if named else None)
+    files = sorted(file for file in path.iterdir() if file.is_file() and LICENCE_FILE.fullmatch(file.name))
+    texts = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
+    header = read_card_header(path / "README.md")
+    named = header.get("license_name") if header.get("license") in (None, "other") else header["license"]
+    found = {name: recognise(text) for name, text in texts.items()}
+    unknown = [name for name, licence in found.items() if licence is None]
+    recognised = {licence for licence in found.values() if licence}
+    extra = [f"{name} is not the text of a licence that is known here" for name in unknown]
+    if "extra_gated_prompt" in header:
+        extra.append("its README.md asks for more before a download (extra_gated_prompt)")
+    if named is None:
+        own = FAIPL if FAIPL in recognised else OPENRAIL if recognised else ", ".join(unknown) or None
+        return Terms(where, own, texts, tuple(extra) if recognised else ())
+    if known_name(str(named)) == OPENRAIL and FAIPL in recognised:
+        extra.append(f"its README.md names {OPENRAIL}, but its licence text is that of {FAIPL}")
+    return Terms(where, known_name(str(named)), texts, tuple(extra))
+
+
+def read_card_header(card: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty where there is none.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    match = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, flags=re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{card}: the header is not YAML, so that it does not say which licence: {error}") from error
+    return header if isinstance(header, dict) else {}
+
+
+def fetch_terms(reference: str, revision: str) -> Terms:
+    """What a hub repository says about its licence at a commit: from the hub, or from the cache where it is complete.
+
+    Raises:
+        UserError: when neither can be asked.
+    """
+    try:
+        folder = Path(snapshot_download(reference, revision=revision, allow_patterns=LICENCE_PATTERNS))
+        terms = read_terms(folder, reference)
+        if terms.name is None and not terms.texts:  # offline, a part of a snapshot is given as if it were all
+            HfApi().model_info(reference, revision=revision)
+        return terms
+    except HUB_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+    try:
+        cached = read_terms(Path(snapshot_download(reference, revision=revision, local_files_only=True)), reference)
+    except HUB_ERRORS:
+        cached = Terms(reference, None)
+    if cached.name is None:
+        raise UserError(f"the licence of {reference} is not here and could not be fetched from the hub: {reason}")
+    return cached

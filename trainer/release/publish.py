@@ -21,12 +21,11 @@ from trainer.model.checkpoint import find_newest, read_train_state, step_of, ver
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
 from trainer.release.artefacts import copy_with_metadata, hash_files, room_beside
-from trainer.release.base_terms import find_terms
 from trainer.release.card import Release, config_file, write_card, write_changes
 from trainer.release.export import build_export, write_diffusers, write_single_file
 from trainer.release.export_check import check_export
 from trainer.release.folder import check_folder, read_sums, write_sums
-from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, read_licence_files, recognise
+from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, find_terms, read_licence_files, recognise
 from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
 from trainer.release.shapes import has_sdxl_shapes
