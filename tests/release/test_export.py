@@ -194,7 +194,8 @@ def test_steps_and_dtypes_lie_side_by_side(run, exported, tiny_base, trained, tm
         "tiny-step-00000040-bf16.safetensors", "tiny-step-00000040-bf16",
         "tiny-step-00000020-fp32.safetensors", "tiny-step-00000020-fp32",
     ]  # fmt: skip
-    assert sorted(path.name for path in (later / "export").iterdir()) == sorted(path.name for path in written)
+    sums = {path.name.removesuffix(".safetensors") + ".sha256" for path in written}
+    assert {path.name for path in (later / "export").iterdir()} == {path.name for path in written} | sums
 
 
 @pytest.mark.parametrize("place", ["file", "folder"])
@@ -209,7 +210,8 @@ def test_other_work_is_never_overwritten(tiny_base, trained, tmp_path, place):
     with pytest.raises(UserError, match="left alone"):
         export(run)
     assert victim.read_bytes() == content
-    assert [entry.name for entry in (run / "export").iterdir()] == [path.name]  # and no temporary files
+    sums = path.name.removesuffix(".safetensors") + ".sha256"
+    assert {entry.name for entry in (run / "export").iterdir()} == {path.name, sums}  # and no temporary files
 
 
 def test_what_was_not_trained_is_the_bases(tiny_base, trained, tmp_path):

@@ -26,8 +26,9 @@ from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import read_lineage
 from trainer.release import licence
 from trainer.release.export import export
-from trainer.release.folder import check_folder, read_sums
+from trainer.release.folder import check_fit
 from trainer.release.publish import Request, check_published, publish, read_publish_config
+from trainer.release.sums import read_sums
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
 
@@ -51,7 +52,7 @@ def test_the_folder_holds_what_it_should_and_no_more(run: Path, request_of: Requ
     card = (folder / "README.md").read_text()
     assert "| 2 x A100 |" in card and "| 1.5 |" in card and "not recorded" in card and OURS in card
     done = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder)
-    assert done.returncode == 0 and read_sums(folder).keys() == names - {"SHA256SUMS"}
+    assert done.returncode == 0 and read_sums(folder / "SHA256SUMS").keys() == names - {"SHA256SUMS"}
     assert [path.name for path in folder.parent.iterdir()] == ["stage2"]  # no leftovers
 
 
@@ -199,16 +200,77 @@ def test_an_export_that_lies_there_is_published_as_it_is(run: Path, request_of: 
         publish(request_of, [SOURCE])
 
 
+def test_sums_name_the_files_of_their_export_and_no_others(run: Path) -> None:
+    file, diffusers = export(run)
+    bf16 = export(run, dtype="bf16")
+    sums = file.with_name("stage2-step-00000030-fp16.sha256")
+    done = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", sums.name], cwd=run / "export")
+    inside = {f"{diffusers.name}/{path.relative_to(diffusers).as_posix()}" for path in diffusers.rglob("*.*")}
+    assert done.returncode == 0 and read_sums(sums).keys() == {file.name, *inside}
+    assert {name.partition("/")[0] for name in read_sums(bf16[0].with_suffix(".sha256"))} == {
+        path.name for path in bf16
+    }
+    # one format again: the other keeps its sums
+    before = sums.read_bytes()
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("  - diffusers\n", ""))
+    file.unlink()
+    assert export(run) == [file] and sums.read_bytes() == before
+
+
+def test_an_export_without_sums_is_built_again(run: Path, request_of: Request, tmp_path: Path) -> None:
+    """As version 0.2 left it, or an export that was interrupted; a damaged one does no harm then."""
+    file, diffusers = export(run)
+    whole, weights = file.read_bytes(), diffusers / "unet/diffusion_pytorch_model.safetensors"
+    file.with_suffix(".sha256").unlink()
+    for path in (file, weights):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    folder, _ = publish(change(request_of, out=tmp_path / "built"), [SOURCE])
+    assert (folder / "stage2.safetensors").read_bytes() == whole
+
+
+def test_an_export_without_sums_and_checkpoint_is_proven_by_its_stamp(
+    run: Path, request_of: Request, tmp_path: Path
+) -> None:
+    file, diffusers = export(run)
+    built, _ = publish(change(request_of, out=tmp_path / "built"), [SOURCE])
+    file.with_suffix(".sha256").unlink()
+    shutil.rmtree(run / "checkpoints")
+    folder, _ = publish(change(request_of, out=tmp_path / "copied"), [SOURCE])
+    assert (folder / "SHA256SUMS").read_bytes() == (built / "SHA256SUMS").read_bytes()
+    weights = diffusers / "text_encoder/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        UserError, match=r"text_encoder is damaged: .* its checkpoint is gone, so that it cannot be built"
+    ):
+        publish(change(request_of, out=tmp_path / "other"), [SOURCE])
+    weights.write_bytes(whole)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"fp16\.safetensors is damaged: its tensors are not those"):
+        publish(change(request_of, out=tmp_path / "other"), [SOURCE])
+    file.unlink()
+    with pytest.raises(UserError, match=r"neither sums nor its single file beside it, which could prove it"):
+        publish(change(request_of, out=tmp_path / "other"), [SOURCE, "publish.formats=[diffusers]"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_export_that_says_something_else_is_refused(run: Path, request_of: Request) -> None:
     file, diffusers = export(run)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"fp16\.safetensors is damaged: its tensors are not those"):
+    with pytest.raises(UserError, match=r"damaged export: stage2-step-00000030-fp16\.safetensors is not what was"):
         publish(request_of, [SOURCE])
     file.write_bytes(whole)
-    made = json.loads((diffusers / "lineage.json").read_text())
-    (diffusers / "lineage.json").write_text(json.dumps(made | {"written_at": "2020-01-01T00:00:00+00:00"}))
-    with pytest.raises(UserError, match=r"was made from another checkpoint than"):
+    lineage = (diffusers / "lineage.json").read_text()
+    (diffusers / "lineage.json").write_text(lineage.replace("ab12", "cd34"))
+    with pytest.raises(UserError, match=r"damaged export: stage2-step-00000030-fp16/lineage\.json is not what"):
+        publish(request_of, [SOURCE])
+    (diffusers / "lineage.json").write_text(lineage)
+    state = run / "checkpoints/step-00000030/train_state.json"
+    state.write_text(state.read_text().replace("ab12", "cd34"))
+    with pytest.raises(UserError, match=r"was made from another checkpoint: move that export away, and it is built"):
         publish(request_of, [SOURCE])
     assert file.is_file() and not list((run / "published").glob("*"))
 
@@ -219,6 +281,13 @@ def test_only_whole_and_unlinked_exports_are_copied(run: Path, request_of: Reque
     secret.write_text("mine")
     (diffusers / "unet/notes.json").symlink_to(secret)
     (diffusers / ".env").write_text("x")
+    with pytest.raises(UserError) as caught:
+        publish(request_of, [SOURCE])
+    name = diffusers.name
+    assert f"damaged export: {name}/.env, {name}/unet/notes.json is not what was exported" in str(caught.value)
+    # of an export without sums, too, nothing else is published
+    (run / f"export/{name}.sha256").unlink()
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError) as caught:
         publish(request_of, [SOURCE])
     assert "unet/notes.json is a link" in str(caught.value)
@@ -288,7 +357,7 @@ def test_only_files_on_the_list_are_published(tmp_path: Path, name: str) -> None
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=f"{name} is not a file that is published"):
-        check_folder(tmp_path, "stage2")
+        check_fit(tmp_path, "stage2")
 
 
 def test_a_folder_changed_since_is_not_uploaded(run: Path, request_of: Request) -> None:

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Format = Literal["single_file", "diffusers"]  # of what is exported and published
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor"]
 PredictionType = Literal["epsilon", "v_prediction"]  # what they mean: trainer.model.diffusion
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
@@ -305,7 +306,7 @@ class PublishConfig:
     source_url: str | None = None  # where the corresponding source can be obtained, as the licence requires
     title: str | None = None  # null: the run's name
     author: str | None = None
-    formats: list[Literal["single_file", "diffusers"]] = field(default_factory=lambda: ["single_file", "diffusers"])
+    formats: list[Format] = field(default_factory=lambda: ["single_file", "diffusers"])
     dtype: Dtype = "fp16"
     license_link: str | None = None  # what the card's header links to; null: the licence file in the folder
     card_template: Place | None = None  # a Jinja2 template instead of trainer/release/card.md; null: that one

@@ -44,12 +44,18 @@ MODEL_INDEX_FILE = "model_index.json"
 COMPONENT_FILE = "config.json"
 LINEAGE_FILE = "lineage.json"
 SUMS_FILE = "SHA256SUMS"
+EXPORT_SUMS_SUFFIX = ".sha256"  # beside an export: <name>.sha256 names what lies under its name
 GRID_FILE = "grid.png"  # all of a folder's samples in one image, which is none of them
 
 
 def checkpoint_name(step: int) -> str:
     """The folder of a checkpoint that has made ``step`` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def export_name(run: str, step: int, dtype: str) -> str:
+    """What a run's export of a step is called: the folder, and the single file with .safetensors behind it."""
+    return f"{run}-{checkpoint_name(step)}-{dtype}"
 
 
 def shard_name(number: int) -> str:

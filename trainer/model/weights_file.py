@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,16 @@ class LazyFile(Mapping[str, Tensor]):
     def dtype(self, name: str) -> str:
         """A tensor's dtype as the format calls it, such as F16 or F8_E4M3; nothing but the header is read."""
         return self.file.get_slice(name).get_dtype()
+
+
+def read_frame(file: BinaryIO) -> dict[str, Any]:
+    """The header of a .safetensors file that is open at its beginning; then it is open where the tensors begin.
+
+    The format: eight bytes of the header's length, the header as JSON, and the tensors behind it. The header maps
+    names to dtype, shape and place, and "__metadata__" to texts by key.
+    """
+    (length,) = struct.unpack("<Q", file.read(8))
+    return json.loads(file.read(length))
 
 
 def explain_unreadable(path: Path, error: Exception) -> str:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, temporary_path, write_bytes, write_text
+from trainer.core.files import temporary_path, write_bytes, write_text
+from trainer.model.weights_file import LazyFile, read_frame
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -30,15 +32,12 @@ def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     save_file(dict(tensors), path, dict(metadata) | {HASH_KEY: NO_HASH})
     with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # from here to the end
-        said = header.pop("__metadata__") | {HASH_KEY: f"0x{digest}"}
-        header = {"__metadata__": dict(sorted(said.items()))} | header
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(encoded) <= length, "the header became longer"
-        file.seek(8)
-        file.write(encoded.ljust(length))  # spaces behind the JSON are part of the format
+        header = read_frame(file)
+        begin, digest = file.tell(), hashlib.file_digest(file, "sha256").hexdigest()  # from here to the end
+        framed = frame_header(header, {HASH_KEY: f"0x{digest}"})
+        assert len(framed) == begin, "the header became longer"
+        file.seek(0)
+        file.write(framed)
 
 
 def count_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -69,16 +68,19 @@ def copy_with_metadata(source: Path, target: Path, changes: Mapping[str, str | N
 
     The bytes are those that :func:`save_stamped` would write.
     """
-    with source.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        said = {key: value for key, value in (header.pop("__metadata__", {}) | changes).items() if value is not None}
-        header = {"__metadata__": dict(sorted(said.items()))} | header
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        padded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8
-        with target.open("xb") as copy:
-            copy.write(struct.pack("<Q", len(padded)) + padded)
-            shutil.copyfileobj(file, copy)
+    with source.open("rb") as file, target.open("xb") as copy:
+        copy.write(frame_header(read_frame(file), changes))
+        shutil.copyfileobj(file, copy)
+
+
+def frame_header(header: dict[str, Any], changes: Mapping[str, str | None]) -> bytes:
+    """A header with other metadata, in order, as the format frames it: its length, and JSON filled up with spaces."""
+    said = {key: value for key, value in (header.get("__metadata__", {}) | changes).items() if value is not None}
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    header = {"__metadata__": dict(sorted(said.items()))} | tensors
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8
+    return struct.pack("<Q", len(padded)) + padded
 
 
 def check_stamp(path: Path) -> None:
@@ -87,9 +89,9 @@ def check_stamp(path: Path) -> None:
     Raises:
         UserError: when it is damaged, or carries none.
     """
+    LazyFile(path)  # a truncated header, or fewer bytes than it names
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        said = json.loads(file.read(length)).get("__metadata__", {}).get(HASH_KEY)
+        said = read_frame(file).get("__metadata__", {}).get(HASH_KEY)
         if said != f"0x{hashlib.file_digest(file, 'sha256').hexdigest()}":
             raise UserError(f"{path} is damaged: its tensors are not those whose SHA-256 is in its header")
 
@@ -117,9 +119,3 @@ def write_tokenizer(target: Path, source: Path, name: str) -> None:
         said = json.loads(text)
         kept = {key: value for key, value in said.items() if key not in TOKENIZER_PLACES}
         write_text(target / file, text if kept == said else json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file in a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}

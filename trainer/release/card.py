@@ -71,7 +71,7 @@ def packaged(name: str) -> Path:
     return Path(str(resources.files("trainer.release") / name))
 
 
-def config_file(place: int, made: Lineage) -> str:
+def stage_config_file(place: int, made: Lineage) -> str:
     """The file in the folder that holds a stage's config; ``place`` counts from 0."""
     return f"configs/{place + 1}-{made['run']}.yaml"
 
@@ -98,7 +98,7 @@ def describe_release(release: Release) -> dict[str, Any]:
         "stages": [
             {
                 "name": words(made["stage"]),
-                "config_file": config_file(place, made),
+                "config_file": stage_config_file(place, made),
                 "base": link_base(made["base"]),
                 "rows": stage_rows(made),
             }

@@ -6,7 +6,7 @@ that the checkpoint names by hash. The same checkpoint gives the same bytes, so 
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.load import load_config
-from trainer.config.schema import Config, DiffusionConfig, Dtype
+from trainer.config.schema import Config, DiffusionConfig, Dtype, Format
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_folder, write_file, write_json
-from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE
+from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE, export_name
 from trainer.model.base import (
     Base,
     config_file,
@@ -46,8 +46,9 @@ from trainer.model.lineage import shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.model.weights_file import LazyFile
-from trainer.release.artefacts import count_bytes, hash_files, room_beside, save_stamped, write_tokenizer
+from trainer.release.artefacts import count_bytes, room_beside, save_stamped, write_tokenizer
 from trainer.release.metadata import build_metadata
+from trainer.release.sums import hash_files, write_export_sums
 from trainer.release.trained_with import check_base_prediction, check_diffusion, check_vae
 from trainer.train.run import locate_from_run
 
@@ -76,7 +77,7 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
         UserError: for a damaged checkpoint, another base or VAE than it names, values that the dtype cannot hold, or
             where another export lies under the same name.
     """
-    checkpoint, run_folder = find_source(source)
+    checkpoint, run_folder = find_run_checkpoint(source)
     if out is None and run_folder is None:
         raise UserError(f"{checkpoint} does not lie in a run's checkpoints/: say where to write with --out DIR")
     folder = out or Path(str(run_folder)) / EXPORT_FOLDER
@@ -85,17 +86,24 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
     config = read_run_config(run_folder, state)
     made = build_export(checkpoint, state, config, dtype or config.publish.dtype, run_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for form in config.publish.formats:
-        match form:
-            case "single_file":
-                written.append(write_single_file(folder / f"{made.name}.safetensors", made))
-            case "diffusers":
-                written.append(write_diffusers(folder / made.name, made))
+    written = write_formats(made, config.publish.formats, folder / f"{made.name}.safetensors", folder / made.name)
+    write_export_sums(written)
     return written
 
 
-def find_source(source: Path) -> tuple[Path, Path | None]:
+def write_formats(made: Export, formats: Sequence[Format], single: Path, folder: Path) -> list[Path]:
+    """Write the formats that are asked for, each under its name."""
+    written = []
+    for form in formats:
+        match form:
+            case "single_file":
+                written.append(write_single_file(single, made))
+            case "diffusers":
+                written.append(write_diffusers(folder, made))
+    return written
+
+
+def find_run_checkpoint(source: Path) -> tuple[Path, Path | None]:
     """The checkpoint that ``source`` means, and the run's folder, if it lies in one."""
     checkpoint = find_checkpoint(source)
     if checkpoint.parent.name != "checkpoints":
@@ -133,7 +141,7 @@ def build_export(
     lineage = shorten_paths(state["lineage"])
     wants_tokenizers = "diffusers" in config.publish.formats
     return Export(
-        name=f"{state['run']}-step-{state['step']:08d}-{dtype}",
+        name=export_name(state["run"], state["step"], dtype),
         parts=parts,
         configs=configs,
         metadata=build_metadata(config, state, lineage, configs),

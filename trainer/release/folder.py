@@ -2,14 +2,11 @@
 
 import json
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.core.errors import UserError
-from trainer.core.files import write_text
-from trainer.core.layout import SUMS_FILE
-from trainer.release.artefacts import hash_files
+from trainer.model.weights_file import read_frame
 from trainer.sample.pictures import SAMPLE_CHUNKS, read_chunks
 
 ALLOWED = (
@@ -50,14 +47,14 @@ SECRETS = {
     ),
 }
 ADDRESS = re.compile(r"https?://[^\s\"'<>`|)\]}]+")  # paths in it are the web's
-REMEDY = (
+FOLDER_REMEDY = (
     "a text that the training wrote (lineage.json, configs/, the weights' headers) stands in the checkpoint: change it "
     "there, in train_state.json, move RUN/export away and publish again; a sample is drawn again or taken out; what "
     "publish.* or --acknowledge-base-terms says is said otherwise"
 )
 
 
-def check_folder(folder: Path, run: str, named: Path | None = None) -> None:
+def check_fit(folder: Path, run: str, named: Path | None = None) -> None:
     """Refuse a folder that holds anything but what is published, before it gets its name and before an upload.
 
     ``named``: what messages call it, while it has another name.
@@ -88,7 +85,7 @@ def check_folder(folder: Path, run: str, named: Path | None = None) -> None:
         problems.append(f"{what}{shown} in {', '.join(places)}")
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        remedy = f"\n{REMEDY}" if found else ""
+        remedy = f"\n{FOLDER_REMEDY}" if found else ""
         raise UserError(f"{named or folder} is not fit to be published:\n{listed}{remedy}")
 
 
@@ -107,8 +104,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     """(key, text) of everything in a file that is text; no key where it is text as a whole."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = read_frame(file)
         for key, value in header.pop("__metadata__", {}).items():
             yield from texts_of(parse(value), key)
         yield "tensor names", "\n".join(header)
@@ -144,23 +140,3 @@ def texts_of(value: object, key: str) -> Iterator[tuple[str, str]]:
             yield from texts_of(item, f"{key}.{number}")
     elif isinstance(value, str):
         yield key, f"{key.rpartition('.')[2]}: {value}"
-
-
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS over all files, as ``sha256sum --check`` reads it."""
-    hashes = hash_files(folder)
-    write_text(folder / SUMS_FILE, "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)))
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 as SHA256SUMS says, compared with the files.
-
-    Raises:
-        UserError: when a file is missing, added or changed.
-    """
-    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-    said = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = {name: digest for name, digest in hash_files(folder).items() if name != SUMS_FILE}
-    if wrong := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
-        raise UserError(f"{folder} is not what its {SUMS_FILE} says: {', '.join(wrong[:4])}; build it again")
-    return said

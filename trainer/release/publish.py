@@ -15,20 +15,22 @@ import yaml
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sync_file, sync_folder, write_json, write_text
-from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, RUN_FILE
+from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SUMS_FILE, export_name
 from trainer.model.base import LazyFile, find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
+from trainer.model.exports import export_step, find_run, list_exports
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
-from trainer.release.artefacts import copy_with_metadata, hash_files, room_beside
-from trainer.release.card import Release, config_file, write_card, write_changes
-from trainer.release.export import build_export, write_diffusers, write_single_file
-from trainer.release.export_check import check_export
-from trainer.release.folder import check_folder, read_sums, write_sums
+from trainer.model.sdxl import DTYPES
+from trainer.release.artefacts import copy_with_metadata, room_beside
+from trainer.release.card import Release, stage_config_file, write_card, write_changes
+from trainer.release.export import build_export, write_formats, write_single_file
+from trainer.release.folder import check_fit
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, find_terms, read_licence_files, recognise
 from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
 from trainer.release.shapes import has_sdxl_shapes
+from trainer.release.sums import check_export, check_sums, has_sums, hash_files, write_sums
 from trainer.sample.pictures import Sample, read_samples
 from trainer.train.run import locate_from_run, read_work
 
@@ -38,12 +40,12 @@ LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML O
 
 @dataclass(frozen=True)
 class Weights:
-    """What is published of a run: its newest step, from an export that lies there or from the checkpoint."""
+    """What is published of a run: its newest step, copied from its export or built from the checkpoint."""
 
     step: int
     lineage: Lineage
     checkpoint: Path | None
-    exported: Path | None  # RUN/export/<run>-step-XXXXXXXX-<dtype>, with or without .safetensors
+    exported: list[Path]  # the single file, the folder, or both, where they are copied; else empty
 
 
 def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Release]:
@@ -54,7 +56,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
             must not see; or where something else lies under the folder's name.
     """
     config = read_publish_config(request.run, overrides)
-    weights = find_weights(request.run, config)
+    weights = choose_weights(request.run, config)
     check_lineage(weights.lineage)
     places = [config.model.pretrained]
     if weights.checkpoint is not None:
@@ -80,7 +82,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
         base_id=request.base if request.base and not Path(request.base).expanduser().exists() else None,
         samples=read_samples(request.samples or request.run / EXPORT_FOLDER / "samples"),
         weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
-        full_precision=name_full_precision(config, request.full_precision),
+        full_precision=name_full_precision(config, weights, request.full_precision),
         card_template=Path(locate_from_run(request.run, template)) if template else None,
     )
     write_card(release)  # what its template refuses, it refuses before the weights are copied
@@ -102,7 +104,7 @@ def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None
     """
     for sample in samples:
         model = sample.settings.get("model")
-        exports = {f"{run}-step-{weights.step:08d}-{dtype}" for dtype in ("fp16", "bf16", "fp32")}
+        exports = {export_name(run, weights.step, dtype) for dtype in DTYPES}
         if model is not None and model not in {*exports, run}:
             raise UserError(
                 f"{sample.path} was drawn by {model}, and step {weights.step} of {run} is published: draw it again "
@@ -110,54 +112,47 @@ def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None
             )
 
 
-def name_full_precision(config: Config, wanted: bool) -> str | None:
+def name_full_precision(config: Config, weights: Weights, wanted: bool) -> str | None:
     """The fp32 file's name; None where it is not published.
 
     Raises:
-        UserError: when it is wanted, and all is fp32 already.
+        UserError: when it is wanted, and all is fp32 already, or there is no checkpoint to build it from.
     """
     if config.publish.dtype == "fp32":
         if wanted:
             raise UserError("--full-precision has no effect: publish.dtype is fp32")
         return f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else "unet"
+    if wanted and weights.checkpoint is None:
+        raise UserError("--full-precision needs the run's checkpoint, and only the export is there")
     return f"{config.run.name}-fp32.safetensors" if wanted else None
 
 
-def find_weights(run: Path, config: Config) -> Weights:
-    """The newest step of a run, and where its weights come from: an export of it if there is one, else the checkpoint.
+def choose_weights(run: Path, config: Config) -> Weights:
+    """The newest step of a run. Its export is copied where sums prove it, or where its checkpoint is gone.
 
     Raises:
-        UserError: when there is neither.
+        UserError: when there is neither a checkpoint nor a whole export.
     """
     checkpoint, dtype = find_newest(run), config.publish.dtype
-    pattern = re.compile(rf"{re.escape(config.run.name)}-step-(\d{{8,}})-{dtype}(\.safetensors)?")
-    exports = {
-        int(match[1]): path.with_name(path.name.removesuffix(".safetensors"))
-        for path in run.glob("export/*")
-        if (match := pattern.fullmatch(path.name)) and not path.is_symlink()
-    }
+    steps = {step: export_name(config.run.name, step, dtype) for step in map(export_step, list_exports(run))}
+    names = {path.name.removesuffix(".safetensors") for path in list_exports(run) if not path.is_symlink()}
+    exports = [step for step, name in steps.items() if name in names]
     step = max([*exports, step_of(checkpoint) if checkpoint else 0])
     if step == 0:
         raise UserError(f"{run} has neither a complete checkpoint nor an export in {dtype}: nothing to publish")
-    of_step = checkpoint if checkpoint and step_of(checkpoint) == step else None
-    exported = exports.get(step)
-    complete = exported is not None and all(path.exists() for path in exported_paths(exported, config))
-    if not complete and of_step is None:
-        raise UserError(f"{exported} lacks one of publish.formats {config.publish.formats}, and its checkpoint is gone")
-    if of_step is not None:
-        lineage = shorten_paths(read_train_state(of_step)["lineage"])
-    else:
-        found = read_lineage(exported_paths(exported, config)[0])  # type: ignore[arg-type]
-        if found is None:
-            raise UserError(f"{exported} says nothing about its lineage, so that its card cannot be written")
-        lineage = found
-    return Weights(step, lineage, of_step, exported if complete else None)
-
-
-def exported_paths(exported: Path, config: Config) -> list[Path]:
-    """What an export consists of in the formats of the config."""
-    names = {"single_file": f"{exported.name}.safetensors", "diffusers": exported.name}
-    return [exported.with_name(names[form]) for form in config.publish.formats]
+    suffixes = {"single_file": ".safetensors", "diffusers": ""}
+    name = export_name(config.run.name, step, dtype)
+    exported = [run / EXPORT_FOLDER / f"{name}{suffixes[form]}" for form in config.publish.formats]
+    whole = all(path.exists() and not path.is_symlink() for path in exported)
+    if checkpoint is not None and step_of(checkpoint) == step:
+        lineage = shorten_paths(read_train_state(checkpoint)["lineage"])
+        return Weights(step, lineage, checkpoint, exported if whole and has_sums(exported) else [])
+    if not whole:
+        missing = f"lacks one of publish.formats {config.publish.formats}, and its checkpoint is gone"
+        raise UserError(f"{run / EXPORT_FOLDER / name} {missing}")
+    if (found := read_lineage(exported[0])) is None:
+        raise UserError(f"{exported[0]} says nothing about its lineage, so that its card cannot be written")
+    return Weights(step, found, None, exported)
 
 
 def collect_licences(terms: Terms, texts: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -199,17 +194,12 @@ def find_stages(run: Path, lineage: Lineage) -> list[Lineage]:
     for place in reversed(range(len(stages))):
         made = stages[place]
         if made is not stages[-1]:
-            folder = run_of_export(stages[place + 1]["base"]["reference"], made["run"])
+            found = find_run(Path(stages[place + 1]["base"]["reference"]).expanduser().parent)
+            folder = found[0] if found and found[0].name == made["run"] else None
         if made["hours"] is None and folder is not None and made["step"] is not None:
             work = read_work(folder, made["step"])
             stages[place] = made | {"hours": work.hours, "hardware": list(work.hardware)}
     return stages
-
-
-def run_of_export(reference: str, name: str) -> Path | None:
-    """The run's folder whose export a later stage began with; None where it is not here."""
-    folder = Path(reference).expanduser().parent.parent
-    return folder if (folder / RUN_FILE).is_file() and folder.name == name else None
 
 
 def build_folder(folder: Path, release: Release, weights: Weights, licences: dict[str, str]) -> Path:
@@ -227,7 +217,7 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         write_json(temporary / LINEAGE_FILE, weights.lineage)
         for place, made in enumerate(release.stages):
             settings = yaml.safe_dump(made["config"], sort_keys=False, allow_unicode=True, width=120)
-            write_text(temporary / config_file(place, made), settings)
+            write_text(temporary / stage_config_file(place, made), settings)
         for name, text in licences.items():
             write_text(temporary / name, text)
         for sample in release.samples:
@@ -235,8 +225,8 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
             shutil.copyfile(sample.path, temporary / "samples" / sample.path.name, follow_symlinks=False)
         write_text(temporary / "CHANGES.md", write_changes(release))
         write_text(temporary / "README.md", write_card(release))
-        check_folder(temporary, release.config.run.name, folder)
-        write_sums(temporary)
+        check_fit(temporary, release.config.run.name, folder)
+        write_sums(temporary / SUMS_FILE, hash_files(temporary))
         if not folder.exists():
             for path in temporary.rglob("*"):
                 sync_file(path)  # folders too; what was copied is not on the disk yet
@@ -251,40 +241,43 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
 
 def count_copied(release: Release, weights: Weights) -> int:
     """Bytes of what is copied; an export that is still to be made says itself what it needs."""
-    exported = exported_paths(weights.exported, release.config) if weights.exported else []
-    files = [file for path in exported for file in ([path] if path.is_file() else path.rglob("*"))]
-    return sum(file.stat().st_size for file in (*files, *(sample.path for sample in release.samples)) if file.is_file())
+    copied = [*weights.exported, *(sample.path for sample in release.samples)]
+    return sum(file.stat().st_size for path in copied for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def write_weights(folder: Path, release: Release, weights: Weights) -> None:
-    """The single file and the diffusers layout, from the export that lies there, else from the checkpoint; and fp32."""
-    config = release.config
-    if weights.exported is not None:
-        paths = exported_paths(weights.exported, config)
-        check_export(paths, weights.lineage, weights.checkpoint, config)
-        for path in paths:
-            if path.is_dir():
-                shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
-            else:
-                folder.mkdir(exist_ok=True)
-                copy_single_file(path, folder / str(release.weights), config)
-    if weights.exported is not None and (not release.full_precision or config.publish.dtype == "fp32"):
+    """The formats of ``publish.formats``, copied or built from the checkpoint; and fp32, where it is another file."""
+    config, checkpoint = release.config, weights.checkpoint
+    fp32 = release.full_precision if config.publish.dtype != "fp32" else None
+    if weights.exported:
+        remedy = "move that export away, and it is built again from the checkpoint"
+        if checkpoint is None:
+            remedy = "its checkpoint is gone, so that it cannot be built again"
+        check_export(weights.exported, weights.lineage, remedy)
+    for path in sorted(weights.exported):  # the folder first
+        if path.is_dir():
+            copy_folder(path, folder)
+        else:
+            folder.mkdir(exist_ok=True)
+            copy_single_file(path, folder / str(release.weights), config)
+    if checkpoint is None or (weights.exported and not fp32):
         return
-    if weights.checkpoint is None:
-        raise UserError("--full-precision needs the run's checkpoint, and only the export is there")
-    verify_checkpoint(weights.checkpoint)
-    state = read_train_state(weights.checkpoint)
-    if weights.exported is None:
-        made = build_export(weights.checkpoint, state, config, config.publish.dtype, weights.checkpoint.parent.parent)
-        if "diffusers" in config.publish.formats:
-            write_diffusers(folder, made)
-        if release.weights:
-            write_single_file(folder / release.weights, made)
-    if release.full_precision and config.publish.dtype != "fp32":
-        single = dataclasses.replace(config, publish=dataclasses.replace(config.publish, formats=["single_file"]))
-        run_folder = weights.checkpoint.parent.parent
-        made = build_export(weights.checkpoint, state, single, "fp32", run_folder)
-        write_single_file(folder / release.full_precision, made)
+    verify_checkpoint(checkpoint)
+    state, run = read_train_state(checkpoint), checkpoint.parent.parent
+    if not weights.exported:
+        made = build_export(checkpoint, state, config, config.publish.dtype, run)
+        write_formats(made, sorted(config.publish.formats), folder / str(release.weights), folder)
+    if fp32:
+        write_single_file(folder / fp32, build_export(checkpoint, state, config, "fp32", run))
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of a folder's files and links. (shutil.copytree goes on after an error and hides that a disk is full.)"""
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or not path.is_dir():
+            shutil.copyfile(path, copy, follow_symlinks=False)
 
 
 def copy_single_file(source: Path, target: Path, config: Config) -> None:
@@ -299,5 +292,5 @@ def copy_single_file(source: Path, target: Path, config: Config) -> None:
 
 def check_published(folder: Path, config: Config) -> None:
     """What an upload sends: the folder as it was built, not as somebody changed it since."""
-    check_folder(folder, config.run.name)
-    read_sums(folder)
+    check_fit(folder, config.run.name)
+    check_sums(folder)
