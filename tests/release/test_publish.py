@@ -97,7 +97,7 @@ def test_doing_it_again_changes_nothing_and_nothing_is_overwritten(request_of: R
     assert publish(request_of, [SOURCE])[0] == folder
     assert (folder / "SHA256SUMS").read_bytes() == sums and (folder / "README.md").stat().st_mtime_ns == changed
     (folder / "README.md").write_text("a better card by hand")
-    with pytest.raises(UserError, match=r"stage2 exists and is not what would be published now; it is left alone"):
+    with pytest.raises(UserError, match=r"stage2 exists and is not what would be written now; it is left alone"):
         publish(request_of, [SOURCE])
     assert (folder / "README.md").read_text() == "a better card by hand"
     other, _ = publish(change(request_of, out=folder.parent / "other"), [SOURCE])

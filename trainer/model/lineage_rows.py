@@ -51,35 +51,49 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
 
 def stage_rows(made: Lineage) -> dict[str, str]:
     """Name -> words of all that is told of one stage, which is one of :func:`list_stages`."""
-
-    def value(key: str, off: str | None = None) -> str:
-        """A field of the config; ``off`` is what null and 0 mean, where they mean that something is not done."""
-        section, _, name = key.partition(".")
-        found = made["config"].get(section, {}).get(name)
-        if section in made["config"] and not found and off:
-            return off
-        return NOT_RECORDED if found is None else str(found)
-
     base, code = made["base"], made["code"]
-    settings = made["config"].get("optim", {})
-    trains = {part: made["config"].get("model", {}).get(f"train_{part}") for part in PART_NAMES}
-    betas = "" if settings.get("betas") is None else f"betas {settings['betas']}, "
-    passes = made["samples_seen"] is not None and made["images"]
+    seen, images = made["samples_seen"], made["images"]
     versions = [f"{name} {made['versions'][name]}" for name in SHOWN_LIBRARIES if made["versions"].get(name)]
     return {
         "run": words(made["run"]) + fork_words(made["fork"]),
         "starts from": words(base["reference"]),
         "its commit": identifier(base["revision"]),
         "its SHA-256": identifier(base["sha256"]),
-        "images": words(made["images"]),
+        "images": words(images),
         "index fingerprint": identifier(made["index_fingerprint"]),
         "optimizer steps": words(made["step"]),
-        "samples seen": words(made["samples_seen"]),
+        "samples seen": words(seen),
+        "epochs (samples seen / images)": f"{seen / images:.2f}" if seen is not None and images else NOT_RECORDED,
+        **config_rows(made["config"]),
+        "hardware": ", ".join(made["hardware"]) or NOT_RECORDED,
+        "started": words(made["started_at"]),
+        "written": words(made["written_at"]),
+        "hours (wall clock)": f"{made['hours']:g}" if made["hours"] is not None else NOT_RECORDED,
+        "code": f"{words(code['version'])}, commit {identifier(code['commit'])}"
+        + (" with changes that were not committed" if code["commit"] and code["dirty"] else ""),
+        "libraries": ", ".join(versions) or NOT_RECORDED,
+    }
+
+
+def config_rows(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The rows that come from a stage's config, in which sections and fields may be missing."""
+
+    def value(key: str, off: str | None = None) -> str:
+        """A field; ``off`` is what null and 0 mean, where they mean that something is not done."""
+        section, _, name = key.partition(".")
+        found = config.get(section, {}).get(name)
+        if section in config and not found and off:
+            return off
+        return NOT_RECORDED if found is None else str(found)
+
+    optim, model = config.get("optim", {}), config.get("model", {})
+    trained = [part for part in PART_NAMES if model.get(f"train_{part}")]
+    betas = "" if optim.get("betas") is None else f"betas {optim['betas']}, "
+    return {
         "samples per step": value("data.global_batch_size"),
-        "epochs (samples seen / images)": f"{made['samples_seen'] / made['images']:.2f}" if passes else NOT_RECORDED,
-        "trained": ", ".join(name for part, name in PART_NAMES.items() if trains[part]),
-        "not trained": ", ".join([*(name for part, name in PART_NAMES.items() if not trains[part]), "VAE"]),
-        "learning rates": ", ".join(rate_words(settings.get(f"{part}_lr")) for part in PART_NAMES if trains[part]),
+        "trained": ", ".join(PART_NAMES[part] for part in trained),
+        "not trained": ", ".join([*(name for part, name in PART_NAMES.items() if part not in trained), "VAE"]),
+        "learning rates": ", ".join(rate_words(optim.get(f"{part}_lr")) for part in trained),
         "rate schedule": f"{value('schedule.lr')}, warm-up of {value('schedule.warmup_steps')} steps",
         "optimizer": f"{value('optim.name')}, {betas}weight decay {value('optim.weight_decay')}",
         "gradient norm": value("optim.max_grad_norm", off="not clipped"),
@@ -93,13 +107,6 @@ def stage_rows(made: Lineage) -> dict[str, str]:
         "captions": f"{value('captions.max_token_length')} tokens, shuffled: {value('captions.shuffle')}, dropped: "
         f"{value('captions.caption_dropout')}, tags dropped: {value('captions.tag_dropout')}",
         "seed": value("run.seed"),
-        "hardware": ", ".join(made["hardware"]) or NOT_RECORDED,
-        "started": words(made["started_at"]),
-        "written": words(made["written_at"]),
-        "hours (wall clock)": f"{made['hours']:g}" if made["hours"] is not None else NOT_RECORDED,
-        "code": f"{words(code['version'])}, commit {identifier(code['commit'])}"
-        + (" with changes that were not committed" if code["commit"] and code["dirty"] else ""),
-        "libraries": ", ".join(versions) or NOT_RECORDED,
     }
 
 

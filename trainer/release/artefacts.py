@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import temporary_path, write_bytes, write_text
+from trainer.core.files import sha256_file, sync_file, sync_folder, temporary_path, write_bytes, write_text
 from trainer.model.weights_file import LazyFile, read_frame
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
@@ -45,17 +45,33 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+def hash_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, str]:
+    """Path relative to a folder -> SHA-256 of every file in it, or of those that ``paths`` in it are or hold."""
+    inside = (file for top in paths or [folder] for file in (top, *top.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256_file(file) for file in inside}
+
+
 @contextmanager
-def room_beside(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary name for a file or folder of ``needed`` bytes; what still lies there at the end is removed.
+def put_whole(path: Path, needed: int) -> Iterator[Path]:
+    """A temporary name for a file or folder of ``needed`` bytes, which gets its name when it is whole.
+
+    Nothing happens where the same lies there already.
 
     Raises:
-        UserError: where it does not fit on the disk.
+        UserError: where something else lies there, which is left alone, or where it does not fit on the disk.
     """
     temporary = temporary_path(path)
     with disk_space(path.parent, str(path), needed):
         try:
             yield temporary
+            if not path.exists():
+                for written in (*temporary.rglob("*"), temporary):
+                    sync_file(written)  # folders too; what was copied is not on the disk yet
+                temporary.rename(path)
+                sync_folder(path.parent)
+            elif hash_files(path) != hash_files(temporary):
+                remedy = "move it away, or use --out DIR"
+                raise UserError(f"{path} exists and is not what would be written now; it is left alone: {remedy}")
         finally:
             if temporary.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from trainer.config.load import resolved_values
 from trainer.config.schema import Config
 from trainer.data.buckets import list_buckets
 from trainer.model.diffusion import spell
@@ -19,7 +20,7 @@ from trainer.model.lineage import Lineage, shorten_paths
 from trainer.model.lineage_rows import identifier, stage_rows, words
 from trainer.release.card_tags import best_quality, caution, describe_tags
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
-from trainer.release.markdown import cell, render
+from trainer.release.markdown import cell, render_markdown
 from trainer.sample.pictures import Sample
 
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -58,12 +59,13 @@ def write_card(release: Release) -> str:
     Raises:
         UserError: for a ``publish.card_template`` that cannot be read or fails.
     """
-    return render(release.card_template or packaged("card.md"), describe_release(release) | describe_use(release))
+    data = describe_release(release) | describe_use(release)
+    return render_markdown(release.card_template or packaged("card.md"), data)
 
 
 def write_changes(release: Release) -> str:
     """CHANGES.md: what was done to which base, stage by stage; the licences ask changed files to say so."""
-    return render(packaged("changes.md"), describe_release(release))
+    return render_markdown(packaged("changes.md"), describe_release(release))
 
 
 def packaged(name: str) -> Path:
@@ -80,19 +82,16 @@ def describe_release(release: Release) -> dict[str, Any]:
     """What a template may read of what the model is and where it comes from, as plain values."""
     publish = release.config.publish
     return {
+        "config": resolved_values(release.config),
         "title": release.title,
-        "author": publish.author,
         "prediction": spell(release.config.diffusion.prediction_type).card,
         "vae": shorten_paths(release.config.written["model"]["vae"]),
         "weights": release.weights,
         "full_precision": release.full_precision,
         "sdxl_shapes": release.sdxl_shapes,
-        "formats": list(publish.formats),
-        "dtype": publish.dtype,
         "torch_dtype": TORCH_DTYPES[publish.dtype],
         "license_link": publish.license_link or "LICENSE.md",
         "license_files": release.license_files,
-        "source_url": publish.source_url,
         "acknowledged": release.acknowledged,
         "openrail": release.terms.name == OPENRAIL,
         "stages": [
@@ -109,26 +108,16 @@ def describe_release(release: Release) -> dict[str, Any]:
 
 def describe_use(release: Release) -> dict[str, Any]:
     """What a template may read of how the model is prompted, as plain values; and the card's header."""
-    config = release.config
-    captions, sampling, buckets = config.captions, config.sampling, config.buckets
+    captions, buckets = release.config.captions, release.config.buckets
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
     general, year = captions.ratings.get("g"), ["year tag"] if captions.years else []
     example = ["1girl", "character", "series", "everything else", *year, *([general] if general else [])]
     return {
         "header": yaml.safe_dump(build_header(release), sort_keys=False, allow_unicode=True, width=120),
         "people": [tag for tag in captions.people[:1] + captions.people[6:8] if tag],
-        "shuffled": captions.shuffle,
         "best": best_quality(captions),
         "example": [*best_quality(captions), *example],
         "caution": caution(captions),
-        "settings": {
-            "steps": sampling.num_inference_steps,
-            "guidance": f"{sampling.guidance_scale:g}",
-            "negative_prompt": sampling.negative_prompt,
-            "tokens": captions.max_token_length,
-            "drawn": bool(sampling.prompts),
-        },
-        "resolution": buckets.base_resolution,
         "sizes": [f"{width} x {height}" for width, height in sides],
         "samples": [
             {

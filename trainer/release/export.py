@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype, Format
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, sync_folder, write_file, write_json
+from trainer.core.files import write_file, write_json
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE, export_name
 from trainer.model.base import (
     Base,
@@ -46,9 +46,9 @@ from trainer.model.lineage import shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.model.weights_file import LazyFile
-from trainer.release.artefacts import count_bytes, room_beside, save_stamped, write_tokenizer
+from trainer.release.artefacts import count_bytes, put_whole, save_stamped, write_tokenizer
 from trainer.release.metadata import build_metadata
-from trainer.release.sums import hash_files, write_export_sums
+from trainer.release.sums import write_export_sums
 from trainer.release.trained_with import check_base_prediction, check_diffusion, check_vae
 from trainer.train.run import locate_from_run
 
@@ -244,30 +244,16 @@ def single_file_tensors(made: Export) -> dict[str, Tensor]:
 
 
 def write_single_file(path: Path, made: Export) -> Path:
-    """Stability's layout, whole or not at all; nothing happens where it lies already.
-
-    Raises:
-        UserError: when another file has the name, or where it does not fit on the disk.
-    """
+    """Stability's layout, whole or not at all: see :func:`put_whole`."""
     tensors = single_file_tensors(made)
-    with room_beside(path, count_bytes(tensors)) as temporary:
+    with put_whole(path, count_bytes(tensors)) as temporary:
         write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
-        if path.exists():
-            if sha256_file(path) != sha256_file(temporary):
-                raise UserError(another_export(path))
-        else:
-            temporary.rename(path)
-            sync_folder(path.parent)
     return path
 
 
 def write_diffusers(path: Path, made: Export) -> Path:
-    """The classic diffusers layout, whole or not at all; nothing happens where it lies already.
-
-    Raises:
-        UserError: when something else has the name, or where it does not fit on the disk.
-    """
-    with room_beside(path, sum(count_bytes(part) for part in made.parts.values())) as temporary:
+    """The classic diffusers layout, whole or not at all: see :func:`put_whole`."""
+    with put_whole(path, sum(count_bytes(part) for part in made.parts.values())) as temporary:
         temporary.mkdir()
         for component, part in made.parts.items():
             # transformers refuses files that do not say format: pt
@@ -279,14 +265,4 @@ def write_diffusers(path: Path, made: Export) -> Path:
         assert made.tokenizers is not None
         for name, folder in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
             write_tokenizer(temporary / name, folder, name)
-        if not path.exists():
-            temporary.rename(path)
-            sync_folder(path.parent)
-        elif not path.is_dir() or hash_files(path) != hash_files(temporary):
-            raise UserError(another_export(path))
     return path
-
-
-def another_export(path: Path) -> str:
-    """Why nothing was written."""
-    return f"{path} exists and is not what this checkpoint gives now; it is left alone: move it away, or use --out DIR"

@@ -29,7 +29,7 @@ def codes(words: Sequence[str]) -> Markup:
     return Markup(", ".join(f"`{word}`" for word in words))
 
 
-def render(template: Path, data: Mapping[str, Any]) -> str:
+def render_markdown(template: Path, data: Mapping[str, Any]) -> str:
     """The text of a Jinja2 template with ``data``, which must be plain values: of an object, a template sees methods.
 
     Raises:

@@ -14,15 +14,15 @@ import yaml
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.core.files import sync_file, sync_folder, write_json, write_text
+from trainer.core.files import write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SUMS_FILE, export_name
-from trainer.model.base import LazyFile, find_base
+from trainer.model.base import find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.exports import export_step, find_run, list_exports
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
 from trainer.model.sdxl import DTYPES
-from trainer.release.artefacts import copy_with_metadata, room_beside
+from trainer.release.artefacts import copy_with_metadata, hash_files, put_whole
 from trainer.release.card import Release, stage_config_file, write_card, write_changes
 from trainer.release.export import build_export, write_formats, write_single_file
 from trainer.release.folder import check_fit
@@ -30,7 +30,7 @@ from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, find_
 from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
 from trainer.release.shapes import has_sdxl_shapes
-from trainer.release.sums import check_export, check_sums, has_sums, hash_files, write_sums
+from trainer.release.sums import check_export, check_sums, has_sums, write_sums
 from trainer.sample.pictures import Sample, read_samples
 from trainer.train.run import locate_from_run, read_work
 
@@ -66,8 +66,8 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     given = read_licence_files(list(request.license_files))
     brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
     refusals = find_refusals(
-        terms, brought | given, source_url=config.publish.source_url, acknowledged=request.acknowledged,
-    )  # fmt: skip
+        terms, brought | given, source_url=config.publish.source_url, acknowledged=request.acknowledged
+    )
     if reasons := list(refusals):
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise UserError(f"{request.run} is not published, for {len(reasons)} reason(s):\n{listed}")
@@ -209,7 +209,7 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         UserError: see :func:`publish`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with room_beside(folder, count_copied(release, weights)) as temporary:
+    with put_whole(folder, count_copied(release, weights)) as temporary:
         write_weights(temporary, release, weights)
         if release.weights:
             shapes = has_sdxl_shapes(find_base(str(temporary / release.weights)))
@@ -227,15 +227,6 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         write_text(temporary / "README.md", write_card(release))
         check_fit(temporary, release.config.run.name, folder)
         write_sums(temporary / SUMS_FILE, hash_files(temporary))
-        if not folder.exists():
-            for path in temporary.rglob("*"):
-                sync_file(path)  # folders too; what was copied is not on the disk yet
-            sync_folder(temporary)
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-        elif folder.is_symlink() or not folder.is_dir() or hash_files(folder) != hash_files(temporary):
-            reason = "exists and is not what would be published now; it is left alone"
-            raise UserError(f"{folder} {reason}: move it away, or use --out DIR")
     return folder
 
 
@@ -259,7 +250,7 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
             copy_folder(path, folder)
         else:
             folder.mkdir(exist_ok=True)
-            copy_single_file(path, folder / str(release.weights), config)
+            copy_with_metadata(path, folder / str(release.weights), publish_entries(config))
     if checkpoint is None or (weights.exported and not fp32):
         return
     verify_checkpoint(checkpoint)
@@ -278,16 +269,6 @@ def copy_folder(source: Path, target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or not path.is_dir():
             shutil.copyfile(path, copy, follow_symlinks=False)
-
-
-def copy_single_file(source: Path, target: Path, config: Config) -> None:
-    """An exported file, with the title, author and licence that are to be published now."""
-    said = LazyFile(source).metadata
-    changes = {key: value for key, value in publish_entries(config).items() if said.get(key) != value}
-    if changes:
-        copy_with_metadata(source, target, changes)
-    else:
-        shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def check_published(folder: Path, config: Config) -> None:

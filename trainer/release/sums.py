@@ -4,25 +4,19 @@ Beside what export writes, ``<name>.sha256`` names the files of that export and 
 none: its single file is proven by the hash in its own header, its folder by that file.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, write_text
+from trainer.core.files import write_text
 from trainer.core.layout import EXPORT_SUMS_SUFFIX, SUMS_FILE
 from trainer.model.base import find_base, has_vae, read_state
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS
-from trainer.release.artefacts import check_stamp
-
-
-def hash_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, str]:
-    """Path relative to a folder -> SHA-256 of every file in it, or of those that ``paths`` in it are or hold."""
-    inside = (file for top in paths or [folder] for file in (top, *top.rglob("*")) if file.is_file())
-    return {file.relative_to(folder).as_posix(): sha256_file(file) for file in inside}
+from trainer.release.artefacts import check_stamp, hash_files
 
 
 def write_sums(file: Path, hashes: dict[str, str]) -> None:

@@ -3,15 +3,15 @@
 The token comes from the Hub's own login or HF_TOKEN and is never written, printed or passed on.
 """
 
-import hashlib
 import time
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.files import sha256_file
 from trainer.model.hub import HUB_ERRORS
 
@@ -20,7 +20,6 @@ OWN_OF_THE_HUB = {".gitattributes"}  # the Hub writes it into every repository
 FAILURES: tuple[type[BaseException], ...] = (*HUB_ERRORS, RuntimeError, ValueError)
 ATTEMPTS = 3
 WAIT_SECONDS = 2.0
-Hashes = dict[str, tuple[str, str]]  # relative path -> (SHA-256 of the bytes, id as a git blob)
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, replace: bool = False) -> str:
@@ -40,7 +39,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, replace: bool = False) 
             return upload_once(api, folder, repo_id, private=private, replace=replace)
         except FAILURES as error:
             if attempt == ATTEMPTS or not may_pass(error):
-                raise UserError(explain(error, repo_id)) from None  # the cause may quote headers
+                raise UserError(explain_failure(error, repo_id)) from None  # the cause may quote headers
             time.sleep(WAIT_SECONDS * attempt)
     raise AssertionError("the loop returns or raises")
 
@@ -57,8 +56,8 @@ def upload_once(api: HfApi, folder: Path, repo_id: str, *, private: bool, replac
         raise UserError(
             f"{repo_id} is public, but publish.private is true: set publish.private=false, or use another id"
         )
-    local, there = hash_local(folder), list_remote(api, repo_id)
-    if differing := find_differing(local, there):
+    there = list_remote(api, repo_id)
+    if differing := find_differing(folder, there):
         foreign = sorted(name for name in differing if name in there)
         if foreign and not replace:
             raise UserError(
@@ -66,14 +65,14 @@ def upload_once(api: HfApi, folder: Path, repo_id: str, *, private: bool, replac
                 "replace them in one commit with --replace; the repository's history keeps them"
             )
         operations = [
-            CommitOperationAdd(name, folder / name) if name in local else CommitOperationDelete(name)
+            CommitOperationAdd(name, folder / name) if (folder / name).is_file() else CommitOperationDelete(name)
             for name in differing
         ]
         # with its parent named, the commit fails when somebody else was faster
         api.create_commit(
             repo_id, operations, commit_message=f"Publish {folder.name}", parent_commit=info.sha, num_threads=2
         )
-        if wrong := find_differing(local, list_remote(api, repo_id)):
+        if wrong := find_differing(folder, list_remote(api, repo_id)):
             raise UserError(f"{repo_id} does not hold what was sent ({', '.join(wrong[:4])}); it is left as it was, "
                             "private if it was made now: do it again")  # fmt: skip
     if not private and info.private:
@@ -92,24 +91,10 @@ def make_public(api: HfApi, repo_id: str) -> None:
     except FAILURES as error:
         if may_pass(error):
             raise
-        reason = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
         raise UserError(
-            f"all files are in {repo_id} and verified; only making it public failed: {reason}. Do it on the Hub, or "
-            "run the same command again with a token that may"
+            f"all files are in {repo_id} and verified; only making it public failed: {reason_of(error)}. Do it on "
+            "the Hub, or run the same command again with a token that may"
         ) from None
-
-
-def hash_local(folder: Path) -> Hashes:
-    """Both hashes of every file: a repository names the first of large files, the second of small ones."""
-    hashes = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            git = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    git.update(block)
-            hashes[path.relative_to(folder).as_posix()] = (sha256_file(path), git.hexdigest())
-    return hashes
 
 
 def list_remote(api: HfApi, repo_id: str) -> dict[str, RepoFile]:
@@ -118,14 +103,18 @@ def list_remote(api: HfApi, repo_id: str) -> dict[str, RepoFile]:
     return {file.path: file for file in found if file.path not in OWN_OF_THE_HUB}
 
 
-def find_differing(local: Hashes, there: dict[str, RepoFile]) -> list[str]:
+def find_differing(folder: Path, there: dict[str, RepoFile]) -> list[str]:
     """Paths that lie only here, only there, or differ."""
-    same = {
-        name
-        for name, file in there.items()
-        if name in local and (file.lfs.sha256 == local[name][0] if file.lfs else file.blob_id == local[name][1])
-    }
-    return sorted((local.keys() | there.keys()) - same)
+    local = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(name for name in local | there.keys()
+                  if name not in local or name not in there or not is_same(folder / name, there[name]))  # fmt: skip
+
+
+def is_same(path: Path, remote: RepoFile) -> bool:
+    """Whether a file is the repository's, which names the SHA-256 of large files and git's own hash of small ones."""
+    if remote.lfs:
+        return remote.lfs.sha256 == sha256_file(path)
+    return remote.size == path.stat().st_size and remote.blob_id == git_hash(path.read_bytes())
 
 
 def status_of(error: BaseException) -> int | None:
@@ -144,10 +133,15 @@ def may_pass(error: BaseException) -> bool:
     return not isinstance(error, ValueError) if status is None else status >= 500 or status == 429
 
 
-def explain(error: BaseException, repo_id: str) -> str:
-    """What went wrong, without the token."""
+def reason_of(error: BaseException) -> str:
+    """An error's own words, or those of the failed upload that it wraps, without the token."""
     told = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    reason = " ".join(str(told).split())[:300].replace(get_token() or "\0", "***")
+    return shorten(str(told).replace(get_token() or "\0", "***"))
+
+
+def explain_failure(error: BaseException, repo_id: str) -> str:
+    """What went wrong and what to do."""
+    reason = reason_of(error)
     if status_of(error) in (401, 403):
         return (
             f"the Hub does not let this token write to {repo_id}: {reason}. Make one with write access, and hf auth "
