@@ -29,7 +29,7 @@ def list_stages(lineage: Lineage) -> list[Lineage]:
 
 
 def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
-    """A lineage with all that is told of its run; None, or empty, where it is not recorded or no such value."""
+    """A lineage with all that rows need of its run; None, or empty, where it is not recorded or no such value."""
 
     def part(name: str) -> dict[str, Any]:
         return value if isinstance(value := lineage.get(name), dict) else {}
@@ -50,7 +50,7 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
 
 
 def stage_rows(made: Lineage) -> dict[str, str]:
-    """Name -> words of all that is told of one stage, which is one of :func:`list_stages`."""
+    """Name -> words of all that is recorded of one stage, one of :func:`list_stages`."""
     base, code = made["base"], made["code"]
     seen, images = made["samples_seen"], made["images"]
     versions = [f"{name} {made['versions'][name]}" for name in SHOWN_LIBRARIES if made["versions"].get(name)]

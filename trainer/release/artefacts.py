@@ -26,7 +26,7 @@ NO_HASH = "0x" + "0" * 64
 
 
 def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A .safetensors file whose header names the SHA-256 of the bytes behind it, its metadata in order.
+    """A .safetensors file whose header names the SHA-256 of the bytes after it, its metadata in order.
 
     The library writes metadata in random order; here the same tensors and metadata give the same bytes.
     """

@@ -28,7 +28,7 @@ TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class Release:
-    """What is published, as the card tells it."""
+    """What is published, as the card says it."""
 
     config: Config
     stages: list[Lineage]  # completed, the first of them first

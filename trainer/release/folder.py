@@ -64,7 +64,7 @@ def check_fit(folder: Path, run: str, named: Path | None = None) -> None:
     """
     allowed = re.compile(rf"{ALLOWED}|{re.escape(run)}(-fp32)?\.safetensors")
     problems: list[str] = []
-    found: dict[tuple[str, str], list[str]] = {}  # the same text stands in several files: it is told once
+    found: dict[tuple[str, str], list[str]] = {}  # the same text stands in several files: it is reported once
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
@@ -129,7 +129,7 @@ def parse(text: str) -> object:
 def texts_of(value: object, key: str) -> Iterator[tuple[str, str]]:
     """(dotted key, text) of all texts in a JSON value and of its keys.
 
-    A text is told with its own key before it, because "token: ..." tells what a text is.
+    A text comes with its own key before it, because "token: ..." says what a text is.
     """
     if isinstance(value, dict):
         for name, item in value.items():

@@ -107,7 +107,7 @@ def find_refusals(
     yield from find_base_refusals(terms, acknowledged)
     if FAIPL not in texts:
         yield (
-            f"the text of FAIPL-1.0-SD is missing: {terms.where} does not bring it, and everyone who gets a copy must "
+            f"the text of FAIPL-1.0-SD is missing: {terms.where} does not contain it, and whoever gets a copy must "
             "get it too (FAIPL-1.0-SD, Notices, first paragraph). Take it from its publisher, freedevproject.org, "
             "and add --license-file FILE"
         )
@@ -176,21 +176,22 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
         base, is_first = made["base"], made is stages[0]
         if is_first and given is not None:
             return terms_of_given(given, base)
-        terms: Terms | None = None
         here: Path | None = None
         if base["revision"] is not None:
             terms = fetch_terms(base["reference"], base["revision"])
         elif here := locate([*places, base["reference"]], base["sha256"]):
             terms = read_terms(here, base["reference"])
-        if terms is not None and (terms.name is not None or is_first):
-            if given is not None:
-                raise UserError(f"--base has no effect: {base['reference']} itself says under which licence it is")
-            return terms
-        if is_first:
+        elif is_first:
             raise UserError(
                 f"the base {base['reference']} (SHA-256 {base['sha256']}), whose licence decides, is not where the run "
                 "found it: say where it is with --base PATH_OR_HUB_ID"
             )
+        else:
+            terms = Terms(base["reference"], None)
+        if terms.name is not None or is_first:
+            if given is not None:
+                raise UserError(f"--base has no effect: {base['reference']} itself says under which licence it is")
+            return terms
         places = base_of_export(here) if here is not None else []
     raise AssertionError("the first stage returns or raises")
 

@@ -118,7 +118,7 @@ def is_same(path: Path, remote: RepoFile) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error; None where there was no answer. Failed file uploads wrap their cause."""
+    """The HTTP status of an error; None where there was no answer. Failed file uploads wrap their cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, HfHubHTTPError):
@@ -135,8 +135,8 @@ def may_pass(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """An error's own words, or those of the failed upload that it wraps, without the token."""
-    told = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    return shorten(str(told).replace(get_token() or "\0", "***"))
+    said = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    return shorten(str(said).replace(get_token() or "\0", "***"))
 
 
 def explain_failure(error: BaseException, repo_id: str) -> str:
