@@ -93,6 +93,27 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     assert waiting == {}, "these import each other in a circle"
 
 
+def names_of(tree: ast.Module) -> Iterator[str]:
+    """What a module defines at its top level; imports are another module's."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
+def test_no_name_stands_for_two_things() -> None:
+    owners: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for name in names_of(parse(path)):
+            owners.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+    assert sorted(names_of(ast.parse("a, b = 1, 2\nc: int = 3\nimport d\ndef e(): f = 1\nclass G: h = 1"))) == [
+        "G", "a", "b", "c", "e",
+    ]  # fmt: skip
+
+
 def test_the_design_maps_the_same_layers() -> None:
     text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
     mapped = {folder: int(layer) - 1 for layer, folder in re.findall(r"^\| (\d) \| `(\w+)/` \|", text, re.MULTILINE)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.config.schema import Config
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.train.loop import train
-from trainer.train.run import Work, read_work
+from trainer.train.run import RunWork, read_work
 
 GPU = "NVIDIA A100-SXM4-80GB"
 
@@ -34,22 +34,22 @@ def test_lost_steps_and_pauses_do_not_count(tmp_path: Path) -> None:
     day = 86400.0
     lines = [(10, 1, 1800.0), (20, 1, 3600.0), (30, 1, 5400.0), (30, 2, day + 3600.0), (40, 2, day + 7200.0)]
     write_records(tmp_path, attempts, lines)
-    both = Work("1970-01-01T00:00:00+00:00", 3.0, (f"2 x {GPU}", f"1 x {GPU}"))
+    both = RunWork("1970-01-01T00:00:00+00:00", 3.0, (f"2 x {GPU}", f"1 x {GPU}"))
     assert read_work(tmp_path, 40) == both
     # the work behind an earlier checkpoint
-    assert read_work(tmp_path, 20) == Work("1970-01-01T00:00:00+00:00", 1.0, (f"2 x {GPU}",))
+    assert read_work(tmp_path, 20) == RunWork("1970-01-01T00:00:00+00:00", 1.0, (f"2 x {GPU}",))
 
 
 def test_an_attempt_of_which_nothing_is_left_does_not_count(tmp_path: Path) -> None:
     attempts = [attempt(1, 0, "1970-01-01T00:00:00+00:00", device="cpu"), attempt(2, 0, "1970-01-02T00:00:00+00:00")]
     write_records(tmp_path, attempts, [(10, 1, 1800.0), (10, 2, 86400.0 + 1800.0)])
-    assert read_work(tmp_path, 10) == Work("1970-01-02T00:00:00+00:00", 0.5, (f"2 x {GPU}",))
+    assert read_work(tmp_path, 10) == RunWork("1970-01-02T00:00:00+00:00", 0.5, (f"2 x {GPU}",))
 
 
 def test_without_records_nothing_is_said(tmp_path: Path) -> None:
-    assert read_work(tmp_path, 10) == Work()
+    assert read_work(tmp_path, 10) == RunWork()
     write_records(tmp_path, [attempt(1, 0, "1970-01-01T00:00:00+00:00")], [])
-    assert read_work(tmp_path, 10) == Work()
+    assert read_work(tmp_path, 10) == RunWork()
 
 
 def test_a_checkpoint_carries_them(make_config: Callable[..., Config]) -> None:

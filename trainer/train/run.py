@@ -90,7 +90,7 @@ def begin_attempt(
 
 
 @dataclass(frozen=True)
-class Work:
+class RunWork:
     """What a run took, as far as it is recorded."""
 
     started_at: str | None = None  # ISO 8601, of the first attempt
@@ -98,7 +98,7 @@ class Work:
     hardware: tuple[str, ...] = ()  # such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed
 
 
-def read_work(run_folder: Path, step: int) -> Work:
+def read_work(run_folder: Path, step: int) -> RunWork:
     """The work that ``step`` completed steps took.
 
     Of each attempt only the time counts whose steps are part of the result: from its start to its last line that no
@@ -118,10 +118,10 @@ def read_work(run_folder: Path, step: int) -> Work:
             ends[line["attempt"]] = max(line["time"], ends.get(line["attempt"], 0.0))
     used = [attempts[number] for number in sorted(ends)]
     if not used:
-        return Work()
+        return RunWork()
     seconds = sum(ends[entry["attempt"]] - begin_of(entry) for entry in used)
     hardware = dict.fromkeys(f"{entry['processes']} x {entry['device']}" for entry in used)
-    return Work(used[0]["started_at"], round(seconds / 3600, 3), tuple(hardware))
+    return RunWork(used[0]["started_at"], round(seconds / 3600, 3), tuple(hardware))
 
 
 def begin_of(attempt: dict[str, Any]) -> float:
