@@ -6,7 +6,7 @@ import pytest
 
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import FILES, find_checkpoint
-from trainer.release.export import find_source
+from trainer.release.export import find_run_checkpoint
 from trainer.release.request import read_publish_config
 
 STEPS = ("step-00000100", "step-00000400", "step-00001000")
@@ -46,7 +46,7 @@ def write(path: Path) -> None:
 def test_what_names_a_checkpoint(run: Path, reference: str, step: str) -> None:
     assert find_checkpoint(reference) == run / "checkpoints" / step
     assert find_checkpoint(Path(reference).resolve(), Path("runs/b")) == (run / "checkpoints" / step).resolve()
-    assert find_source(Path(reference)) == (run / "checkpoints" / step, run)
+    assert find_run_checkpoint(Path(reference)) == (run / "checkpoints" / step, run)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_word_alone_is_about_the_run_at_hand(
     monkeypatch.chdir(run)
     assert find_checkpoint(word) == Path("checkpoints") / STEPS[step]
     monkeypatch.chdir("checkpoints")
-    assert find_source(Path(STEPS[1])) == (Path.cwd() / STEPS[1], Path.cwd().parent)
+    assert find_run_checkpoint(Path(STEPS[1])) == (Path.cwd() / STEPS[1], Path.cwd().parent)
 
 
 @pytest.mark.parametrize(

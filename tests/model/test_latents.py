@@ -57,8 +57,8 @@ def test_decoding_undoes_all_of_it(numbers: dict[str, Any]) -> None:
         (CHANNELS | {"latents_std": [1.0] * 16}, "latents_std must be four finite numbers"),
         (CHANNELS | {"latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std must be above 0"),
         (CHANNELS | {"shift_factor": 0.1}, "shift_factor beside latents_mean"),
-        ({"latents_scale": [1.0] * 4}, r"says latents_scale = .*not known here"),
-        ({"batch_norm_eps": 1e-4}, r"says batch_norm_eps = 0\.0001"),
+        ({"latents_scale": [1.0] * 4}, r"has latents_scale = .*not known here"),
+        ({"batch_norm_eps": 1e-4}, r"has batch_norm_eps = 0\.0001"),
         ({"_class_name": "AutoencoderDC"}, "is an AutoencoderDC"),
     ],
 )
