@@ -6,6 +6,7 @@ What cannot be a Post comes out as a Reject, in place; nothing is raised over on
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import assert_never
 
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
@@ -92,6 +93,8 @@ def iterate_source(source: SourceConfig, folders: Folders) -> Iterator[Item]:
         case "kohya":
             assert images is not None
             yield from iterate_kohya(path, images, source.label, source.lines == "variants")
+        case _:
+            assert_never(source.kind)
     if images is not None:
         images.judge_names()
 
