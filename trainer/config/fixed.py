@@ -4,8 +4,9 @@ import dataclasses
 import typing
 from typing import Any
 
-from trainer.config.load import field_types, resolved_values
+from trainer.config.load import resolved_values
 from trainer.config.schema import FREE, LENGTH, Config, ScheduleConfig
+from trainer.config.yaml_text import bare, field_types
 from trainer.core.files import sha256_json
 
 INTERPOLATION = "${"  # a value that comes from elsewhere, perhaps from the environment
@@ -38,13 +39,11 @@ def fixed_fields(section: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def without_free(hint: Any, value: Any) -> Any:
     """One field's value, by its annotation."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return fixed_fields(hint, value)
-    if typing.get_origin(hint) is list and isinstance(value, list):
-        return [without_free(typing.get_args(hint)[0], each) for each in value]
-    for part in typing.get_args(hint):  # of list[X] | None
-        if typing.get_origin(part) is list:
-            return without_free(part, value)
+    kind = bare(hint)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return fixed_fields(kind, value)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [without_free(typing.get_args(kind)[0], each) for each in value]
     return value
 
 
@@ -53,11 +52,9 @@ def default_value(item: "dataclasses.Field[Any]") -> Any:
     if item.default_factory is dataclasses.MISSING:
         return None if item.default is dataclasses.MISSING else item.default
     value: Any = item.default_factory()
-    if dataclasses.is_dataclass(value):
-        return {}
-    if not isinstance(value, list):
-        return value
-    return [dataclasses.asdict(each) if dataclasses.is_dataclass(type(each)) else each for each in value]
+    if isinstance(value, list):
+        return [dataclasses.asdict(each) if dataclasses.is_dataclass(type(each)) else each for each in value]
+    return {} if dataclasses.is_dataclass(value) else value
 
 
 def describe_fixed(config: Config) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.retired import ONLY_VALUES, carry_over
 from trainer.config.rules import find_broken_rules
-from trainer.config.schema import Config, Place
-from trainer.config.yaml_text import UNIONS, field_types, read_override, read_yaml
+from trainer.config.schema import Config
+from trainer.config.yaml_text import bare, field_types, is_place, read_override, read_yaml
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home, home_path
 
@@ -127,48 +127,32 @@ def find_hidden_names(written: dict[str, Any]) -> Iterator[Problem]:
 
 def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:
     """Problems of the shape of ``value``: it must be what the annotation ``hint`` says, to the last leaf."""
-    key = ".".join(path)
+    key, kind = ".".join(path), bare(hint)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if value == "???":  # OmegaConf's way to say that a value must be given
         yield Problem(key, "missing")
+    elif value is None and type(None) in typing.get_args(hint):
         return
-    if dataclasses.is_dataclass(hint):
-        yield from check_section(value, hint, path)
-        return
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in UNIONS:
-        if value is None and type(None) in arguments:
-            return
-        yield from check_value(value, next(a for a in arguments if a is not type(None)), path)
-    elif hint == Place:
-        yield from check_place(value, path)
+    elif dataclasses.is_dataclass(kind):
+        yield from check_section(value, kind, path)
     elif origin is Literal:
         # by type too: 225.0 == 225, and 1 == True
         if not any(value == known and type(value) is type(known) for known in arguments):
             yield Problem(key, f"must be one of {', '.join(map(str, arguments))}, not {value!r}")
-    elif origin is list:
-        if not isinstance(value, list):
-            yield Problem(key, f"must be a list, not {value!r}")
+    elif origin in (list, dict):
+        if not isinstance(value, origin):
+            yield Problem(key, f"must be a {'list' if origin is list else 'mapping'}, not {value!r}")
             return
-        for number, item in enumerate(value):
-            yield from check_value(item, arguments[0], (*path, str(number)))
-    elif origin is dict:
-        if not isinstance(value, dict):
-            yield Problem(key, f"must be a mapping, not {value!r}")
-            return
-        for name, item in value.items():
-            yield from check_value(item, arguments[1], (*path, str(name)))
-    elif not has_type(value, hint):
+        for name, item in value.items() if origin is dict else enumerate(value):
+            yield from check_value(item, arguments[-1], (*path, str(name)))
+    elif not has_type(value, kind):
         names = {int: "a whole number", float: "a number", str: "text (in quotes)", bool: "true or false"}
-        yield Problem(key, f"must be {names[hint]}, not {value!r}")
-
-
-def check_place(value: Any, path: KeyPath) -> Iterator[Problem]:
-    """Problems of a path, a hub id or another word in their place."""
-    yield from check_value(value, str, path)
-    try:
-        expand_home(str(value))
-    except UserError as error:
-        yield Problem(".".join(path), str(error))
+        yield Problem(key, f"must be {names[kind]}, not {value!r}")
+    elif is_place(hint):
+        try:
+            expand_home(value)
+        except UserError as error:
+            yield Problem(key, str(error))
 
 
 def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
@@ -188,12 +172,17 @@ def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
             continue
         if item.name in value:
             yield from check_value(value[item.name], hints[item.name], (*path, item.name))
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+        elif is_required(item):
             # a missing section is reported by its required keys, so that the user sees all that must be written
             if dataclasses.is_dataclass(hints[item.name]):
                 yield from check_section({}, hints[item.name], (*path, item.name))
             else:
                 yield Problem(".".join((*path, item.name)), "missing")
+
+
+def is_required(item: "dataclasses.Field[Any]") -> bool:
+    """Whether a field has no default."""
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def has_type(value: Any, hint: type) -> bool:
@@ -211,13 +200,11 @@ def build_dataclass(section: Any, value: Any, *, lenient: bool = False) -> Any:
     given = value if isinstance(value, dict) else {}
     fields: dict[str, Any] = {}
     for name, hint in hints.items():
-        default = section.__dataclass_fields__[name]
-        required = default.default is dataclasses.MISSING and default.default_factory is dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
             fields[name] = build_dataclass(hint, given.get(name), lenient=lenient)
         elif name in given and not (lenient and any(check_value(given[name], hint, ()))):
             fields[name] = build_value(given[name], hint)
-        elif required:
+        elif is_required(section.__dataclass_fields__[name]):
             assert lenient, f"{name} is missing"
             fields[name] = "missing"
     return section(**fields)
@@ -225,18 +212,16 @@ def build_dataclass(section: Any, value: Any, *, lenient: bool = False) -> Any:
 
 def build_value(value: Any, hint: Any) -> Any:
     """A checked YAML value as the annotation wants it: lists of dataclasses built, whole numbers made floats."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in UNIONS:
-        return None if value is None else build_value(value, arguments[0])
-    if typing.get_origin(hint) is list:
-        return [
-            build_dataclass(arguments[0], item) if dataclasses.is_dataclass(arguments[0])
-            else build_value(item, arguments[0])
-            for item in value
-        ]  # fmt: skip
-    if hint == Place:
+    kind = bare(hint)
+    if dataclasses.is_dataclass(kind):
+        return build_dataclass(kind, value)
+    if value is None:
+        return None
+    if typing.get_origin(kind) is list:
+        return [build_value(item, typing.get_args(kind)[0]) for item in value]
+    if is_place(hint):
         return expand_home(value)
-    return float(value) if hint is float else value
+    return float(value) if kind is float else value
 
 
 def fill_in(written: dict[str, Any], complete: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Rules between the values of a config. A field that would have no effect is an error, not a shrug."""
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import combinations
@@ -13,56 +14,42 @@ Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which n
 
 def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broken]:
     """Every rule that a well-typed config breaks; a preparation needs neither rates nor a length."""
-    if not preparing:
-        yield from training_rules(config)
-    yield from range_rules(config)
-    yield from run_and_model_rules(config)
-    yield from source_rules(config)
-    yield from batch_rules(config)
-    yield from filter_rules(config)
-    yield from caption_rules(config)
-    yield from bucket_rules(config)
-    yield from diffusion_rules(config)
-    yield from optim_rules(config)
-    yield from schedule_rules(config)
-    yield from output_rules(config)
-    yield from publish_rules(config)
+    rules = [
+        range_rules, run_and_model_rules, source_rules, batch_rules, filter_rules, caption_rules, bucket_rules,
+        diffusion_rules, optim_rules, schedule_rules, output_rules, publish_rules,
+    ]  # fmt: skip
+    for find_broken in rules if preparing else [training_rules, *rules]:
+        yield from find_broken(config)
 
 
-AT_LEAST = {
-    0: "run.seed data.loader_threads data.decode_processes captions.keep_tokens captions.keep_underscore_max_length "
-    "diffusion.min_timestep diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr "
-    "optim.weight_decay schedule.warmup_steps",
-    1: "run.num_processes data.samples_per_shard data.encode_batch_size filters.min_side "
-    "filters.first_year filters.last_year "
-    "data.global_batch_size data.bucket_batch_size data.micro_batch_size "
-    "data.prefetch_factor schedule.epochs schedule.max_steps schedule.num_cycles precision.max_skipped_steps "
-    "checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps "
-    "sampling.every_steps sampling.num_inference_steps sampling.guidance_scale",
-}
-SHARES = (
-    "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout schedule.min_lr_ratio"
-)
-ABOVE_ZERO = "diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"
+# (least, most, in words, keys) of numbers; null is within any range
+RANGES = (
+    (0, math.inf, "must be at least 0",
+     "run.seed data.loader_threads data.decode_processes captions.keep_tokens captions.keep_underscore_max_length "
+     "diffusion.min_timestep diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr "
+     "optim.weight_decay schedule.warmup_steps"),
+    (1, math.inf, "must be at least 1",
+     "run.num_processes data.samples_per_shard data.encode_batch_size filters.min_side filters.first_year "
+     "filters.last_year data.global_batch_size data.bucket_batch_size data.micro_batch_size data.prefetch_factor "
+     "schedule.epochs schedule.max_steps schedule.num_cycles precision.max_skipped_steps checkpoint.every_steps "
+     "checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps sampling.every_steps "
+     "sampling.num_inference_steps sampling.guidance_scale"),
+    (0, 1, "must lie between 0 and 1",
+     "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout "
+     "schedule.min_lr_ratio"),
+    (math.ulp(0.0), math.inf, "must be above 0",
+     "diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"),
+)  # fmt: skip
 
 
 def range_rules(config: Config) -> Iterator[Broken]:
-    """Numbers within their ranges; null is within any."""
-
-    def value(key: str) -> float | None:
-        section, name = key.split(".")
-        return getattr(getattr(config, section), name)
-
-    for least, keys in AT_LEAST.items():
+    """Numbers within their ranges."""
+    for least, most, words, keys in RANGES:
         for key in keys.split():
-            if (number := value(key)) is not None and not number >= least:
-                yield (key,), f"must be at least {least}, not {number}"
-    for key in SHARES.split():
-        if (number := value(key)) is not None and not 0 <= number <= 1:
-            yield (key,), f"must lie between 0 and 1, not {number}"
-    for key in ABOVE_ZERO.split():
-        if (number := value(key)) is not None and not number > 0:
-            yield (key,), f"must be above 0, not {number}"
+            section, name = key.split(".")
+            number = getattr(getattr(config, section), name)
+            if number is not None and not least <= number <= most:
+                yield (key,), f"{words}, not {number}"
 
 
 def training_rules(config: Config) -> Iterator[Broken]:
@@ -80,10 +67,8 @@ def run_and_model_rules(config: Config) -> Iterator[Broken]:
     model, precision = config.model, config.precision
     all_trained = model.train_unet and model.train_text_encoder_1 and model.train_text_encoder_2
     if precision.compute == "fp32" and precision.frozen != "fp32" and not all_trained:
-        yield (
-            ("precision.frozen", "precision.compute"),
-            "must be fp32 where precision.compute is: nothing casts between",
-        )
+        keys = ("precision.frozen", "precision.compute")
+        yield keys, "must be fp32 where precision.compute is: nothing casts between"
     if not (model.train_unet or model.train_text_encoder_1 or model.train_text_encoder_2):
         yield ("model.train_unet", "model.train_text_encoder_1", "model.train_text_encoder_2"), "nothing is trained"
     if model.revision is not None and Path(model.pretrained).exists():
@@ -281,10 +266,7 @@ def schedule_rules(config: Config) -> Iterator[Broken]:
 def output_rules(config: Config) -> Iterator[Broken]:
     checkpoint, sampling = config.checkpoint, config.sampling
     if checkpoint.fork is not None and checkpoint.resume not in ("auto", "never"):
-        yield (
-            ("checkpoint.fork", "checkpoint.resume"),
-            "has no effect: checkpoint.resume names where to begin",
-        )
+        yield ("checkpoint.fork", "checkpoint.resume"), "has no effect: checkpoint.resume names where to begin"
     if checkpoint.keep_every_steps and checkpoint.keep_every_steps % checkpoint.every_steps:
         keys = ("checkpoint.keep_every_steps", "checkpoint.every_steps")
         yield keys, f"must be a multiple of checkpoint.every_steps {checkpoint.every_steps}"

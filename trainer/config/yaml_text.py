@@ -115,6 +115,11 @@ def bare(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
+def is_place(hint: Any) -> bool:
+    """Whether an annotation is of a path, perhaps an optional one."""
+    return Place in (hint, *typing.get_args(hint))
+
+
 def is_home(text: str, hint: Any) -> bool:
     """Whether YAML's ~ means the home folder, in a path that cannot be null."""
     return text == "~" and hint == Place
