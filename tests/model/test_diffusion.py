@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from trainer.config.schema import DiffusionConfig
 from trainer.core.rng import rng
-from trainer.data.draws import draw_noise, draw_timestep
+from trainer.data.draws import draw_noise, draw_sample_timestep
 from trainer.model.diffusion import add_noise, alphas_cumprod, loss_weights, make_target, sample_losses, signal_to_noise
 
 EPSILON = DiffusionConfig()
@@ -170,14 +170,14 @@ def test_noise_is_standard_normal() -> None:
 
 
 def test_timesteps_are_uniform_over_their_range() -> None:
-    draws = np.array([draw_timestep(EPSILON, rng("timestep", 1, 0, str(key))) for key in range(5000)])
+    draws = np.array([draw_sample_timestep(str(key), 0, 1, EPSILON) for key in range(5000)])
     counts = np.bincount(draws, minlength=1000)
     assert len(counts) == 1000 and draws.min() <= 2 and draws.max() >= 997
     tenths = counts.reshape(10, 100).sum(axis=1)
     assert np.abs(tenths - 500).max() < 4 * (500 * 0.9) ** 0.5
     narrow = DiffusionConfig(min_timestep=10, max_timestep=13)
-    assert {draw_timestep(narrow, rng("timestep", 1, 0, str(key))) for key in range(60)} == {10, 11, 12}
-    assert type(draw_timestep(EPSILON, rng("x"))) is int
+    assert {draw_sample_timestep(str(key), 0, 1, narrow) for key in range(60)} == {10, 11, 12}
+    assert type(draw_sample_timestep("x", 0, 1, EPSILON)) is int
 
 
 # --- weights and loss

@@ -16,8 +16,8 @@ def draw_sample_caption(record: Mapping[str, Any], pass_: int, seed: int, rules:
 
 
 def draw_sample_timestep(key: str, pass_: int, seed: int, config: DiffusionConfig) -> int:
-    """The timestep of a sample in one pass."""
-    return draw_timestep(config, rng("timestep", seed, pass_, key))
+    """The timestep of a sample in one pass, uniform over min_timestep .. max_timestep - 1."""
+    return int(rng("timestep", seed, pass_, key).integers(config.min_timestep, config.max_timestep))
 
 
 def draw_sample_noise(shape: tuple[int, int, int], key: str, pass_: int, seed: int, noise_offset: float) -> np.ndarray:
@@ -34,8 +34,3 @@ def draw_noise(shape: tuple[int, int, int], noise_offset: float, generator: np.r
     if noise_offset:
         noise += np.float32(noise_offset) * generator.standard_normal((shape[0], 1, 1), dtype=np.float32)
     return noise
-
-
-def draw_timestep(config: DiffusionConfig, generator: np.random.Generator) -> int:
-    """A timestep, uniform over min_timestep .. max_timestep - 1."""
-    return int(generator.integers(config.min_timestep, config.max_timestep))

@@ -220,16 +220,6 @@ def naming_errors(reason: str) -> Iterator[None]:
         raise BadImage(reason, f"{type(error).__name__}: {error}") from error
 
 
-def identify(data: bytes) -> Image.Image:
-    """The image with its header read. Pillow's own message would hold an address, another one each time."""
-    formats = load_formats()
-    try:
-        return Image.open(io.BytesIO(leave_out_text(data)), formats=formats)
-    except UnidentifiedImageError as error:
-        detail = f"the content is none of {', '.join(formats)}{suggest_plug_in(data)}"
-        raise BadImage("not_an_image", detail) from error
-
-
 @contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
     """The image with its header read, of an allowed format and size."""
@@ -241,10 +231,13 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         raise BadImage("not_an_image", "a JPEG XL file that does not state its size at its beginning")
     try:
         with naming_errors("not_an_image"):
-            image = identify(data)
+            image = Image.open(io.BytesIO(leave_out_text(data)), formats=load_formats())
     except BadImage as error:
         if isinstance(error.__cause__, Image.DecompressionBombError | Image.DecompressionBombWarning):
             raise BadImage("bomb", str(error.__cause__)) from error
+        if isinstance(error.__cause__, UnidentifiedImageError):  # Pillow's words hold an address, another one each time
+            known = ", ".join(load_formats())
+            raise BadImage("not_an_image", f"the content is none of {known}{suggest_plug_in(data)}") from error
         raise
     with image:
         # Pillow only warns up to twice this size, and its warnings filter is not safe in threads
@@ -276,7 +269,6 @@ def read_orientation(image: Image.Image, data: bytes) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits: 16-bit greys scaled rather than clipped, transparency composited on white before any resizing."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        refuse_unknown_range(image)
         return grey_to_rgb(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
@@ -285,15 +277,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, layer).convert("RGB")
 
 
-def refuse_unknown_range(image: Image.Image) -> None:
-    """Greys are those of 16 bits; a TIFF's of 12 or 32 bits and those with a point do not say what is white."""
+def grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits (a png's, as Pillow opens them) as RGB; one value may be declared transparent.
+
+    A TIFF's of 12 or 32 bits and those with a point do not say what is white.
+    """
     bits = image.tag_v2.get(258, (1,)) if image.format == "TIFF" else (16,)  # type: ignore[attr-defined]
     if image.mode == "F" or tuple(bits) != (16,):
         raise BadImage("undecodable", f"greys that are not of 8 or 16 bits (mode {image.mode}): save them as 16 bits")
-
-
-def grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits (a png's, as Pillow opens them) as RGB; one value may be declared transparent."""
     values = np.asarray(image).astype(np.float64)
     greys = np.floor(np.clip(values, 0, 65535) / 257 + 0.5).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):

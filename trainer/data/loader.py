@@ -87,23 +87,19 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
     """
     seed = data.plan.seed
     records = [data.index.row(sample.row) for sample in planned]
-    named = [(record["key"], sample.pass_) for record, sample in zip(records, planned, strict=True)]
     shape = latents_shape(records[0])  # of all: they share a bucket
     raw_latents = np.empty((len(records), *shape), dtype=np.float16)
     noise = np.empty((len(records), *shape), dtype=np.float32)
-    for place, record in enumerate(records):
+    captions, timesteps = [], []
+    for place, (record, sample) in enumerate(zip(records, planned, strict=True)):
+        key, pass_ = record["key"], sample.pass_
         read_latents_into(raw_latents[place], data.index, record)
-    captions = [
-        draw_sample_caption(record, sample.pass_, seed, data.captions)
-        for record, sample in zip(records, planned, strict=True)
-    ]
+        noise[place] = draw_sample_noise(shape, key, pass_, seed, data.diffusion.noise_offset)
+        captions.append(draw_sample_caption(record, pass_, seed, data.captions))
+        timesteps.append(draw_sample_timestep(key, pass_, seed, data.diffusion))
     chunks = tokenize_captions(captions, data.tokenizers, data.captions.max_token_length)
-    offset = data.diffusion.noise_offset
-    for place, (key, pass_) in enumerate(named):
-        noise[place] = draw_sample_noise(shape, key, pass_, seed, offset)
-    timesteps = [draw_sample_timestep(key, pass_, seed, data.diffusion) for key, pass_ in named]
     return Batch(
-        keys=[key for key, _ in named],
+        keys=[record["key"] for record in records],
         raw_latents=torch.from_numpy(raw_latents),
         noise=torch.from_numpy(noise),
         timesteps=torch.tensor(timesteps, dtype=torch.int64),

@@ -120,14 +120,10 @@ def resolve_percentiles(rules: CaptionsConfig, table: pa.Table) -> CaptionsConfi
     for rule in sorted(rules.quality, key=lambda rule: -(rule.above_percentile or 0)):
         for rating in RATING_GROUPS if rule.rating is None else (rule.rating,):
             own = scores[has_score & (ratings == rating)]
-            if len(own):
-                resolved.append(dataclasses.replace(resolve_rule(rule, own), rating=cast(Any, rating)))
+            if not len(own):
+                continue
+            least = rule.min_score
+            if rule.above_percentile is not None:
+                least = int(np.percentile(own, rule.above_percentile, method="inverted_cdf")) + 1
+            resolved.append(QualityRule(rule.tag, least, rating=cast(Any, rating)))
     return dataclasses.replace(rules, quality=resolved)
-
-
-def resolve_rule(rule: QualityRule, scores: np.ndarray) -> QualityRule:
-    """One rule over the scores of one rating."""
-    if rule.above_percentile is None:
-        return rule
-    limit = int(np.percentile(scores, rule.above_percentile, method="inverted_cdf"))
-    return dataclasses.replace(rule, min_score=limit + 1, above_percentile=None)

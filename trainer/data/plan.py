@@ -156,11 +156,8 @@ class Plan:
 
     def step_samples(self, step: int) -> list[Planned]:
         """All samples of a step in the order of their position in the global batch."""
-        return [
-            Planned(row, pass_, number * self.unit_size + i, unit)
-            for number, unit in enumerate(self.step_units(step))
-            for i, (row, pass_) in enumerate(self.unit_samples(unit))
-        ]
+        units = range(self.units_per_step)
+        return [sample for number in units for sample in self.micro_batch(step, number, self.unit_size)]
 
     def micro_batch(self, step: int, number: int, size: int) -> list[Planned]:
         """Samples ``number * size`` .. of a step; ``size`` divides the unit, so they share a bucket."""

@@ -25,10 +25,7 @@ def iterate_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def find_exif(data: bytes) -> bytes | None:
     """The content of the eXIf chunk, which may follow the pixels: reading the header does not get there."""
-    for name, start, end in iterate_chunks(data):
-        if name == b"eXIf":
-            return data[start + 8 : end - 4]
-    return None
+    return next((data[start + 8 : end - 4] for name, start, end in iterate_chunks(data) if name == b"eXIf"), None)
 
 
 def leave_out_text(data: bytes) -> bytes:
@@ -39,18 +36,14 @@ def leave_out_text(data: bytes) -> bytes:
     for name, start, end in iterate_chunks(data):
         if name not in NO_PIXELS:
             continue
-        size = inflated_size(name, data[start + 8 : end - 4]) if orients(data, name, start) else None
-        if size is not None and size <= left:
-            left -= size
-            continue
+        if name != b"iCCP" and any(data.startswith(word + b"\0", start + 8) for word in ORIENTING):
+            size = inflated_size(name, data[start + 8 : end - 4])
+            if size <= left:
+                left -= size
+                continue
         parts.append(data[kept_to:start])
         kept_to = end
     return b"".join([*parts, data[kept_to:]]) if parts else data
-
-
-def orients(data: bytes, name: bytes, start: int) -> bool:
-    """Whether a text may say the orientation."""
-    return name != b"iCCP" and any(data.startswith(word + b"\0", start + 8) for word in ORIENTING)
 
 
 def inflated_size(name: bytes, content: bytes) -> int:
