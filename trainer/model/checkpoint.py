@@ -67,9 +67,9 @@ def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "
     path = Path(reference)
     alone = len(path.parts) == 1 and not path.exists()
     home = (run if alone else None) or (path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path.parent)
-    for folder in (path, path.parent if path.name in FILES else path):
-        if (folder / STATE_FILE).is_file():
-            return folder
+    folder = path.parent if path.name in FILES else path
+    if (folder / STATE_FILE).is_file():
+        return folder
     if not path.exists():
         found = find_newest(home) if path.name in NEWEST else None
         if step := re.fullmatch(r"(?:step-)?(\d+)", path.name):
@@ -151,20 +151,14 @@ def restore_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer)
     tensors = load_file(checkpoint / MODEL_FILE)
     check_finite(tensors, str(checkpoint / MODEL_FILE), OLDER)
     load_trained(model, tensors)
-    states: dict[str, dict[str, Any]] = {}
-    for key, value in read_optimizer_state(checkpoint / OPTIMIZER_FILE):
-        name, _, state = key.rpartition(".")
-        states.setdefault(name, {})[state] = value
-    floats = {
-        f"{name}.{state}": value
-        for name, own in states.items()
-        for state, value in own.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
+    states = dict(read_optimizer_state(checkpoint / OPTIMIZER_FILE))
+    floats = {name: value for name, value in states.items() if isinstance(value, Tensor) and value.is_floating_point()}
     check_finite(floats, str(checkpoint / OPTIMIZER_FILE), OLDER)
+    parameters = trained_parameters(model)
     moved: dict[int, Tensor] = {}  # what was shared stays shared
-    for name, parameter in trained_parameters(model).items():
-        for state, value in states.get(name, {}).items():
+    for key, value in states.items():
+        name, _, state = key.rpartition(".")
+        if (parameter := parameters.get(name)) is not None:
             if isinstance(value, Tensor):
                 value = moved.setdefault(id(value), value.to(parameter.device, copy=True))
             optimizer.state[parameter][state] = value

@@ -32,12 +32,20 @@ def find_export(run: Path, step: int | None = None) -> Path:
     """A run's exported diffusers folder, ``export/<run>-step-XXXXXXXX-<dtype>``, of a step, or else of its newest.
 
     Raises:
-        UserError: when there is none, or the step was exported in several dtypes.
+        UserError: when there is none, with the command that makes one and what there is; or when the step was exported
+            in several dtypes.
     """
     here = list_exports(run)
     folders = [path for path in here if path.is_dir() and step in (None, export_step(path))]
     if not folders:
-        raise UserError(explain_no_export(run, step, here))
+        checkpoint = run / CHECKPOINTS_FOLDER / checkpoint_name(step) if step is not None else None
+        what = (
+            f"{run} is a run without an exported diffusers folder"
+            if checkpoint is None
+            else f"{checkpoint} is a checkpoint, which holds trained parameters only, and that step was not exported"
+        )
+        listed = f"; exported are: {', '.join(map(str, here))}" if here else ""
+        raise UserError(f"{what}: python scripts/export.py {checkpoint or run}{listed}")
     newest = [path for path in folders if export_step(path) == export_step(folders[-1])]
     if len(newest) > 1:
         which = "its newest step" if step is None else f"step {step}"
@@ -53,18 +61,6 @@ def find_recorded(pretrained: Path, reference: str) -> Path | None:
     run = find_run(pretrained)
     export = None if run is None else run[0] / EXPORT_FOLDER / Path(reference).name
     return export if export is not None and (export / MODEL_INDEX_FILE).is_file() else None
-
-
-def explain_no_export(run: Path, step: int | None, here: list[Path]) -> str:
-    """Why a run, or a checkpoint of it, is no model yet, with the command that makes one and what there is."""
-    checkpoint = run / CHECKPOINTS_FOLDER / checkpoint_name(step) if step is not None else None
-    what = (
-        f"{run} is a run without an exported diffusers folder"
-        if checkpoint is None
-        else f"{checkpoint} is a checkpoint, which holds trained parameters only, and that step was not exported"
-    )
-    listed = f"; exported are: {', '.join(map(str, here))}" if here else ""
-    return f"{what}: python scripts/export.py {checkpoint or run}{listed}"
 
 
 def list_exports(run: Path) -> list[Path]:

@@ -42,7 +42,12 @@ def fetch(
         raise UserError(f"{key}: {reference} does not exist, and is not a hub id (owner/name) either{hint}")
     try:
         names = [file.rfilename for file in HfApi().model_info(reference, revision=revision).siblings or []]
-        refuse_single_files(reference, key, names, folders)
+        if "unet" in folders and MODEL_INDEX_FILE not in names:
+            files = sorted(name for name in names if name.endswith(".safetensors"))
+            has = f"it holds {', '.join(files[:6])}: download one and name the file" if files else "it holds no weights"
+            raise UserError(
+                f"{key}: {reference} is not a model in diffusers layout (model_index.json is missing); {has}"
+            )
         return Path(snapshot_download(reference, revision=revision, allow_patterns=choose_files(names, folders)))
     except HUB_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
@@ -57,14 +62,6 @@ def fetch(
             f"not be fetched from the hub: {reason}"
         )
     return cached
-
-
-def refuse_single_files(reference: str, key: str, names: Sequence[str], folders: Sequence[str]) -> None:
-    """Refuse a repository that holds no diffusers folder, naming the files that may be what is meant."""
-    files = sorted(name for name in names if name.endswith(".safetensors"))
-    if "unet" in folders and MODEL_INDEX_FILE not in names:
-        what = f"it holds {', '.join(files[:6])}: download one and name the file" if files else "it holds no weights"
-        raise UserError(f"{key}: {reference} is not a model in diffusers layout (model_index.json is missing); {what}")
 
 
 def find_absent(snapshot: Path, folders: Sequence[str]) -> list[str]:
@@ -89,12 +86,10 @@ def choose_files(names: list[str], folders: Sequence[str] = tuple(STEMS)) -> lis
     if folders:  # of the parts whose weights are not needed the configs, which say what the model is
         chosen += [name for name in names if re.fullmatch(r"(unet|vae|text_encoder(_2)?)/config\.json", name)]
     for folder in folders:
-        prefix = f"{folder}/" if folder else ""
-        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        inside = [name for name in inside if "/" not in name]
-        weights = pick_weights(inside, STEMS[folder or "vae"])
-        kept = [name for name in inside if name == COMPONENT_FILE or name in weights or is_shard(name, weights)]
-        chosen += [prefix + name for name in kept]
+        inside = {Path(name).name: name for name in names if Path(name).parent == Path(folder)}
+        weights = pick_weights(list(inside), STEMS[folder or "vae"])
+        needed = [name for name in inside if name in (COMPONENT_FILE, *weights) or is_shard(name, weights)]
+        chosen += [inside[name] for name in needed]
     return sorted(set(chosen))
 
 

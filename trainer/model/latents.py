@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer.core.errors import UserError
@@ -110,20 +109,22 @@ def find_other_numbers(before: Mapping[str, Any], now: LatentScale) -> str | Non
 
 def scale_latents(raw_latents: Tensor, scale: LatentScale) -> Tensor:
     """Raw latents -> what the UNet sees, (B, 4, H/8, W/8) or (4, H/8, W/8)."""
-    if scale.latents_mean is not None and scale.latents_std is not None:
-        mean, std = by_channel(scale.latents_mean, raw_latents), by_channel(scale.latents_std, raw_latents)
-        return (raw_latents - mean) * scale.scaling_factor / std
-    return (raw_latents - scale.shift_factor) * scale.scaling_factor
+    center, spread = center_and_spread(scale, raw_latents)
+    return (raw_latents - center) * scale.scaling_factor / spread
 
 
 def unscale_latents(latents: Tensor, scale: LatentScale) -> Tensor:
     """The inverse of ``scale_latents``."""
-    if scale.latents_mean is not None and scale.latents_std is not None:
-        mean, std = by_channel(scale.latents_mean, latents), by_channel(scale.latents_std, latents)
-        return latents * std / scale.scaling_factor + mean
-    return latents / scale.scaling_factor + scale.shift_factor
+    center, spread = center_and_spread(scale, latents)
+    return latents * spread / scale.scaling_factor + center
 
 
-def by_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """(4, 1, 1), on the device and in the dtype of ``like``."""
-    return torch.tensor(numbers, device=like.device, dtype=like.dtype)[:, None, None]
+def center_and_spread(scale: LatentScale, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    """Mean and standard deviation of each channel, (4, 1, 1), on the device and in the dtype of ``like``.
+
+    Without these the shift of all, and 1.
+    """
+    if scale.latents_mean is None or scale.latents_std is None:
+        return scale.shift_factor, 1.0
+    mean, std = like.new_tensor(scale.latents_mean), like.new_tensor(scale.latents_std)
+    return mean[:, None, None], std[:, None, None]

@@ -68,7 +68,8 @@ def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memor
         if memory.gradient_checkpointing and (trained or part == "unet"):
             checkpoint_activations(parts[part])
     sdxl = SDXL(**parts)
-    freeze_unused_layers(sdxl.text_encoder_1)
+    for layer in unused_layers(sdxl.text_encoder_1):  # they get no gradient, and DDP fails on such parameters
+        layer.requires_grad_(False)
     use_attention(sdxl.unet, model.attention)
     if model.compile:
         # block by block with free sizes: whole, the UNet would be compiled anew for each of 33 buckets
@@ -144,14 +145,8 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def freeze_unused_layers(text_encoder_1: nn.Module) -> None:
-    """Freeze encoder 1's last layer and final norm: they get no gradient, and DDP fails on such parameters."""
-    for module in unused_layers(text_encoder_1):
-        module.requires_grad_(False)
-
-
 def unused_layers(text_encoder_1: Any) -> Iterator[nn.Module]:
-    """The layers after the hidden state that SDXL uses: 7,089,408 parameters in full SDXL."""
+    """The last layer and the final norm, after the hidden state that SDXL uses: 7,089,408 parameters in full SDXL."""
     inner = getattr(text_encoder_1, "text_model", text_encoder_1)  # transformers 4 has one more level
     yield inner.encoder.layers[-1]
     yield inner.final_layer_norm

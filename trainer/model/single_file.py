@@ -27,6 +27,7 @@ NAME_PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
     "vae": "first_stage_model.",
 }
+JOINED = ("in_proj_weight", "in_proj_bias")  # OpenCLIP's q, k and v
 POSITION_IDS = "text_model.embeddings.position_ids"
 LOGIT_SCALE = 4.6052  # ln 100, CLIP's ceiling: what OpenCLIP's bigG and hence Stability's files hold
 
@@ -78,23 +79,22 @@ def read_component(
     names = tensor_names(component, config)
     present = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
     wanted = set(names.values())
-    check_names(
-        component,
-        wanted,
-        {name for name in present if name in wanted or not is_extra(NAME_PREFIXES[component] + name)},
-    )
+    strange = {name for name in present - wanted if not is_extra(NAME_PREFIXES[component] + name)}
+    check_names(component, wanted, present & wanted | strange)
     part: State = {}
     for name, single in names.items():
-        if component == "text_encoder_2" and ".self_attn." in name and ".out_proj." not in name:
-            continue  # they stand joined, below
+        if name in part:
+            continue  # k and v, which came with q
         tensor = state[prefix + single]
+        if single.endswith(JOINED):
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                part[name.replace("q_proj", f"{letter}_proj")] = third.clone()  # each with memory of its own
+            continue
         if name == "text_projection.weight":
             tensor = tensor.t().contiguous()  # (hidden, projection) -> nn.Linear's (projection, hidden)
         elif component == "vae" and is_attention_matrix(name):
             tensor = tensor.reshape(tensor.shape[:2])  # (C, C, 1, 1) -> (C, C)
         part[name] = tensor
-    if component == "text_encoder_2":
-        part |= split_attention(state, names, prefix)
     return {name: part[name] for name in names}
 
 
@@ -107,7 +107,7 @@ def write_component(
         tensor = part[name]
         if single in state:
             continue  # k and v, which were joined to q
-        if single.endswith(("in_proj_weight", "in_proj_bias")):
+        if single.endswith(JOINED):
             tensor = torch.cat([part[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])  # (3 C, C), (3 C)
         elif name == "text_projection.weight":
             tensor = tensor.t().contiguous()
@@ -120,16 +120,6 @@ def write_component(
     if component == "text_encoder_2":
         state["logit_scale"] = state["positional_embedding"].new_full((), LOGIT_SCALE)
     return {NAME_PREFIXES[component] + single: tensor for single, tensor in state.items()}
-
-
-def split_attention(state: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> State:
-    """OpenCLIP's joined projections -> diffusers' q, k and v, each with memory of its own."""
-    part: State = {}
-    for name, single in names.items():
-        if ".q_proj." in name:
-            for letter, tensor in zip("qkv", state[prefix + single].chunk(3), strict=True):
-                part[name.replace("q_proj", f"{letter}_proj")] = tensor.clone()
-    return part
 
 
 def check_names(what: str, wanted: Collection[str], present: Collection[str]) -> None:
