@@ -14,8 +14,17 @@ import sys
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
-from trainer.sample.pictures import CARD_SIZES, check_sampling, plan_pictures, read_prompts, read_size
-from trainer.sample.prompts import OF_COMMAND, check_prompts, read_negative, read_seed
+from trainer.sample.pictures import (
+    CARD_SIZES,
+    OF_COMMAND,
+    check_prompts,
+    check_sampling,
+    plan_pictures,
+    read_negative,
+    read_prompts,
+    read_seed,
+    read_size,
+)
 
 
 def parse() -> argparse.Namespace:

@@ -28,12 +28,9 @@ def draw(seed: int, export: Path, prompts: list[str], sizes: list[tuple[int, int
     # guidance 1: a model made from nothing without caption dropout has no unconditional branch
     sampling = SamplingConfig(guidance_scale=1.0)
     return [
-        draw_image(
-            model.pipeline, model.sdxl, model.tokenizers, prompt, sampling, size=size, seed=(seed, number),
-            max_token_length=model.max_token_length, compute=model.compute,
-        )
+        draw_image(model, prompt, sampling, size=size, seed=(seed, number))
         for number, (prompt, size) in enumerate(zip(prompts, sizes, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def newest_export(run: Path) -> Path:

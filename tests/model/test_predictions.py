@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from support.tiny_model import TINY, random_parts, write_folder
 from trainer.config.schema import DiffusionConfig
 from trainer.core.errors import UserError
-from trainer.model.base import CONFIGS_KEY, find_base, read_config
-from trainer.model.base_facts import read_predictions
+from trainer.model.base import CONFIGS_KEY, find_base, read_config, read_predictions
 from trainer.model.diffusion import Prediction, check_prediction
 from trainer.model.single_file import to_single_file
 

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from support.tiny_model import TINY, random_parts, write_folder
 from trainer.core.errors import UserError
-from trainer.model.base import find_base, read_state
-from trainer.model.base_facts import note_weights
+from trainer.model.base import find_base, note_weights, read_state
 from trainer.model.single_file import NAME_PREFIXES, to_single_file
 
 PARTS = random_parts(seed=4)

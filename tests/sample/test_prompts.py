@@ -10,8 +10,7 @@ import pytest
 from support.paths import REPOSITORY
 from trainer.config.schema import NEGATIVE_PROMPT, Config, SamplingConfig
 from trainer.core.errors import UserError
-from trainer.sample.pictures import read_samples
-from trainer.sample.prompts import OF_COMMAND, check_config_prompts, check_prompts
+from trainer.sample.pictures import OF_COMMAND, check_config_prompts, check_prompts, read_samples
 from trainer.train.launch import build_accelerator, open_inputs
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from trainer.train import metrics
 from trainer.train.launch import build_accelerator
 from trainer.train.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
 from trainer.train.progress import Progress, flatten_values
+from trainer.train.run import Resumed
 from trainer.train.step import StepResult
 
 
@@ -128,11 +130,16 @@ def result(step: int, skipped: bool, **changes: Any) -> StepResult:
 
 @pytest.fixture
 def progress(make_config: Callable[..., Config], tmp_path: Path) -> Progress:
-    config = make_config("precision.max_skipped_steps=3", "logging.every_steps=1")
-    return Progress(
-        config, build_accelerator(config), tmp_path, attempt=1, tracker_run_id="", plan=PLAN, fork=None, first=0,
-        last=99, skipped={"all": 10, "in_a_row": 1}, flops_per_sample=2.0, peak_flops=8.0,
+    config = make_config(
+        f"run.output_dir={tmp_path.parent}", f"run.name={tmp_path.name}", "precision.max_skipped_steps=3",
+        "logging.every_steps=1",
     )  # fmt: skip
+    resumed = Resumed(tmp_path, {"step": 0, "skipped_steps": {"all": 10, "in_a_row": 1}}, None)
+    inputs = SimpleNamespace(
+        config=config, accelerator=build_accelerator(config), resumed=resumed, data=SimpleNamespace(plan=PLAN),
+        first=0, last=99, fork=None,
+    )  # fmt: skip
+    return Progress(inputs, 1, "", flops_per_sample=2.0, peak_flops=8.0)  # type: ignore[arg-type]
 
 
 def test_skips_are_counted_shown_and_stop_the_run_when_there_are_too_many(progress: Progress, tmp_path: Path) -> None:

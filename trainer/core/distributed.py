@@ -77,3 +77,8 @@ def choose_device() -> torch.device:
     if number >= gpus:
         raise UserError(f"this machine has {gpus} GPU(s), and more processes were started: lower --num_processes")
     return torch.device("cuda", number)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, such as "NVIDIA A100-SXM4-80GB", or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -20,7 +20,7 @@ from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
-from trainer.model.diffusion import Prediction, file_predictions, write_scheduler
+from trainer.model.diffusion import SILENT, Prediction, file_predictions, scheduler_prediction, write_scheduler
 from trainer.model.exports import find_export, find_run, suggest_exports
 from trainer.model.hub import STEMS, fetch, find_cached, find_weights, read_json, refuse_pickled
 from trainer.model.latents import LatentScale, check_vae_config
@@ -108,8 +108,7 @@ def read_config(base: Base, component: str) -> dict[str, Any]:
     if base.path.is_dir():
         return read_json(base.path / config_file(component))
     file = LazyFile(base.path)
-    carried = json.loads(file.metadata.get(CONFIGS_KEY, "{}"))
-    if component in carried:
+    if component in (carried := carried_configs(file)):
         return carried[component]
     config = read_sdxl_config(component)
     if component == "scheduler":
@@ -118,11 +117,53 @@ def read_config(base: Base, component: str) -> dict[str, Any]:
     return config
 
 
+def carried_configs(file: LazyFile) -> dict[str, Any]:
+    """The component configs in a single file of ours; none in others."""
+    return json.loads(file.metadata.get(CONFIGS_KEY, "{}"))
+
+
 def read_sdxl_config(component: str) -> dict[str, Any]:
     """SDXL base 1.0's own config, from the package."""
     return json.loads(
         (resources.files("trainer.model") / "assets/sdxl" / config_file(component)).read_text(encoding="utf-8")
     )
+
+
+def read_predictions(base: Base) -> dict[str, Prediction]:
+    """What a base says that it predicts, by where it says so, the strongest first; never empty.
+
+    Raises:
+        UserError: for a prediction or noise schedule of which nothing is known here.
+    """
+    try:
+        if base.path.is_dir():
+            return {f"by {config_file('scheduler')}": scheduler_prediction(read_config(base, "scheduler"))}
+        file = LazyFile(base.path)
+        said = file_predictions(file, file.metadata)
+        if "scheduler" in carried_configs(file):
+            said[f"by {CONFIGS_KEY}"] = scheduler_prediction(read_config(base, "scheduler"))
+        return said or {SILENT: Prediction()}
+    except UserError as error:
+        raise UserError(f"{base.reference}: {error}") from error
+
+
+def note_weights(base: Base) -> str | None:
+    """That weights are stored in fp8, which loads, but has lost what fp16 would hold; None where none are."""
+    paths = [base.path] if base.path.is_file() else [
+        path
+        for component in ("unet", "text_encoder", "text_encoder_2")
+        for path in find_weights(base.path / component, STEMS[component])
+    ]  # fmt: skip
+    parts = []
+    for path in paths:
+        file = LazyFile(path)
+        if count := sum(file.dtype(name).startswith("F8_") for name in file):
+            where = "the file" if path == base.path else path.relative_to(base.path).as_posix()
+            parts.append(f"{count} of {len(file)} tensors of {where}")
+    if not parts:
+        return None
+    lost = "with 3 or 2 bits of mantissa: prefer the model in fp16, bf16 or fp32"
+    return f"{base.reference}: {', '.join(parts)} are stored in fp8, {lost}"
 
 
 def read_state(base: Base, component: str) -> dict[str, Tensor]:
@@ -261,9 +302,21 @@ def find_vae(vae: str, revision: str | None) -> Path:
 
 
 def load_vae(vae: str, path: Path, config: dict[str, Any] | None) -> VaeWeights:
-    """A separate VAE; ``config`` is for a single file that carries none."""
+    """A separate VAE: of its own folder, of the vae/ of a whole model, or of a file in any of three namings.
+
+    ``config`` is for a file that carries none; without it SDXL's is taken.
+    """
     try:
-        config, state = read_vae_file(path, config) if path.is_file() else read_vae_folder(path)
+        if path.is_dir():
+            folder = path / "vae" if (path / "vae").is_dir() else path
+            config = read_json(folder / COMPONENT_FILE)
+            state = read_component_folder(folder, "vae", config)
+        else:
+            file = LazyFile(path)
+            config = carried_configs(file).get("vae") or config or read_sdxl_config("vae")
+            prefix = NAME_PREFIXES["vae"] if any(name.startswith(NAME_PREFIXES["vae"]) for name in file) else ""
+            as_diffusers = not prefix and any(".mid_block." in name for name in file)
+            state = normalise("vae", file, config) if as_diffusers else read_component("vae", file, config, prefix)
         check_finite(state, "the VAE")
         return VaeWeights(config, state, hash_tensors(state), check_vae_config(config))
     except UserError as error:
@@ -275,24 +328,6 @@ def has_vae(base: Base) -> bool:
     if base.path.is_dir():
         return (base.path / "vae").is_dir()
     return any(name.startswith(NAME_PREFIXES["vae"]) for name in LazyFile(base.path))
-
-
-def read_vae_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A VAE's config and tensors from its own folder, or from the vae/ of a whole model."""
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    config = read_json(folder / COMPONENT_FILE)
-    return config, read_component_folder(folder, "vae", config)
-
-
-def read_vae_file(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A VAE from a single file: its own config if it carries one, else ``config`` or SDXL's; any of three namings."""
-    file = LazyFile(path)
-    config = json.loads(file.metadata.get(CONFIGS_KEY, "{}")).get("vae") or config or read_sdxl_config("vae")
-    if any(name.startswith(NAME_PREFIXES["vae"]) for name in file):
-        return config, read_component("vae", file, config)
-    if any(".mid_block." in name for name in file):
-        return config, normalise("vae", file, config)
-    return config, read_component("vae", file, config, prefix="")
 
 
 def hash_tensors(state: Mapping[str, Tensor]) -> str:

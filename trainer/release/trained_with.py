@@ -6,8 +6,7 @@ from typing import Any
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.model.base import Base, VaeWeights
-from trainer.model.base_facts import read_predictions
+from trainer.model.base import Base, VaeWeights, read_predictions
 from trainer.model.diffusion import Prediction
 from trainer.model.latents import find_other_numbers
 

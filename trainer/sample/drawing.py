@@ -8,9 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,23 +22,23 @@ from trainer.config.schema import (
     PrecisionConfig,
     SamplingConfig,
 )
-from trainer.core.distributed import choose_device
+from trainer.core.distributed import choose_device, describe_device
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.core.layout import GRID_FILE, SUMS_FILE
-from trainer.data.tokens import TextTokenizer, load_tokenizers
+from trainer.data.tokens import load_tokenizers
 from trainer.model.base import (
     Base,
     find_base,
     find_tokenizers,
     has_vae,
     hash_base,
+    read_predictions,
     read_vae,
     read_vocab_sizes,
 )
-from trainer.model.base_facts import read_predictions
 from trainer.model.lineage import Lineage, read_lineage, read_versions
-from trainer.model.sdxl import DTYPES, SDXL, build_sdxl
+from trainer.model.sdxl import DTYPES, build_sdxl
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import (
     Picture,
@@ -52,7 +50,7 @@ from trainer.sample.pictures import (
     shrink,
     write_png,
 )
-from trainer.sample.sampling import build_pipeline, draw_image, make_grid
+from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,6 @@ class Source:
     tokenizers: tuple[Path, Path]
     diffusion: DiffusionConfig  # of it only what the model predicts, and whether to zero terminal SNR
     max_token_length: int
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model that can draw, and what its images say about it."""
-
-    sdxl: SDXL
-    pipeline: Any
-    tokenizers: tuple[TextTokenizer, TextTokenizer]
-    max_token_length: int
-    compute: torch.dtype
-    facts: dict[str, Any]
 
 
 def draw(
@@ -100,11 +86,8 @@ def draw(
         UserError: before anything is drawn, where a file lies that would be written.
     """
     several = len(sources) > 1
-    letters = [chr(ord("A") + number) for number in range(len(sources))]
-    paths = [
-        [out / file_name(number, picture, letter if several else "") for number, picture in enumerate(pictures)]
-        for letter in letters
-    ]
+    letters = [chr(ord("A") + number) for number in range(len(sources))] if several else [""]
+    paths = [[out / file_name(number, each, letter) for number, each in enumerate(pictures)] for letter in letters]
     refuse_existing([out / GRID_FILE, *(path for column in paths for path in column)])
     scale = grid_scale([picture.size for picture in pictures], len(sources))
     cells: list[list[tuple[Image.Image, str]]] = [[] for _ in pictures]  # a row for each picture
@@ -131,10 +114,7 @@ def draw_pictures(
     for note in find_cut_prompts(model, list(prompts)):
         tqdm.write(note, file=sys.stderr)
     for picture in pictures:
-        image = draw_image(
-            model.pipeline, model.sdxl, model.tokenizers, picture.prompt, sampling, size=picture.size,
-            seed=(picture.seed, 0), max_token_length=model.max_token_length, compute=model.compute,
-        )  # fmt: skip
+        image = draw_image(model, picture.prompt, sampling, size=picture.size, seed=(picture.seed, 0))
         yield image, describe_picture(picture, sampling, model.facts)
 
 
@@ -203,7 +183,7 @@ def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
             "max_token_length": source.max_token_length,
             "dtype": dtype,
             "vae_dtype": vae_dtype,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": describe_device(device),
             "versions": {"trainer": trainer.__version__, **read_versions()},
         },
     )

@@ -1,9 +1,13 @@
-"""What scripts/sample.py is to draw, and its files: prompts, sizes, seeds; PNGs that say how they were made."""
+"""What is to be drawn: prompts, sizes, seeds, settings; and its files: PNGs that say how they were made.
+
+Settings and words of prompts that would have no effect are refused, or named as the plain text that they are here.
+"""
 
 import json
 import math
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from trainer.config.schema import NUM_TIMESTEPS, SamplingConfig
+from trainer.config.schema import NEGATIVE_PROMPT, NUM_TIMESTEPS, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.core.layout import GRID_FILE
@@ -22,6 +26,28 @@ CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0
 )  # fmt: skip
 SAMPLE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.png")
 SAMPLE_CHUNKS = {"prompt", "negative_prompt", "settings"}  # the last is a JSON object
+# What sd-scripts reads at the end of a prompt, by what it is called here: on the command line, and in a config.
+OF_COMMAND = {
+    "n": "--negative", "w": "--size", "h": "--size", "d": "--seed", "l": "--guidance", "s": "--steps",
+}  # fmt: skip
+OF_CONFIG = {
+    "n": "sampling.negative_prompt", "w": "sampling.width", "h": "sampling.height", "d": "run.seed",
+    "l": "sampling.guidance_scale", "s": "sampling.num_inference_steps",
+}  # fmt: skip
+OPTION = re.compile(r"(?<!\S)--([A-Za-z]+)(?!\S)")
+SYNTAX = (  # of other programs
+    r"\([^()]*[^()\s]\s*:\s*-?(?:\d+\.?\d*|\.\d+)\s*\)",  # (smile:1.3), which (:3) is not
+    r"\(\([^()]+\)\)",
+    r"\[[^\[\]]*[:|][^\[\]]*\]",  # [cat:dog:0.5], [cat|dog]
+    r"<(?:lora|lyco|hypernet)[:\w][^<>]*>",
+    r"\bembedding:[^\s,]+",
+    r"(?<![A-Za-z])(?:BREAK|AND)(?![A-Za-z])",
+    r"\{[^{}]*\|[^{}]*\}",  # {red|blue} hair
+    r"(?<!\w)__[\w/-]+__(?!\w)",
+    r"\\[()]",  # parentheses are not escaped here
+)
+PLAIN = re.compile("|".join(SYNTAX))
+MAX_SHOWN_WORDS = 8
 GRID_PIXELS = 64_000_000  # a larger grid is shrunk: Pillow takes files of more than 89 million pixels for bombs
 
 
@@ -87,6 +113,74 @@ def check_sampling(sampling: SamplingConfig) -> None:
         raise UserError(
             f"--guidance {sampling.guidance_scale:g}: 1 is none, the card advises 5 to 7; less has no effect"
         )
+
+
+def check_config_prompts(sampling: SamplingConfig) -> str | None:
+    """What to say of the samples that are drawn while training; None where there is nothing to say.
+
+    Raises:
+        UserError: for settings without effect.
+    """
+    if sampling.guidance_scale == 1 and sampling.negative_prompt not in ("", NEGATIVE_PROMPT):
+        raise UserError("sampling.negative_prompt has no effect: sampling.guidance_scale is 1; set it to ''")
+    return check_prompts(sampling.prompts, sampling.negative_prompt, "sampling.prompts", OF_CONFIG)
+
+
+def check_prompts(prompts: Iterable[str], negative: str, where: str, options: Mapping[str, str]) -> str | None:
+    """One note of what in the prompts other programs take for more than text; None where there is nothing.
+
+    Args:
+        where: what messages call the prompts.
+        options: what sd-scripts' options of prompts are called here.
+
+    Raises:
+        UserError: for such options, which would be drawn as words.
+    """
+    texts = [*prompts, negative]
+    for text in texts:
+        if letters := dict.fromkeys(OPTION.findall(text)):
+            ways = [f"--{letter} is {options[letter]} here" for letter in letters if letter in options]
+            raise UserError(
+                f"{where}: {text[:60]!r} holds options of other programs, which would be read as words: "
+                f"{', '.join(f'--{letter}' for letter in letters)}. Take them out"
+                + (f"; {', '.join(ways)}" if ways else "")
+            )
+    found = list(dict.fromkeys(find_syntax(texts)))
+    if not found:
+        return None
+    more = f" and {len(found) - MAX_SHOWN_WORDS} more" if len(found) > MAX_SHOWN_WORDS else ""
+    return f"{where}: plain text here as in the captions, not a command: {'  '.join(found[:MAX_SHOWN_WORDS])}{more}"
+
+
+def find_syntax(texts: Iterable[str]) -> Iterator[str]:
+    """The parts of prompts that weigh, mix, split or load something in other programs."""
+    for text in texts:
+        for match in PLAIN.finditer(text):
+            yield match[0]
+
+
+def read_seed(seed: int) -> int:
+    """The seed of the first image; -1 asks for a random one.
+
+    Raises:
+        UserError: for other negative numbers.
+    """
+    if seed < -1:
+        raise UserError(f"--seed {seed}: a whole number from 0 on, or -1 for a random one")
+    return secrets.randbelow(2**31) if seed == -1 else seed
+
+
+def read_negative(given: str | None, sampling: SamplingConfig) -> str:
+    """The negative prompt; none at guidance 1, where it could have no effect.
+
+    Raises:
+        UserError: where one is given all the same.
+    """
+    if sampling.guidance_scale > 1:
+        return sampling.negative_prompt if given is None else given
+    if given:
+        raise UserError("--negative has no effect at --guidance 1: leave it out, or raise the guidance")
+    return ""
 
 
 def describe_picture(picture: Picture, sampling: SamplingConfig, facts: dict[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ more than 75 tokens are encoded as in training. All randomness comes from genera
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,65 +24,48 @@ from trainer.model.text import encode_prompts
 from trainer.model.vae import decode_latents
 
 
-def sample_images(
-    model: SDXL,
-    vae: Any,
-    tokenizers: tuple[TextTokenizer, TextTokenizer],
-    sampling: SamplingConfig,
-    diffusion: DiffusionConfig,
-    *,
-    size: tuple[int, int],
-    max_token_length: int,
-    seed: int,
-    compute: torch.dtype,
-    numbers: range,
-) -> dict[int, Image.Image]:
-    """Prompt number -> image, for the prompts in ``numbers``; ``size`` is (width, height).
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can draw, and what its images say about it."""
 
-    Each image is drawn by itself, so that it does not depend on which rank draws what.
-    """
-    pipeline = build_pipeline(model, vae, diffusion)
-    pipeline.set_progress_bar_config(disable=True)
-    return {
-        number: draw_image(
-            pipeline, model, tokenizers, sampling.prompts[number], sampling, size=size, seed=(seed, number),
-            max_token_length=max_token_length, compute=compute,
-        )
-        for number in numbers
-    }  # fmt: skip
+    sdxl: SDXL
+    pipeline: StableDiffusionXLPipeline
+    tokenizers: tuple[TextTokenizer, TextTokenizer]
+    max_token_length: int
+    compute: torch.dtype
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def build_pipeline(model: SDXL, vae: Any, diffusion: DiffusionConfig) -> StableDiffusionXLPipeline:
-    """Diffusers' pipeline without text encoders: it is given our prompt embeddings."""
+    """Diffusers' pipeline without text encoders: it is given our prompt embeddings.
+
+    Its sampler is Euler ancestral with SDXL's noise schedule, spaced as the published scheduler config has it.
+    """
+    published = {**SCHEDULE, "timestep_spacing": "leading", "steps_offset": 1}
+    scheduler = EulerAncestralDiscreteScheduler(**write_scheduler(published, trained_prediction(diffusion)))
     return StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=model.unet,
-        scheduler=build_scheduler(diffusion), add_watermarker=False,
+        scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def draw_image(
-    pipeline: StableDiffusionXLPipeline,
-    model: SDXL,
-    tokenizers: tuple[TextTokenizer, TextTokenizer],
-    prompt: str,
-    sampling: SamplingConfig,
-    *,
-    size: tuple[int, int],
-    seed: tuple[int, int],
-    max_token_length: int,
-    compute: torch.dtype,
+    model: LoadedModel, prompt: str, sampling: SamplingConfig, *, size: tuple[int, int], seed: tuple[int, int]
 ) -> Image.Image:
     """One image of (width, height) ``size``, a function of model, prompt, settings and the two numbers of ``seed``.
 
     Of ``sampling`` only the negative prompt, the steps and the guidance.
     """
-    device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
-        embeds, pooled = encode_texts(model, tokenizers, [prompt, sampling.negative_prompt], max_token_length)
+    device = next(model.sdxl.parameters()).device
+    with (
+        evaluating(model.sdxl),
+        torch.autocast(device.type, dtype=model.compute, enabled=model.compute != torch.float32),
+    ):
+        embeds, pooled = encode_texts(model, [prompt, sampling.negative_prompt])
         shape = (1, 4, size[1] // 8, size[0] // 8)
         noise = torch.from_numpy(rng("sample", *seed).standard_normal(shape, dtype=np.float32))
-        latents = pipeline(
+        latents = model.pipeline(
             prompt_embeds=embeds[:1], pooled_prompt_embeds=pooled[:1],
             negative_prompt_embeds=embeds[1:], negative_pooled_prompt_embeds=pooled[1:],
             num_inference_steps=sampling.num_inference_steps, guidance_scale=sampling.guidance_scale,
@@ -90,19 +74,16 @@ def draw_image(
             generator=torch.Generator().manual_seed(philox_key("sampler", *seed) & 0x7FFFFFFF),
         ).images  # fmt: skip
     # outside autocast: SDXL's own VAE overflows in fp16
-    return to_image(decode_latents(pipeline.vae, latents.float()))
+    pixels = decode_latents(model.pipeline.vae, latents.float())[0]  # (3, H, W) in [-1, 1]
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def encode_texts(
-    model: SDXL, tokenizers: tuple[TextTokenizer, TextTokenizer], texts: list[str], max_token_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_texts(model: LoadedModel, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt embeddings (B, 2 + 75 chunks, 2048) and pooled ones (B, 1280) of texts, encoded as in training."""
-    chunks = tokenize_captions(texts, tokenizers, max_token_length)
+    chunks = tokenize_captions(texts, model.tokenizers, model.max_token_length)
     arrays = (chunks.input_ids_1, chunks.input_ids_2, chunks.chunk_map)
-    device = next(model.parameters()).device
-    return encode_prompts(
-        model.text_encoder_1, model.text_encoder_2, *(torch.from_numpy(array).to(device) for array in arrays)
-    )
+    encoders, device = (model.sdxl.text_encoder_1, model.sdxl.text_encoder_2), next(model.sdxl.parameters()).device
+    return encode_prompts(*encoders, *(torch.from_numpy(array).to(device) for array in arrays))
 
 
 @contextmanager
@@ -115,18 +96,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def build_scheduler(diffusion: DiffusionConfig) -> EulerAncestralDiscreteScheduler:
-    """Euler ancestral with SDXL's noise schedule; spacing as the published scheduler config has it."""
-    published = {**SCHEDULE, "timestep_spacing": "leading", "steps_offset": 1}
-    return EulerAncestralDiscreteScheduler(**write_scheduler(published, trained_prediction(diffusion)))
-
-
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    """(1, 3, H, W) in [-1, 1] -> an RGB image."""
-    array = ((pixels[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)
 
 
 def make_grid(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:

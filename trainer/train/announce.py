@@ -12,31 +12,31 @@ from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
 from trainer.train.launch import RunInputs
-from trainer.train.resume import Resumed
 from trainer.train.run import run_path
 from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers, measure_checkpoint
 
 MAX_NAMED = 4  # buckets
 
 
-def describe_start(inputs: RunInputs, sdxl: nn.Module, resumed: Resumed | None, first: int, last: int) -> str:
-    """The run of steps ``first`` .. ``last`` - 1 in some lines, and its warnings."""
-    config, plan = inputs.config, inputs.data.plan
+def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
+    """The steps that this attempt is to make in some lines, and its warnings."""
+    config, plan, first, last, resumed = inputs.config, inputs.data.plan, inputs.first, inputs.last, inputs.resumed
     data, processes = config.data, inputs.accelerator.num_processes
-    micro_steps = data.global_batch_size // (data.micro_batch_size * processes)
     parameters = trained_parameters(sdxl)
     parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in parameters))
     size = measure_checkpoint(resumed.folder) if resumed else estimate_size(sdxl, config.optim.name)
     keep = config.checkpoint
     milestones = f" and those at multiples of {keep.keep_every_steps:,}" if keep.keep_every_steps else ""
-    own = resumed is not None and resumed.folder.parent.parent.resolve() == run_path(config).resolve()
-    begins = "a new run" if resumed is None else f"{'resumed from' if own else 'begins with'} {resumed.folder}"
+    begins = "a new run"
+    if resumed is not None:
+        own = resumed.folder.parent.parent.resolve() == run_path(config).resolve()
+        begins = f"{'resumed from' if own else 'begins with'} {resumed.folder}"
     rows = {
         "folder": f"{run_path(config)}, {begins}",
         "data": f"{inputs.facts['images']:,} images in {len(plan.buckets)} buckets, {data.shards}",
         "steps": f"{first:,} to {last:,}, epochs {plan.epochs_until(first):.2f} to {plan.epochs_until(last):.2f}",
         "batch": f"{data.global_batch_size} samples a step = {processes} process{'es' if processes > 1 else ''} "
-        f"x {data.micro_batch_size} in a micro-batch x {micro_steps} accumulated",
+        f"x {data.micro_batch_size} in a micro-batch x {inputs.data.per_step // processes} accumulated",
         "trained": f"{sum(value.numel() for value in parameters.values()):,} parameters of {parts}, "
         f"{config.precision.compute} over fp32 weights, on {inputs.accelerator.device.type}",
         "checkpoints": f"every {keep.every_steps:,} steps and at the end, the last {keep.keep_last}{milestones} kept, "
@@ -44,7 +44,7 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module, resumed: Resumed | None, 
     }
     lines = [f"{config.run.name}, stage {config.run.stage}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
     warnings = [*warn_of_data(plan, inputs.facts["images"], data.global_batch_size, last)]
-    warnings += warn_of_disk(inputs, size, first, last)
+    warnings += warn_of_disk(inputs, size)
     return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
 
 
@@ -65,11 +65,12 @@ def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str
         yield f"the run ends at {epochs:.2f} of its first epoch: some images may never be seen"
 
 
-def warn_of_disk(inputs: RunInputs, size: int, first: int, last: int) -> Iterator[str]:
-    """Whether the checkpoints to come fit."""
+def warn_of_disk(inputs: RunInputs, size: int) -> Iterator[str]:
+    """Whether the checkpoints to come fit; ``size`` is that of one, in bytes."""
     keep, folder = inputs.config.checkpoint, run_path(inputs.config) / CHECKPOINTS_FOLDER
     existing = [step_of(path) for path in list_checkpoints(folder)]
-    coming = sorted({*range(first - first % keep.every_steps + keep.every_steps, last + 1, keep.every_steps), last})
+    steps = range(inputs.first + 1, inputs.last + 1)
+    coming = [step for step in steps if step % keep.every_steps == 0 or step == inputs.last]
     more = count_more_checkpoints(existing, coming, keep.keep_last, keep.keep_every_steps)
     free = free_bytes(folder) + sum(measure_checkpoint(path) for path in find_leftovers(folder))
     if more * size > free:
@@ -80,18 +81,15 @@ def warn_of_disk(inputs: RunInputs, size: int, first: int, last: int) -> Iterato
         )
 
 
-def describe_end(inputs: RunInputs, first: int, made: int, last: int, seconds: float, skipped: int) -> str:
+def describe_end(inputs: RunInputs, made: int, seconds: float, skipped: int) -> str:
     """What has been made, where it lies, and what comes next."""
-    path, plan = run_path(inputs.config), inputs.data.plan
+    path, plan, last = run_path(inputs.config), inputs.data.plan, inputs.last
     took = datetime.timedelta(seconds=round(seconds))
     state = "all" if made == last else f"stopped at step {made:,}; the same command resumes there"
     withheld = f", {skipped:,} of all skipped by loss scaling" if skipped else ""
-    return "\n".join(
-        [
-            f"{inputs.config.run.name}: {made - first:,} steps in {took}, {made:,} of {last:,} made ({state}), "
-            f"{plan.epochs_until(made):.2f} epochs{withheld}",
-            describe_last(path),
-        ]
+    return (
+        f"{inputs.config.run.name}: {made - inputs.first:,} steps in {took}, {made:,} of {last:,} made ({state}), "
+        f"{plan.epochs_until(made):.2f} epochs{withheld}\n{describe_last(path)}"
     )
 
 

@@ -27,17 +27,25 @@ from trainer.core.errors import UserError
 from trainer.data.index import Index, open_index
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
-from trainer.data.plan import Plan, build_plan
+from trainer.data.plan import build_plan
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
-from trainer.model.base import Base, VaeWeights, find_base, find_tokenizers, hash_base, read_vae, read_vocab_sizes
-from trainer.model.base_facts import note_weights, read_predictions
-from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
+from trainer.model.base import (
+    Base,
+    VaeWeights,
+    find_base,
+    find_tokenizers,
+    hash_base,
+    note_weights,
+    read_predictions,
+    read_vae,
+    read_vocab_sizes,
+)
 from trainer.model.diffusion import check_prediction
 from trainer.model.exports import find_recorded
 from trainer.model.latents import describe_numbers, find_other_numbers
 from trainer.model.lineage import describe_software, read_lineage
-from trainer.sample.prompts import check_config_prompts
-from trainer.train.run import run_path
+from trainer.sample.pictures import check_config_prompts
+from trainer.train.run import Resumed, find_resumed, run_path
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,32 @@ class RunInputs:
 
     config: Config
     accelerator: Accelerator
+    resumed: Resumed | None  # found, but not checked yet; None where the run begins from the base
     data: MicroBatches
     base: Base
     vae: VaeWeights
     facts: dict[str, Any]  # what a checkpoint records of its inputs, and a resume compares
     fixed: dict[str, Any]  # the config's values that a resume may not change, see config.fixed
     software: dict[str, Any]  # commit and versions of what runs here: on the disk they may change under a long run
+
+    @property
+    def first(self) -> int:
+        """The step with which this attempt begins."""
+        return self.resumed.state["step"] if self.resumed else 0
+
+    @property
+    def last(self) -> int:
+        """Optimizer steps of the whole run."""
+        schedule = self.config.schedule
+        if schedule.max_steps is not None:
+            return schedule.max_steps
+        assert schedule.epochs is not None
+        return self.data.plan.steps_for_epochs(schedule.epochs)
+
+    @property
+    def fork(self) -> dict[str, Any] | None:
+        """The run that this one branched off, see Resumed."""
+        return self.resumed.fork if self.resumed else None
 
 
 OTHER_MODES = {  # environment variable -> what it switches on; accelerate launch sets them, from its own config too
@@ -175,12 +203,12 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     Raises:
         UserError: for missing or damaged files, latents that another VAE made, or settings of samples without effect.
     """
-    software = describe_software()
+    software, resumed = describe_software(), find_resumed(config)
     if note := check_config_prompts(config.sampling):
         accelerator.print(note)
     index = open_index(config.data.shards)
     with accelerator.main_process_first():  # one process downloads, the others find it there
-        base = find_start(config)
+        base = find_first_base(config, resumed)
         prediction = check_prediction(base.reference, read_predictions(base), config.diffusion)
         if note := note_weights(base):
             accelerator.print(f"note: {note}")
@@ -207,59 +235,37 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         "images": len(index),
     }
     plan = build_plan(index, config.run.seed, config.data)
-    thresholds = run_thresholds(config, index, base_facts["lineage"])
+    thresholds = run_thresholds(config, index, resumed, base_facts["lineage"])
     if thresholds.source:
         advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
         advice = advice if thresholds.source == OWN_SCORES else ""
         accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{advice}")
     facts["thresholds"] = thresholds.thresholds
     data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
-    return RunInputs(config, accelerator, data, base, vae, facts, describe_fixed(config), software)
+    return RunInputs(config, accelerator, resumed, data, base, vae, facts, describe_fixed(config), software)
 
 
-def find_chosen(config: Config) -> Path | None:
-    """The checkpoint that ``checkpoint.resume`` names; None where the run begins, from the base or as a fork.
-
-    Raises:
-        UserError: where it names none.
-    """
-    choice, path = config.checkpoint.resume, run_path(config)
-    return find_newest(path) if choice in ("auto", "never") else find_checkpoint(choice, path, key="checkpoint.resume")
-
-
-def read_resumed(config: Config) -> dict[str, Any] | None:
-    """What the checkpoint that this run resumes from says of itself; None where it begins."""
-    resumed = find_chosen(config)
-    return None if resumed is None else read_train_state(resumed)
-
-
-def read_fork(config: Config) -> dict[str, Any] | None:
-    """What the checkpoint that this run branches off says of itself; None where it is no fork."""
-    fork = config.checkpoint.fork
-    return None if fork is None else read_train_state(find_checkpoint(fork, key="checkpoint.fork"))
-
-
-def run_thresholds(config: Config, index: Index, base: dict[str, Any] | None) -> Resolved:
+def run_thresholds(config: Config, index: Index, resumed: Resumed | None, base: dict[str, Any] | None) -> Resolved:
     """The run's caption rules by score; a checkpoint of version 0.2.0 had those of its set.
 
     What a fork branches off stands in for the base: it comes after it.
     """
-    state, own = read_resumed(config), None
-    if state is not None:
-        own = state.get("thresholds", resolve_anew(config.captions, index.table, "").thresholds)
-    before = read_fork(config) or base or {}
+    own, before = None, base or {}
+    if resumed is not None and resumed.begins_fork:
+        before = resumed.state
+    elif resumed is not None:
+        own = resumed.state.get("thresholds", resolve_anew(config.captions, index.table, "").thresholds)
     return choose_thresholds(config.captions, index.table, own=own, base=before.get("thresholds"))
 
 
-def find_start(config: Config) -> Base:
+def find_first_base(config: Config, resumed: Resumed | None) -> Base:
     """What ``model.pretrained`` names; for a resume or a fork what that run began with.
 
     A run's folder means its newest export, a hub id without a revision the newest commit.
     """
-    state, pretrained = read_resumed(config) or read_fork(config), Path(config.model.pretrained).expanduser()
-    if state is None:
+    if resumed is None:
         return find_base(config.model.pretrained, config.model.revision, runs=Path(config.run.output_dir))
-    began = state["base"]
+    pretrained, began = Path(config.model.pretrained).expanduser(), resumed.state["base"]
     if (export := find_recorded(pretrained, began["reference"])) is not None:
         return find_base(str(export))
     same_id = not pretrained.exists() and began["reference"] == config.model.pretrained
@@ -282,11 +288,3 @@ def check_latents_made_by(shards: str, made_by: dict[str, Any], vae: VaeWeights)
             f"the latents in {shards} were made by a VAE with the same weights but other numbers in its config: "
             f"{differing}; set model.vae to a folder whose config.json has the former"
         )
-
-
-def total_steps(config: Config, plan: Plan) -> int:
-    """Optimizer steps of the whole run."""
-    if config.schedule.max_steps is not None:
-        return config.schedule.max_steps
-    assert config.schedule.epochs is not None
-    return plan.steps_for_epochs(config.schedule.epochs)

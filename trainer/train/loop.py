@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from trainer.config.schema import Config
+from trainer.core.distributed import describe_device
 from trainer.core.files import write_file
 from trainer.core.layout import CHECKPOINTS_FOLDER
 from trainer.data.loader import Batch, load_batches
@@ -24,13 +24,13 @@ from trainer.model.diffusion import alphas_cumprod
 from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
-from trainer.sample.sampling import make_grid, sample_images
+from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
 from trainer.train.announce import describe_end, describe_last, describe_start
-from trainer.train.launch import RunInputs, build_accelerator, open_inputs, total_steps
+from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.progress import Progress
-from trainer.train.resume import Resumed, find_resumed, restore_scaler
+from trainer.train.resume import check_resumed, restore_scaler
 from trainer.train.run import begin_attempt, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
@@ -44,20 +44,20 @@ def train(config: Config, check: bool = False) -> None:
     """
     inputs = open_inputs(config, build_accelerator(config))
     with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests() as stop_requested:
-        resumed = find_resumed(inputs)
-        first, last = resumed.step if resumed else 0, total_steps(config, inputs.data.plan)
+        check_resumed(inputs)
+        first, last = inputs.first, inputs.last
         if first >= last:
             say(inputs, f"{run_path(config)} has made all of its {last} steps; nothing to do")
             say(inputs, describe_last(run_path(config)))
             return
-        model, optimizer = load_model(inputs, resumed)
-        say(inputs, describe_start(inputs, unwrap(inputs, model), resumed, first, last))
+        model, optimizer = load_model(inputs)
+        say(inputs, describe_start(inputs, unwrap(inputs, model)))
         if check:
             say(inputs, f"checked: the run can start at step {first}; nothing was trained")
             return
-        run = build_run(inputs, model, optimizer, resumed, first, last)
+        run = build_run(inputs, model, optimizer)
         pending: StepResult | None = None
-        with run.progress, closing(start_loading(run, first, last)) as batches:
+        with run.progress, closing(start_loading(run)) as batches:
             for step in range(first, last):
                 set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
                 result = step_once(run, batches, step, stop_requested.is_set())
@@ -75,7 +75,7 @@ def train(config: Config, check: bool = False) -> None:
                         sample(run, made)
                 if stopping:
                     break
-        say(inputs, describe_end(inputs, first, made, last, run.progress.seconds, run.progress.skipped["all"]))
+        say(inputs, describe_end(inputs, made, run.progress.seconds, run.progress.skipped["all"]))
 
 
 def say(inputs: RunInputs, text: str) -> None:
@@ -98,7 +98,6 @@ class Run:
     objective: Objective
     progress: Progress
     tracker_run_id: str
-    fork: dict[str, Any] | None  # the run that this one branched off, see Resumed
 
     @property
     def sdxl(self) -> SDXL:
@@ -111,54 +110,49 @@ def unwrap(inputs: RunInputs, model: Any) -> SDXL:
     return inputs.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
 
 
-def load_model(inputs: RunInputs, resumed: Resumed | None) -> tuple[Any, Optimizer]:
+def load_model(inputs: RunInputs) -> tuple[Any, Optimizer]:
     """The model, under Accelerate's wrappers, and the optimizer, as the base or a checkpoint has them."""
     config, accelerator = inputs.config, inputs.accelerator
     model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
     sdxl = unwrap(inputs, model)
     optimizer = build_optimizer(sdxl, config.optim)
-    if resumed is not None:
-        restore_checkpoint(resumed.folder, sdxl, optimizer)
-        restore_scaler(accelerator.scaler, resumed.state["loss_scaler"])
+    if inputs.resumed is not None:
+        restore_checkpoint(inputs.resumed.folder, sdxl, optimizer)
+        restore_scaler(accelerator.scaler, inputs.resumed.state["loss_scaler"])
     return model, optimizer
 
 
-def build_run(
-    inputs: RunInputs, model: Any, optimizer: Optimizer, resumed: Resumed | None, first: int, last: int
-) -> Run:
-    """What reads the steps from ``first`` on; with it a new attempt is written down."""
+def build_run(inputs: RunInputs, model: Any, optimizer: Optimizer) -> Run:
+    """What makes and reads the steps of this attempt; with it the attempt is written down."""
     config, accelerator = inputs.config, inputs.accelerator
-    fork = resumed.fork if resumed else None
-    attempt, tracker_run_id = begin_attempt(
-        run_path(config), config, inputs.facts, first, write=accelerator.is_main_process,
-        processes=accelerator.num_processes, device=device_name(accelerator.device), software=inputs.software,
-        tracker_run_id=resumed.tracker_run_id if resumed else None,
-    )  # fmt: skip
-    peak = find_peak_flops(device_name(accelerator.device), config.precision.compute)
+    device = describe_device(accelerator.device)
+    attempt, tracker_run_id = 0, ""  # the trackers are the main process's too
+    if accelerator.is_main_process:
+        attempt, tracker_run_id = begin_attempt(
+            config, inputs.facts, inputs.resumed.tracker_run_id if inputs.resumed else None,
+            first_step=inputs.first, processes=accelerator.num_processes, device=device, **inputs.software,
+        )  # fmt: skip
+    peak = find_peak_flops(device, config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in COMPONENTS}
-    progress = Progress(
-        config, accelerator, run_path(config), attempt=attempt, tracker_run_id=tracker_run_id, plan=inputs.data.plan,
-        first=first, last=last, fork=fork, peak_flops=peak,
-        skipped=resumed.state["skipped_steps"] if resumed else {"all": 0, "in_a_row": 0},
-        flops_per_sample=training_flops(inputs.base, side, side, chunks, trained) if peak else None,
-    )  # fmt: skip
+    flops = training_flops(inputs.base, side, side, chunks, trained) if peak else None
+    progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
-    return Run(inputs, model, optimizer, objective, progress, tracker_run_id, fork)
+    return Run(inputs, model, optimizer, objective, progress, tracker_run_id)
 
 
-def start_loading(run: Run, first: int, last: int) -> Generator[Batch, None, None]:
+def start_loading(run: Run) -> Generator[Batch, None, None]:
     """This rank's batches; with several processes, DDP's gradient buckets are settled with the first of them."""
-    inputs, world = run.inputs, run.inputs.accelerator.num_processes
+    inputs, data = run.inputs, run.inputs.config.data
+    rank, world = inputs.accelerator.process_index, inputs.accelerator.num_processes
     batches = load_batches(
-        inputs.data, first_step=first, last_step=last, rank=inputs.accelerator.process_index, world=world,
-        threads=inputs.config.data.loader_threads, prefetch_factor=inputs.config.data.prefetch_factor,
+        inputs.data, first_step=inputs.first, last_step=inputs.last, rank=rank, world=world,
+        threads=data.loader_threads, prefetch_factor=data.prefetch_factor,
         pin_memory=inputs.accelerator.device.type == "cuda",
     )  # fmt: skip
     if world > 1:
-        micro_batches = inputs.config.data.global_batch_size // inputs.config.data.micro_batch_size
-        batch = inputs.data[first * micro_batches + inputs.accelerator.process_index]
+        batch = inputs.data[inputs.first * inputs.data.per_step + rank]
         settle_gradient_buckets(run.model, batch, run.objective, run.optimizer)
     return batches
 
@@ -166,7 +160,7 @@ def start_loading(run: Run, first: int, last: int) -> Generator[Batch, None, Non
 def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: bool) -> StepResult:
     """One optimizer step on all ranks."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
-    micro_steps = config.data.global_batch_size // (config.data.micro_batch_size * accelerator.num_processes)
+    micro_steps = run.inputs.data.per_step // accelerator.num_processes
     return training_step(
         run.model, islice(batches, micro_steps), run.optimizer, run.objective, step=step, micro_steps=micro_steps,
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler, stop_requested=stop_requested,
@@ -197,16 +191,9 @@ def save(run: Run, made: int) -> None:
             "loss_scaler": scaler_state(accelerator.scaler),
             "skipped_steps": run.progress.skipped,
             "tracker_run_id": run.tracker_run_id,
-            **({"fork": run.fork} if run.fork else {}),
+            **({"fork": run.inputs.fork} if run.inputs.fork else {}),
             "lineage": build_lineage(
-                config,
-                run.inputs.facts,
-                made,
-                fork=run.fork,
-                software=run.inputs.software,
-                started_at=work.started_at,
-                hours=work.hours,
-                hardware=work.hardware,
+                config, run.inputs.facts, made, fork=run.inputs.fork, software=run.inputs.software, **vars(work)
             ),
         }
         save_checkpoint(folder, run.sdxl, run.optimizer, state)
@@ -219,12 +206,16 @@ def sample(run: Run, made: int) -> None:
     config, accelerator = run.inputs.config, run.inputs.accelerator
     sampling, side = config.sampling, config.buckets.base_resolution
     vae = build_vae(run.inputs.vae.config, run.inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
+    pipeline = build_pipeline(run.sdxl, vae, config.diffusion)
+    pipeline.set_progress_bar_config(disable=True)
+    length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
+    model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
+    size = (sampling.width or side, sampling.height or side)
     numbers = range(accelerator.process_index, len(sampling.prompts), accelerator.num_processes)
-    own = sample_images(
-        run.sdxl, vae, run.inputs.data.tokenizers, sampling, config.diffusion, numbers=numbers,
-        size=(sampling.width or side, sampling.height or side), max_token_length=config.captions.max_token_length,
-        seed=config.run.seed, compute=DTYPES[config.precision.compute],
-    )  # fmt: skip
+    own = {  # each by itself, so that an image does not depend on which rank draws what
+        number: draw_image(model, sampling.prompts[number], sampling, size=size, seed=(config.run.seed, number))
+        for number in numbers
+    }
     images = dict(sorted(gather_object(list(own.items()))))
     if accelerator.is_main_process:
         grid = make_grid(list(images.values()), sampling.prompts, columns=min(4, len(images)))
@@ -232,11 +223,6 @@ def sample(run: Run, made: int) -> None:
         write_file(target, lambda path: grid.save(path, format="PNG"))
         run.progress.show_samples(grid, made)
     accelerator.wait_for_everyone()
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager

@@ -6,24 +6,22 @@ It stops for a non-finite loss, naming the samples, and for loss scaling that fi
 import contextlib
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.layout import METRICS_FILE
-from trainer.data.plan import Plan
 from trainer.model.lineage import count_samples
 from trainer.model.sdxl import COMPONENTS
+from trainer.train.launch import RunInputs
 from trainer.train.metrics import STEP_METRIC, MetricsFile, Window, memory_gb, tracker_settings
 from trainer.train.optim import lr_factor
+from trainer.train.run import run_path
 from trainer.train.step import StepResult
 
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
@@ -36,32 +34,27 @@ class Progress:
 
     def __init__(
         self,
-        config: Config,
-        accelerator: Accelerator,
-        path: Path,
-        *,
+        inputs: RunInputs,
         attempt: int,
         tracker_run_id: str,
-        plan: Plan,
-        first: int,
-        last: int,
-        skipped: dict[str, int],
-        fork: dict[str, Any] | None,
+        *,
         flops_per_sample: float | None,
         peak_flops: float | None,
     ):
-        self.config, self.accelerator, self.plan, self.last = config, accelerator, plan, last
+        self.inputs, self.config, self.accelerator = inputs, inputs.config, inputs.accelerator
+        skipped = inputs.resumed.state["skipped_steps"] if inputs.resumed else {"all": 0, "in_a_row": 0}
         self.skipped = dict(skipped)  # {"all": ..., "in_a_row": ...} updates that loss scaling withheld
-        self.fork = fork  # the run that this one branched off
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self.begun = time.perf_counter()
         self.attempt, self.window = attempt, Window(self.begun)
+        config, accelerator, path = self.config, self.accelerator, run_path(self.config)
         self.file = MetricsFile(path / METRICS_FILE, attempt) if accelerator.is_main_process else None
         self.bar = tqdm(
-            total=last, initial=first, desc=config.run.name, unit="step", disable=not accelerator.is_main_process
-        )
+            total=inputs.last, initial=inputs.first, desc=config.run.name, unit="step",
+            disable=not accelerator.is_main_process,
+        )  # fmt: skip
         if config.logging.trackers:
-            settings = tracker_settings(config.logging.trackers, tracker_run_id, config.run.name, path, first)
+            settings = tracker_settings(config.logging.trackers, tracker_run_id, config.run.name, path, inputs.first)
             accelerator.init_trackers(config.logging.project, flatten_values(config.written), settings)
             for tracker in accelerator.trackers:
                 if tracker.name == "wandb" and accelerator.is_main_process:
@@ -102,14 +95,14 @@ class Progress:
             shown |= {"scale": f"{result.loss_scale:g}", "skipped": str(self.skipped["all"])}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
-        if made % self.config.logging.every_steps == 0 or made == self.last:
+        if made % self.config.logging.every_steps == 0 or made == self.inputs.last:
             self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
         return bool(result.stop)
 
     def measure(self, result: StepResult, made: int, speed: float) -> dict[str, float | None]:
         """The metrics of a step; ``speed`` in images a second."""
-        factor = lr_factor(result.step, self.last, self.config.schedule)
+        factor = lr_factor(result.step, self.inputs.last, self.config.schedule)
         mfu = None
         if self.flops_per_sample and self.peak_flops:
             mfu = speed * self.flops_per_sample / (self.peak_flops * self.accelerator.num_processes)
@@ -123,8 +116,8 @@ class Progress:
             "perf/memory_gb": memory_gb(self.accelerator.device),
             "perf/checkpoint_seconds": self.window.seconds_of("checkpoint", result.launched),
             "perf/sample_seconds": self.window.seconds_of("sample", result.launched),
-            "progress/samples_seen": count_samples(made, self.config.data.global_batch_size, self.fork),
-            "progress/epoch": self.plan.epochs_until(made),
+            "progress/samples_seen": count_samples(made, self.config.data.global_batch_size, self.inputs.fork),
+            "progress/epoch": self.inputs.data.plan.epochs_until(made),
         }
         if result.loss_scale is not None:
             values |= {"train/loss_scale": result.loss_scale, "train/skipped_steps": self.skipped["all"]}

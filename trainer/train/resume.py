@@ -1,15 +1,14 @@
 """From which checkpoint a run resumes or forks, and what must be as it was: config, data, base, VAE and tokenizers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.core.errors import UserError
-from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state, verify_checkpoint
-from trainer.train.launch import RunInputs, find_chosen, total_steps
-from trainer.train.run import run_path
+from trainer.model.checkpoint import find_newest, step_of, verify_checkpoint
+from trainer.train.launch import RunInputs
+from trainer.train.run import Resumed, run_path
 
 # what a run reads is compared by hashes, so that where it lies is free
 GUARDED = (
@@ -30,64 +29,50 @@ FORK_REMEDY = "A fork keeps this: restore what it was, or start from an export o
 FORK_KEEPS = ("optim.name", "model.train_", "diffusion.")  # keys, by their beginnings, that make the state what it is
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run begins with: its own, or at first another run's."""
-
-    folder: Path
-    step: int
-    state: dict[str, Any]
-    fork: dict[str, Any] | None  # the run that this one branched off: run, step, samples_seen, lineage
-
-    @property
-    def tracker_run_id(self) -> str | None:
-        """The trackers' run to continue; None where this run begins as a fork."""
-        begins = self.fork is not None and self.fork["step"] == self.step
-        return None if begins else self.state["tracker_run_id"]
-
-
-def find_resumed(inputs: RunInputs) -> Resumed | None:
-    """The checkpoint that ``checkpoint.resume`` names, checked against this config and these data; None to begin.
+def check_resumed(inputs: RunInputs) -> None:
+    """Compare the checkpoint that this run begins with, if any, with this config and these data; its files with hashes.
 
     Raises:
         UserError: when resuming would not continue that run, or would overwrite another.
     """
-    choice, path = inputs.config.checkpoint.resume, run_path(inputs.config)
+    path, resumed = run_path(inputs.config), inputs.resumed
     newest = find_newest(path)
-    if choice == "never" and newest is not None:
+    if newest is not None and inputs.config.checkpoint.resume == "never":
         raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
-    chosen = find_chosen(inputs.config)
-    if chosen is None:
-        return None if inputs.config.checkpoint.fork is None else find_fork(inputs, inputs.config.checkpoint.fork)
-    state = read_train_state(chosen)
-    if newest is not None and read_train_state(newest)["step"] > state["step"]:
-        raise UserError(f"{path} has newer checkpoints than {chosen}; move them away, or choose another run.name")
-    check_config(chosen, state, inputs.fixed)
-    if "fixed" not in state and (unknown := find_interpolated(inputs.fixed["values"])):
-        inputs.accelerator.print(
-            f"{chosen} does not record the value of {', '.join(unknown)}: make sure that it is the same now"
-        )
-    check_inputs(chosen, state, inputs.facts, GUARDED, REMEDY)
-    verify(inputs, chosen)
-    return Resumed(chosen, state["step"], state, state.get("fork"))
+    if newest is not None and step_of(newest) > inputs.first:
+        begins = resumed.folder if resumed else "the base"
+        raise UserError(f"{path} has newer checkpoints than {begins}; move them away, or choose another run.name")
+    if resumed is None:
+        return
+    if resumed.begins_fork:
+        check_fork(inputs, resumed)
+    else:
+        check_config(resumed.folder, resumed.state, inputs.fixed)
+        if "fixed" not in resumed.state and (unknown := find_interpolated(inputs.fixed["values"])):
+            inputs.accelerator.print(
+                f"{resumed.folder} does not record the value of {', '.join(unknown)}: make sure that it is the same now"
+            )
+        check_inputs(resumed.folder, resumed.state, inputs.facts, GUARDED, REMEDY)
+    if inputs.accelerator.is_main_process:
+        verify_checkpoint(resumed.folder)
+    inputs.accelerator.wait_for_everyone()
 
 
-def find_fork(inputs: RunInputs, reference: str) -> Resumed:
-    """Another run's checkpoint, with whose weights, optimizer state and step this run begins.
+def check_fork(inputs: RunInputs, resumed: Resumed) -> None:
+    """Whether this run can begin with another's weights, optimizer state and step.
 
     Data, captions, rates and schedule may be other ones; what weights and optimizer state are made for may not.
 
     Raises:
-        UserError: where there is no checkpoint, where it is this run's own, or where this run could not continue it.
+        UserError: where the checkpoint is this run's own, or where this run could not continue it.
     """
-    config, folder = inputs.config, find_checkpoint(reference, key="checkpoint.fork")
-    state, last = read_train_state(folder), total_steps(config, inputs.data.plan)
-    if state["run"] == config.run.name:
+    folder, state = resumed.folder, resumed.state
+    if state["run"] == inputs.config.run.name:
         raise UserError(f"checkpoint.fork: {folder} is of a run called {state['run']}: this one needs another name")
-    if state["step"] >= last:
+    if state["step"] >= inputs.last:
         raise UserError(
             f"checkpoint.fork: {folder} has made {state['step']} steps, where this run begins, but it ends after "
-            f"{last}: set schedule.max_steps or schedule.epochs beyond that"
+            f"{inputs.last}: set schedule.max_steps or schedule.epochs beyond that"
         )
     before, now = (
         {key: value for key, value in values.items() if key.startswith(FORK_KEEPS)}
@@ -95,18 +80,6 @@ def find_fork(inputs: RunInputs, reference: str) -> Resumed:
     )
     refuse_changes(f"checkpoint.fork: {folder}", before, now, FORK_REMEDY)
     check_inputs(folder, state, inputs.facts, GUARDED[1:], FORK_REMEDY)  # all but the data
-    verify(inputs, folder)
-    made = state["lineage"]
-    own = {key: value for key, value in made.items() if key != "base"}  # the base is this run's too
-    fork = {"run": state["run"], "step": state["step"], "samples_seen": made["samples_seen"], "lineage": own}
-    return Resumed(folder, state["step"], state, fork)
-
-
-def verify(inputs: RunInputs, checkpoint: Path) -> None:
-    """Compare a checkpoint's files with their hashes, on one process."""
-    if inputs.accelerator.is_main_process:
-        verify_checkpoint(checkpoint)
-    inputs.accelerator.wait_for_everyone()
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any]) -> None:

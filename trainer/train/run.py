@@ -1,6 +1,6 @@
 """A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export.
 
-And what its records say of the work: hours and hardware.
+And what it says: with which checkpoint a run begins, and what its work took in hours and hardware.
 """
 
 import datetime
@@ -18,6 +18,7 @@ from trainer.config.schema import Config
 from trainer.core.files import write_json, write_text
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE
 from trainer.core.locks import hold_lock
+from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
 from trainer.train.metrics import read_metrics
 
 
@@ -51,39 +52,63 @@ def read_run(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def begin_attempt(
-    path: Path,
-    config: Config,
-    facts: dict[str, Any],
-    first_step: int,
-    *,
-    processes: int,
-    device: str,
-    software: dict[str, Any],
-    tracker_run_id: str | None,
-    write: bool,
-) -> tuple[int, str]:
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run begins with: its own, or at first another run's."""
+
+    folder: Path
+    state: dict[str, Any]
+    fork: dict[str, Any] | None  # the run that this one branched off: run, step, samples_seen, lineage
+
+    @property
+    def begins_fork(self) -> bool:
+        """Whether it is another run's."""
+        return self.fork is not None and self.fork["step"] == self.state["step"]
+
+    @property
+    def tracker_run_id(self) -> str | None:
+        """The trackers' run to continue; None where this run begins as a fork."""
+        return None if self.begins_fork else self.state["tracker_run_id"]
+
+
+def find_resumed(config: Config) -> Resumed | None:
+    """The checkpoint that ``checkpoint.resume`` names, else the one that ``checkpoint.fork`` does; None for the base.
+
+    Raises:
+        UserError: where they name none.
+    """
+    choice, path, fork = config.checkpoint.resume, run_path(config), config.checkpoint.fork
+    own = find_newest(path) if choice in ("auto", "never") else find_checkpoint(choice, path, key="checkpoint.resume")
+    if own is not None:
+        state = read_train_state(own)
+        return Resumed(own, state, state.get("fork"))
+    if fork is None:
+        return None
+    folder = find_checkpoint(fork, key="checkpoint.fork")
+    state = read_train_state(folder)
+    lineage = {key: value for key, value in state["lineage"].items() if key != "base"}  # the base is this run's too
+    samples = state["lineage"]["samples_seen"]
+    origin = {"run": state["run"], "step": state["step"], "samples_seen": samples, "lineage": lineage}
+    return Resumed(folder, state, origin)
+
+
+def begin_attempt(config: Config, facts: dict[str, Any], tracker_run_id: str | None, **noted: Any) -> tuple[int, str]:
     """Write config.yaml and run.json for a run that is about to train; (attempt from 1, the trackers' run id).
 
     The config is written with its interpolations as the user wrote them, so that no secret gets into a file.
-    ``tracker_run_id`` is the resumed checkpoint's. Only the main process writes; the trackers are its own too.
+    ``tracker_run_id`` is the resumed checkpoint's; ``noted`` is what else is written down of the attempt: its
+    first_step, processes, device and software. Only the main process calls this.
     """
-    if not write:
-        return 0, ""
+    path = run_path(config)
     run = read_run(path)
-    if tracker_run_id:
-        run["tracker_run_id"] = tracker_run_id
     attempt = len(run["attempts"]) + 1
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {
         "attempt": attempt,
-        "started_at": started,
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "working_folder": str(Path.cwd()),  # relative paths in the config begin there
-        "first_step": first_step,
-        "processes": processes,
-        "device": device,
-        **software,
+        **noted,
     }
+    run |= {"tracker_run_id": tracker_run_id or run["tracker_run_id"]}
     write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config.written))
     write_json(path / RUN_FILE, {**run, **facts, "attempts": [*run["attempts"], entry]})
     return attempt, run["tracker_run_id"]
@@ -119,14 +144,10 @@ def read_work(run_folder: Path, step: int) -> RunWork:
     used = [attempts[number] for number in sorted(ends)]
     if not used:
         return RunWork()
-    seconds = sum(ends[entry["attempt"]] - begin_of(entry) for entry in used)
+    begins = {entry["attempt"]: datetime.datetime.fromisoformat(entry["started_at"]) for entry in used}
+    seconds = sum(ends[number] - begin.timestamp() for number, begin in begins.items())
     hardware = dict.fromkeys(f"{entry['processes']} x {entry['device']}" for entry in used)
     return RunWork(used[0]["started_at"], round(seconds / 3600, 3), tuple(hardware))
-
-
-def begin_of(attempt: dict[str, Any]) -> float:
-    """When an attempt began, in seconds since 1970."""
-    return datetime.datetime.fromisoformat(attempt["started_at"]).timestamp()
 
 
 def locate_from_run(run_folder: Path | None, reference: str) -> str:
