@@ -20,7 +20,7 @@ from posts import find_tokenizer_base, load_base_tokenizers, make_rows, plain_co
 from transformers import CLIPTokenizer
 
 from trainer.config.schema import CaptionsConfig
-from trainer.data.draws import draw_sample_caption
+from trainer.data.loader import draw_sample_caption
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 
 Rows = list[dict[str, Any]]

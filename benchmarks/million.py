@@ -20,8 +20,8 @@ from posts import plain_config
 
 from trainer.core.layout import shard_name
 from trainer.data.buckets import list_buckets
-from trainer.data.draws import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.index import open_index
+from trainer.data.loader import draw_sample_caption, draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan
 from trainer.data.shards import SCHEMA, ShardFile, write_index
 from trainer.data.sites import TAG_CATEGORIES

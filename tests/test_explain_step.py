@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
-from trainer.data.draws import draw_noise, draw_sample_noise
 from trainer.data.index import open_index
-from trainer.data.loader import MicroBatches, load_batches, make_time_ids
+from trainer.data.loader import MicroBatches, draw_noise, draw_sample_noise, load_batches, make_time_ids
 from trainer.data.plan import Plan, build_plan
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.model.base import find_base, find_tokenizers, read_vocab_sizes

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,12 +126,9 @@ def test_threads_share_what_is_known(tokenizers: tuple[TextTokenizer, TextTokeni
         list(pool.map(lambda _: check(tag_ids, captions), range(16)))
 
 
-def test_tokenizers_travel_to_workers(tokenizers: tuple[TextTokenizer, TextTokenizer]) -> None:
+def test_tokenizers_work_in_a_forked_process(tokenizers: tuple[TextTokenizer, TextTokenizer]) -> None:
     captions = ["bird, love live!", "^_^, bird"]
     known = [ids.tolist() for ids in tokenizers[0].content_ids(captions)]
-    copies = pickle.loads(pickle.dumps(tokenizers))
-    assert copies[0].tag_ids is copies[1].tag_ids and not copies[0].tag_ids._known
-    assert [ids.tolist() for ids in copies[1].content_ids(captions)] == known
     child = os.fork()
     if child == 0:
         same = [ids.tolist() for ids in tokenizers[1].content_ids(captions)] == known

@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from trainer.config.schema import DiffusionConfig
 from trainer.core.rng import rng
-from trainer.data.draws import draw_noise, draw_sample_timestep
+from trainer.data.loader import draw_noise, draw_sample_timestep
 from trainer.model.diffusion import add_noise, alphas_cumprod, loss_weights, make_target, sample_losses, signal_to_noise
 
 EPSILON = DiffusionConfig()

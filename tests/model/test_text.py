@@ -23,7 +23,7 @@ from trainer.data.tokens import (
     make_chunks,
     tokenize_captions,
 )
-from trainer.model.text import encode_prompts, join_chunks
+from trainer.model.sdxl import encode_prompts, join_chunks
 
 BOS, EOS = 49406, 49407
 CLIP_1 = TextTokenizer(None, BOS, EOS, EOS)

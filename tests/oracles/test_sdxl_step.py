@@ -24,8 +24,8 @@ from torch import Tensor
 
 from trainer.config.schema import Config
 from trainer.core.rng import rng
-from trainer.data.draws import draw_sample_caption, draw_sample_timestep
 from trainer.data.index import open_index
+from trainer.data.loader import draw_sample_caption, draw_sample_timestep
 from trainer.data.plan import build_plan
 from trainer.train.loop import train
 

@@ -11,8 +11,7 @@ from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.latents import LatentScale
-from trainer.model.sdxl import SDXL, build_sdxl
-from trainer.model.text import add_rows_by_product, add_rows_in_order, join_chunks, repeat_rows
+from trainer.model.sdxl import SDXL, add_rows_by_product, add_rows_in_order, build_sdxl, join_chunks, repeat_rows
 from trainer.train.loop import train
 from trainer.train.step import Objective, batch_losses
 

@@ -59,7 +59,7 @@ def test_rates_schedule_data_and_captions_may_change(make_config: MakeConfig, pa
     assert stage_rows(list_stages(state["lineage"])[-1])["run"] == "fork, forked from parent at step 3"
 
 
-def test_later_starts_resume_the_forks_own_newest(make_config: MakeConfig, parent: Config) -> None:
+def test_later_starts_resume_the_forks_own_newest(make_config: MakeConfig, parent: Config, tmp_path: Path) -> None:
     words = [*EVERY, "run.name=fork", f"checkpoint.fork={run_path(parent)}"]
     train(make_config(*words, "schedule.max_steps=4"))
     train(make_config(*words, "schedule.max_steps=5"))
@@ -67,6 +67,9 @@ def test_later_starts_resume_the_forks_own_newest(make_config: MakeConfig, paren
     assert [entry["first_step"] for entry in read_run(run_path(config))["attempts"]] == [3, 4]
     state = state_of(config)
     assert state["step"] == 5 and state["lineage"]["samples_seen"] == 20 and state["fork"]["step"] == 3
+    gone = [*EVERY, "run.name=fork", f"checkpoint.fork={tmp_path / 'gone'}"]  # what it branched off is not needed now
+    train(make_config(*gone, "schedule.max_steps=6"))
+    assert [entry["first_step"] for entry in read_run(run_path(config))["attempts"]] == [3, 4, 5]
 
 
 def test_what_a_fork_cannot_change_is_refused(make_config: MakeConfig, parent: Config) -> None:

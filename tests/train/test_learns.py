@@ -15,8 +15,7 @@ from trainer.config.load import load_config
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.model.base import find_base, read_config, read_state
-from trainer.model.sdxl import COMPONENTS, build_empty, rename_for
-from trainer.model.text import encode_prompts
+from trainer.model.sdxl import COMPONENTS, build_empty, encode_prompts, rename_for
 from trainer.prepare.prepare import prepare
 from trainer.release.export import export
 from trainer.train.loop import train

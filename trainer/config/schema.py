@@ -44,9 +44,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    pretrained: Place = (
-        free()
-    )  # diffusers folder, single .safetensors file, hub id, or a run's folder: its newest export
+    pretrained: Place = free()  # diffusers folder, .safetensors file, hub id, or a run's folder: its newest export
     revision: str | None = free(None)  # branch, tag or commit of a hub id
     vae: Place | None = free(None)  # a separate VAE: folder, single file or hub id
     vae_revision: str | None = free(None)  # branch, tag or commit of model.vae, where that is a hub id

@@ -39,9 +39,6 @@ class TagIds:
         # a part's ids with and without a comma after it, int32: bytes are a fourth of the lists
         self._known: dict[str, tuple[bytes, bytes]] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TagIds, (self.bpe,)
-
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """What ``bpe`` makes of each caption without special tokens, int32 (n,). Threads may call it at once."""
         return [np.frombuffer(self._join_parts(caption.split(", ")), dtype=np.int32) for caption in captions]

@@ -137,13 +137,9 @@ def verify_checkpoint(checkpoint: Path) -> None:
     """
     for name, expected in read_train_state(checkpoint)["files"].items():
         file = checkpoint / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing. Move {checkpoint} away to resume from the checkpoint before it")
-        if sha256_file(file) != expected:
-            raise UserError(
-                f"{file} is damaged: its SHA-256 is not the one in {STATE_FILE}. Move {checkpoint} away to resume "
-                "from the checkpoint before it"
-            )
+        if not file.is_file() or sha256_file(file) != expected:
+            what = f"damaged: its SHA-256 is not the one in {STATE_FILE}" if file.is_file() else "missing"
+            raise UserError(f"{file} is {what}. Move {checkpoint} away to resume from the checkpoint before it")
 
 
 def restore_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:

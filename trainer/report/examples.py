@@ -15,9 +15,9 @@ from tqdm import tqdm
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data.buckets import Fit, Size
-from trainer.data.draws import draw_sample_caption
 from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.index import Index, read_raw_latents
+from trainer.data.loader import draw_sample_caption
 from trainer.data.post import Post
 from trainer.data.shards import Row
 from trainer.data.sources import iterate_sources

@@ -5,8 +5,8 @@ from typing import Any
 
 from trainer.config.schema import Config
 from trainer.core.rng import philox_key
-from trainer.data.draws import draw_sample_caption, draw_sample_timestep
 from trainer.data.index import Index
+from trainer.data.loader import draw_sample_caption, draw_sample_timestep
 from trainer.data.plan import Plan
 from trainer.report.thresholds import find_thresholds
 

@@ -13,15 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import trainer
-from trainer.config.schema import (
-    CaptionsConfig,
-    DiffusionConfig,
-    Dtype,
-    MemoryConfig,
-    ModelConfig,
-    PrecisionConfig,
-    SamplingConfig,
-)
+from trainer.config.schema import CaptionsConfig, Dtype, MemoryConfig, ModelConfig, PrecisionConfig, SamplingConfig
 from trainer.core.distributed import choose_device, describe_device
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
@@ -37,6 +29,7 @@ from trainer.model.base import (
     read_vae,
     read_vocab_sizes,
 )
+from trainer.model.diffusion import Prediction
 from trainer.model.lineage import Lineage, read_lineage, read_versions
 from trainer.model.sdxl import DTYPES, build_sdxl
 from trainer.model.vae import build_vae
@@ -60,7 +53,7 @@ class Source:
     name: str
     base: Base
     tokenizers: tuple[Path, Path]
-    diffusion: DiffusionConfig  # of it only what the model predicts, and whether to zero terminal SNR
+    prediction: Prediction
     max_token_length: int
 
 
@@ -136,14 +129,11 @@ def find_source(reference: str, tokenizer: str | None = None) -> Source:
     if tokenizer is None and base.path.is_file():
         near = (base.path.with_suffix(""), base.path.parent)
         tokenizer = next((str(folder) for folder in near if (folder / "tokenizer").is_dir()), None)
-    prediction = next(iter(read_predictions(base).values()))
     return Source(
         name=name,
         base=base,
         tokenizers=find_tokenizers(base, tokenizer, "--tokenizer"),
-        diffusion=DiffusionConfig(
-            prediction_type=prediction.prediction_type, zero_terminal_snr=bool(prediction.zero_terminal_snr)
-        ),
+        prediction=next(iter(read_predictions(base).values())),
         max_token_length=trained_token_length(read_lineage(base.path)),
     )
 
@@ -167,7 +157,7 @@ def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
     # SDXL's own VAE overflows in fp16; one that does not says so in its config
     vae_dtype: Dtype = "fp32" if weights.config.get("force_upcast", True) else dtype
     vae = build_vae(weights.config, weights.state, DTYPES[vae_dtype]).to(device)
-    pipeline = build_pipeline(sdxl, vae, source.diffusion)
+    pipeline = build_pipeline(sdxl, vae, source.prediction)
     pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, position=1)
     return LoadedModel(
         sdxl=sdxl,
@@ -178,8 +168,8 @@ def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
         facts={
             "model": source.name,
             "sha256": hash_base(base),
-            "prediction_type": source.diffusion.prediction_type,
-            "zero_terminal_snr": source.diffusion.zero_terminal_snr,
+            "prediction_type": source.prediction.prediction_type,
+            "zero_terminal_snr": bool(source.prediction.zero_terminal_snr),
             "max_token_length": source.max_token_length,
             "dtype": dtype,
             "vae_dtype": vae_dtype,

@@ -15,12 +15,11 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.config.schema import DiffusionConfig, SamplingConfig
+from trainer.config.schema import SamplingConfig
 from trainer.core.rng import philox_key, rng
 from trainer.data.tokens import TextTokenizer, tokenize_captions
-from trainer.model.diffusion import SCHEDULE, trained_prediction, write_scheduler
-from trainer.model.sdxl import SDXL
-from trainer.model.text import encode_prompts
+from trainer.model.diffusion import SCHEDULE, Prediction, write_scheduler
+from trainer.model.sdxl import SDXL, encode_prompts
 from trainer.model.vae import decode_latents
 
 
@@ -36,13 +35,13 @@ class LoadedModel:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def build_pipeline(model: SDXL, vae: Any, diffusion: DiffusionConfig) -> StableDiffusionXLPipeline:
+def build_pipeline(model: SDXL, vae: Any, prediction: Prediction) -> StableDiffusionXLPipeline:
     """Diffusers' pipeline without text encoders: it is given our prompt embeddings.
 
     Its sampler is Euler ancestral with SDXL's noise schedule, spaced as the published scheduler config has it.
     """
     published = {**SCHEDULE, "timestep_spacing": "leading", "steps_offset": 1}
-    scheduler = EulerAncestralDiscreteScheduler(**write_scheduler(published, trained_prediction(diffusion)))
+    scheduler = EulerAncestralDiscreteScheduler(**write_scheduler(published, prediction))
     return StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=model.unet,
         scheduler=scheduler, add_watermarker=False,

@@ -217,30 +217,29 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     check_latents_made_by(config.data.shards, index.manifest["latents"], vae)
     tokenizers = load_tokenizers(*folders, read_vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
-    wrote = config.written["model"]["pretrained"]
-    base_facts = {
-        # what an environment variable holds is not written to a file
-        "reference": wrote if "oc.env" in wrote else base.reference,
-        "revision": base.revision,
-        "sha256": broadcast_object_list(hashed)[0],
-        "prediction": asdict(prediction),
-        "lineage": read_lineage(base.path),
-    }
+    wrote, lineage = config.written["model"]["pretrained"], read_lineage(base.path)
+    plan = build_plan(index, config.run.seed, config.data)
+    thresholds = run_thresholds(config, index, resumed, lineage)
+    if thresholds.source:
+        advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
+        advice = advice if thresholds.source == OWN_SCORES else ""
+        accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{advice}")
     facts = {
-        "base": base_facts,
+        "base": {
+            # what an environment variable holds is not written to a file
+            "reference": wrote if "oc.env" in wrote else base.reference,
+            "revision": base.revision,
+            "sha256": broadcast_object_list(hashed)[0],
+            "prediction": asdict(prediction),
+            "lineage": lineage,
+        },
         "vae_sha256": vae.sha256,
         "tokenizers_sha256": hash_tokenizers(*folders),
         "vae_numbers": describe_numbers(vae.scale),
         "index_fingerprint": index.fingerprint,
         "images": len(index),
+        "thresholds": thresholds.thresholds,
     }
-    plan = build_plan(index, config.run.seed, config.data)
-    thresholds = run_thresholds(config, index, resumed, base_facts["lineage"])
-    if thresholds.source:
-        advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
-        advice = advice if thresholds.source == OWN_SCORES else ""
-        accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{advice}")
-    facts["thresholds"] = thresholds.thresholds
     data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
     return RunInputs(config, accelerator, resumed, data, base, vae, facts, describe_fixed(config), software)
 

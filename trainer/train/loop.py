@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from trainer.config.schema import Config
 from trainer.core.distributed import describe_device
 from trainer.core.files import write_file
-from trainer.core.layout import CHECKPOINTS_FOLDER
+from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
 from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
-from trainer.model.diffusion import alphas_cumprod
+from trainer.model.diffusion import alphas_cumprod, trained_prediction
 from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
@@ -94,15 +94,11 @@ class Run:
 
     inputs: RunInputs
     model: Any  # SDXL, under Accelerate's wrappers
+    sdxl: SDXL  # without them
     optimizer: Optimizer
     objective: Objective
     progress: Progress
     tracker_run_id: str
-
-    @property
-    def sdxl(self) -> SDXL:
-        """The model without wrappers."""
-        return unwrap(self.inputs, self.model)
 
 
 def unwrap(inputs: RunInputs, model: Any) -> SDXL:
@@ -139,7 +135,7 @@ def build_run(inputs: RunInputs, model: Any, optimizer: Optimizer) -> Run:
     progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
-    return Run(inputs, model, optimizer, objective, progress, tracker_run_id)
+    return Run(inputs, model, unwrap(inputs, model), optimizer, objective, progress, tracker_run_id)
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
@@ -206,7 +202,7 @@ def sample(run: Run, made: int) -> None:
     config, accelerator = run.inputs.config, run.inputs.accelerator
     sampling, side = config.sampling, config.buckets.base_resolution
     vae = build_vae(run.inputs.vae.config, run.inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
-    pipeline = build_pipeline(run.sdxl, vae, config.diffusion)
+    pipeline = build_pipeline(run.sdxl, vae, trained_prediction(config.diffusion))
     pipeline.set_progress_bar_config(disable=True)
     length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
     model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
@@ -219,7 +215,7 @@ def sample(run: Run, made: int) -> None:
     images = dict(sorted(gather_object(list(own.items()))))
     if accelerator.is_main_process:
         grid = make_grid(list(images.values()), sampling.prompts, columns=min(4, len(images)))
-        target = run_path(config) / "samples" / f"step-{made:08d}.png"
+        target = run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png"
         write_file(target, lambda path: grid.save(path, format="PNG"))
         run.progress.show_samples(grid, made)
     accelerator.wait_for_everyone()

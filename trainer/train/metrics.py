@@ -21,17 +21,10 @@ from trainer.model.sdxl import COMPONENTS, SDXL, build_empty
 # Dense fp16 / bf16 peak with fp32 accumulation, FLOP/s, from the makers' data sheets, by the whole of a device's name.
 # What is not listed has no figure: a laptop's or a partition's name holds that of a card that is faster.
 PEAK_FLOPS = {
-    r"A100-(SXM4|PCIE)-(40|80)GB": 312e12,
-    r"A100 80GB PCIe": 312e12,
-    r"A800-SXM4-(40|80)GB": 312e12,
-    r"A800 (40|80)GB (PCIe|Active)": 312e12,
+    r"A[18]00-SXM4-(40|80)GB|A100-PCIE-(40|80)GB|A100 80GB PCIe|A800 (40|80)GB (PCIe|Active)": 312e12,
     r"H100 PCIe": 756e12,
-    r"H100 NVL": 835e12,
-    r"H100 80GB HBM3": 989e12,
-    r"H800": 989e12,
-    r"H200": 989e12,
-    r"H200 NVL": 835e12,
-    r"GH200 480GB": 989e12,
+    r"H[12]00 NVL": 835e12,
+    r"H100 80GB HBM3|H800|H200|GH200 480GB": 989e12,
     r"L40S": 362e12,
     r"GeForce RTX 4090": 165e12,
     r"GeForce RTX 3090": 71e12,
