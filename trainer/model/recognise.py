@@ -62,8 +62,8 @@ def check_model_file(path: Path) -> None:
     if not len(file):
         raise UserError(f"{path} holds no tensors at all: download it again")
     names = "\n".join(file)
-    for some, none, kind in KINDS:
-        if re.search(some, names, re.MULTILINE) and not re.search(none, names, re.MULTILINE):
+    for has, lacks, kind in KINDS:
+        if re.search(has, names, re.MULTILINE) and not re.search(lacks, names, re.MULTILINE):
             raise UserError(f"{path} {kind}")
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if first in file and len(file.shape(first)) == 4 and (what := explain_channels(file.shape(first)[1])):

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,18 +145,12 @@ def check_prompts(prompts: Iterable[str], negative: str, where: str, options: Ma
                 f"{', '.join(f'--{letter}' for letter in letters)}. Take them out"
                 + (f"; {', '.join(ways)}" if ways else "")
             )
-    found = list(dict.fromkeys(find_syntax(texts)))
+    # what weighs, mixes, splits or loads something in other programs
+    found = list(dict.fromkeys(match[0] for text in texts for match in PLAIN.finditer(text)))
     if not found:
         return None
     more = f" and {len(found) - MAX_SHOWN_WORDS} more" if len(found) > MAX_SHOWN_WORDS else ""
     return f"{where}: plain text here as in the captions, not a command: {'  '.join(found[:MAX_SHOWN_WORDS])}{more}"
-
-
-def find_syntax(texts: Iterable[str]) -> Iterator[str]:
-    """The parts of prompts that weigh, mix, split or load something in other programs."""
-    for text in texts:
-        for match in PLAIN.finditer(text):
-            yield match[0]
 
 
 def read_seed(seed: int) -> int:

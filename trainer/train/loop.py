@@ -50,12 +50,12 @@ def train(config: Config, check: bool = False) -> None:
             say(inputs, f"{run_path(config)} has made all of its {last} steps; nothing to do")
             say(inputs, describe_last(run_path(config)))
             return
-        model, optimizer = load_model(inputs)
-        say(inputs, describe_start(inputs, unwrap(inputs, model)))
+        model, sdxl, optimizer = load_model(inputs)
+        say(inputs, describe_start(inputs, sdxl))
         if check:
             say(inputs, f"checked: the run can start at step {first}; nothing was trained")
             return
-        run = build_run(inputs, model, optimizer)
+        run = build_run(inputs, model, sdxl, optimizer)
         pending: StepResult | None = None
         with run.progress, closing(start_loading(run)) as batches:
             for step in range(first, last):
@@ -101,24 +101,19 @@ class Run:
     tracker_run_id: str
 
 
-def unwrap(inputs: RunInputs, model: Any) -> SDXL:
-    """The model without Accelerate's wrappers."""
-    return inputs.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-
-
-def load_model(inputs: RunInputs) -> tuple[Any, Optimizer]:
-    """The model, under Accelerate's wrappers, and the optimizer, as the base or a checkpoint has them."""
+def load_model(inputs: RunInputs) -> tuple[Any, SDXL, Optimizer]:
+    """The model with Accelerate's wrappers and without, and the optimizer, as the base or a checkpoint has them."""
     config, accelerator = inputs.config, inputs.accelerator
     model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
-    sdxl = unwrap(inputs, model)
+    sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     optimizer = build_optimizer(sdxl, config.optim)
     if inputs.resumed is not None:
         restore_checkpoint(inputs.resumed.folder, sdxl, optimizer)
         restore_scaler(accelerator.scaler, inputs.resumed.state["loss_scaler"])
-    return model, optimizer
+    return model, sdxl, optimizer
 
 
-def build_run(inputs: RunInputs, model: Any, optimizer: Optimizer) -> Run:
+def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -> Run:
     """What makes and reads the steps of this attempt; with it the attempt is written down."""
     config, accelerator = inputs.config, inputs.accelerator
     device = describe_device(accelerator.device)
@@ -135,7 +130,7 @@ def build_run(inputs: RunInputs, model: Any, optimizer: Optimizer) -> Run:
     progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
-    return Run(inputs, model, unwrap(inputs, model), optimizer, objective, progress, tracker_run_id)
+    return Run(inputs, model, sdxl, optimizer, objective, progress, tracker_run_id)
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
