@@ -228,8 +228,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         for section, hint in typing.get_type_hints(Config).items() if section != "written"
         for name, field in typing.get_type_hints(hint).items() if {int, float} & {field, *typing.get_args(field)}
     }  # fmt: skip
-    ranged = {key for keys in rules.AT_LEAST.values() for key in keys.split()}
-    ranged |= {*rules.SHARES.split(), *rules.ABOVE_ZERO.split()}
+    ranged = {key for *_, keys in rules.RANGES for key in keys.split()}
     told = {key for _, key, part in RULES if part.startswith(("must", "between"))}
     free = {"captions.max_token_length", "filters.min_score"}  # a Literal; any whole number
     assert ranged <= numbers and len(numbers) > 40
