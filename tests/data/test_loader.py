@@ -125,6 +125,14 @@ def test_no_more_is_made_ahead_than_asked_for_and_closing_ends_it() -> None:
     assert not loader_threads() and len(data.begun) == 5
 
 
+def test_a_shard_stays_open_for_its_reader(make_config: MakeConfig) -> None:
+    """Of two threads that open a shard at once the cache keeps one's; and it drops shards that are still read."""
+    data = open_batches(make_config())
+    expected = data[0].raw_latents
+    data.index.__dict__["_open_shard"] = lambda name: io.FileIO(data.index.folder / name)  # kept by nobody else
+    assert np.array_equal(data[0].raw_latents, expected)
+
+
 def test_threads_make_the_same_batches(make_config: MakeConfig) -> None:
     data = open_batches(make_config("diffusion.noise_offset=0.0357"))
     loaded = load_batches(

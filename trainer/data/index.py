@@ -162,13 +162,13 @@ def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> Non
     written = npy_header(raw_latents.shape)
     header = bytearray(len(written))
     try:
-        descriptor = index._open_shard(record["shard"]).fileno()
-        read = os.preadv(descriptor, [header, raw_latents.data], record["offset"])
+        shard = index._open_shard(record["shard"])  # held while it is read: the cache may drop it, or keep another's
+        read = os.preadv(shard.fileno(), [header, raw_latents.data], record["offset"])
         found = zlib.crc32(raw_latents.data, zlib.crc32(header))
         if (read, header, found) == (record["length"], written, record["crc32"]):
             return
         # damaged, or of another shape or layout: read again as whatever it says it is
-        payload = os.pread(descriptor, record["length"], record["offset"])
+        payload = os.pread(shard.fileno(), record["length"], record["offset"])
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from error
     if len(payload) != record["length"] or zlib.crc32(payload) != record["crc32"]:
