@@ -68,7 +68,7 @@ def find_absent(snapshot: Path, folders: Sequence[str]) -> list[str]:
     """The parts that an incomplete snapshot in the cache lacks: a preparation fetches no more than the VAE."""
     if "" in folders:  # a VAE alone, at the top or in vae/
         return [] if any((snapshot / folder / COMPONENT_FILE).is_file() for folder in folders) else [COMPONENT_FILE]
-    needed = [folder for folder in folders if folder != "vae" or len(folders) == 1]  # a base may bring no VAE
+    needed = [folder for folder in folders if folder != "vae" or len(folders) == 1]  # a base may have no VAE
     return [folder for folder in needed if not pick_weights(list_names(snapshot / folder), STEMS[folder])]
 
 

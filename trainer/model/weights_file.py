@@ -64,7 +64,7 @@ class LazyFile(Mapping[str, Tensor]):
 def read_frame(file: BinaryIO) -> dict[str, Any]:
     """The header of a .safetensors file that is open at its beginning; then it is open where the tensors begin.
 
-    The format: eight bytes of the header's length, the header as JSON, and the tensors behind it. The header maps
+    The format: eight bytes of the header's length, the header as JSON, then the tensors. The header maps
     names to dtype, shape and place, and "__metadata__" to texts by key.
     """
     (length,) = struct.unpack("<Q", file.read(8))
