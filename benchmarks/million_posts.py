@@ -24,7 +24,7 @@ from trainer.core.rng import rng
 from trainer.data.captions import compose_caption, draw_caption
 from trainer.data.index import open_index
 from trainer.data.plan import Plan
-from trainer.data.post import Post, TarMember, read_post
+from trainer.data.post import ImagePlace, Post, read_post
 from trainer.data.tables import read_table
 from trainer.prepare import prepare  # noqa: F401, so that its libraries are loaded
 from trainer.prepare.inputs import Survey, survey_inputs
@@ -57,7 +57,7 @@ def read_posts(folder: Path) -> Iterator[Post]:
     image = folder / "posts.jsonl"
     with image.open("rb") as lines:
         for number, line in enumerate(lines):
-            place = TarMember(image, number, 1)
+            place = ImagePlace(image, number, 1)
             yield read_post(
                 json.loads(line), source="posts.jsonl", image=place, origin=f"posts.jsonl line {number + 1}"
             )

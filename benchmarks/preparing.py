@@ -27,6 +27,7 @@ from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_bytes
 from trainer.data.buckets import Fit, fit_image
 from trainer.data.images import open_image, read_bytes, read_image_header, read_orientation, to_rgb
+from trainer.data.post import ImagePlace
 from trainer.prepare.decode import Decoded, Task, decoders, look, start_pool
 
 DRAWINGS = Path(__file__).parent.parent / "demo" / "images"
@@ -62,7 +63,7 @@ def make_tasks(folder: Path, count: int) -> list[Task]:
         image.save(path, **options)
         for place, value in enumerate((1, path.stat().st_size, image.width * image.height)):
             measured.setdefault(name, [0, 0, 0])[place] += value
-        tasks.append(Task(path.stem, path.name, path, None, None, BucketsConfig()))
+        tasks.append(Task(path.stem, path.name, ImagePlace(path), None, None, BucketsConfig()))
     for name, (files, size, pixels) in measured.items():
         megapixels = pixels / files / 1e6
         print(f"{files} {name}: {megapixels:.1f} megapixels each, {size / files / 1e6:.1f} MB, "
@@ -76,8 +77,7 @@ def find_fit(task: Task, size: tuple[int, int]) -> Fit:
 
 def plain_pillow(task: Task) -> np.ndarray:
     """What one would write without a thought for what an image can be."""
-    assert isinstance(task.place, Path)
-    image = Image.open(task.place)
+    image = Image.open(task.place.path)
     fit = find_fit(task, image.size)
     rgb = image.convert("RGB")
     shrinks = fit.resized[0] < rgb.width or fit.resized[1] < rgb.height

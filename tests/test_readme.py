@@ -15,7 +15,7 @@ from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import compose_caption
-from trainer.data.post import read_post
+from trainer.data.post import ImagePlace, read_post
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -78,7 +78,7 @@ def test_the_table_holds_the_configs_values() -> None:
 
 
 def test_the_example_post_is_read() -> None:
-    post = read_post(json.loads(blocks("json")[0]), source="README", image=Path("1.png"))
+    post = read_post(json.loads(blocks("json")[0]), source="README", image=ImagePlace(Path("1.png")))
     record = {name: getattr(post, name) for name in ("caption", "rating", "score", "year")} | {"extra": None}
     record |= {f"tags_{kind}": getattr(post, f"tags_{kind}")
                for kind in ("general", "character", "copyright", "artist", "meta")}  # fmt: skip

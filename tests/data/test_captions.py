@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.config.schema import CaptionsConfig, QualityRule, YearRule
 from trainer.core.rng import rng
 from trainer.data.captions import compose_caption, draw_caption, quality_tag, split_tags, year_tag
-from trainer.data.post import read_post
+from trainer.data.post import ImagePlace, read_post
 
 RECIPE = CaptionsConfig()
 EMPTY: dict[str, Any] = dict.fromkeys(
@@ -75,7 +75,7 @@ def test_a_post_becomes_the_recipes_caption() -> None:
         "media_asset": {"created_at": "2011-01-01T00:00:00.000-05:00"}, "tag_string_general": "6+girls blue_eyes",
         "tag_string_character": "", "tag_string_copyright": "touhou", "tag_string_artist": "zun",
     }  # fmt: skip
-    row = dataclasses.asdict(read_post(record, source="s", image=Path("5.png")))
+    row = dataclasses.asdict(read_post(record, source="s", image=ImagePlace(Path("5.png"))))
     caption = compose_caption(row, RECIPE)
     assert caption == "6+girls, touhou, zun ||| rating: sensitive, blue eyes, early, highres, best quality"
     assert sorted(draw(caption).split(", ")[3:]) == ["best quality", "blue eyes", "early", "highres",

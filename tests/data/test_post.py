@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.post import Post, encode_key, read_post
+from trainer.data.post import ImagePlace, Post, encode_key, read_post
 
 DANBOORU = {
     "id": 123456,
@@ -39,7 +39,7 @@ GALLERY_DL = {
 
 
 def read(record: object, **more: str) -> Post:
-    return read_post(record, source="posts.jsonl", image=Path("a.png"), **more)
+    return read_post(record, source="posts.jsonl", image=ImagePlace(Path("a.png")), **more)
 
 
 @pytest.mark.parametrize("record", [DANBOORU, GALLERY_DL])

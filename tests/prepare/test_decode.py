@@ -16,6 +16,7 @@ from PIL import Image
 from support.posts_on_disk import BUCKETS, REPOSITORY, draw
 from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_file
+from trainer.data.post import ImagePlace
 from trainer.data.sources.records import Reject
 from trainer.prepare import decode as decoders_module
 from trainer.prepare.decode import Decoded, Filtered, Outcome, Task, Unchanged, decoders
@@ -26,7 +27,7 @@ def tasks(tmp_path: Path) -> list[Task]:
     paths = [tmp_path / f"{number}.png" for number in range(30)]
     for number, path in enumerate(paths):
         draw(path, number)
-    return [Task(path.stem, "here", path, None, None, BucketsConfig(**BUCKETS)) for path in paths]
+    return [Task(path.stem, "here", ImagePlace(path), None, None, BucketsConfig(**BUCKETS)) for path in paths]
 
 
 def look_at(tasks: list[Task], processes: int) -> list[Outcome]:
@@ -41,7 +42,7 @@ def hashes(outcomes: list[Outcome]) -> list[str]:
 @pytest.mark.parametrize("processes", [0, 1, 3])
 def test_in_order_whatever_the_number_of_processes(tasks: list[Task], processes: int) -> None:
     outcomes = look_at(tasks, processes)
-    assert hashes(outcomes) == [sha256_file(Path(task.place)) for task in tasks]  # type: ignore[arg-type]
+    assert hashes(outcomes) == [sha256_file(task.place.path) for task in tasks]
     alone = look_at(tasks, 0)
     for outcome, expected in zip(outcomes, alone, strict=True):
         assert isinstance(outcome, Decoded) and isinstance(expected, Decoded)
@@ -49,13 +50,13 @@ def test_in_order_whatever_the_number_of_processes(tasks: list[Task], processes:
 
 
 def test_what_an_image_can_be(tasks: list[Task], tmp_path: Path) -> None:
-    same = Task("0", "here", tmp_path / "0.png", sha256_file(tmp_path / "0.png"), None, tasks[0].buckets)
-    small = Task("1", "here", tmp_path / "1.png", "another", 61, tasks[0].buckets)
-    missing = Task("x", "line 7", tmp_path / "x.png", None, None, tasks[0].buckets)
+    same = Task("0", "here", ImagePlace(tmp_path / "0.png"), sha256_file(tmp_path / "0.png"), None, tasks[0].buckets)
+    small = Task("1", "here", ImagePlace(tmp_path / "1.png"), "another", 61, tasks[0].buckets)
+    missing = Task("x", "line 7", ImagePlace(tmp_path / "x.png"), None, None, tasks[0].buckets)
     assert look_at([same, small, missing], 1)[:2] == [Unchanged(), Filtered("min_side")]
     (reject,) = look_at([missing], 0)
     assert isinstance(reject, Reject) and (reject.key, reject.origin, reject.reason) == ("x", "line 7", "missing")
-    (kept,) = look_at([Task("1", "here", tmp_path / "1.png", "another", 60, tasks[0].buckets)], 0)
+    (kept,) = look_at([Task("1", "here", ImagePlace(tmp_path / "1.png"), "another", 60, tasks[0].buckets)], 0)
     assert isinstance(kept, Decoded) and kept.size == (60, 90)
 
 
@@ -63,7 +64,7 @@ def test_an_image_that_is_too_large_is_set_aside_without_a_warning(
     tasks: list[Task], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
-    bomb = Task("bomb", "here", tmp_path / "bomb.png", None, None, tasks[0].buckets)
+    bomb = Task("bomb", "here", ImagePlace(tmp_path / "bomb.png"), None, None, tasks[0].buckets)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: os.write(2, str(message).encode())  # type: ignore[assignment]
@@ -106,7 +107,7 @@ def test_an_image_that_kills_its_process_is_set_aside(
     dead = {number for number, outcome in enumerate(outcomes) if isinstance(outcome, Reject)}
     assert dead == {4, 5, 29}
     assert {outcomes[number].reason for number in dead} == {"killed_decoder"}  # type: ignore[union-attr]
-    expected = [sha256_file(Path(task.place)) for task in tasks]  # type: ignore[arg-type]
+    expected = [sha256_file(task.place.path) for task in tasks]
     assert [text for number, text in enumerate(hashes(outcomes)) if number not in dead] == [
         text for number, text in enumerate(expected) if number not in dead
     ]

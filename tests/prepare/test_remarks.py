@@ -9,7 +9,7 @@ import pytest
 from support.posts_on_disk import draw, make_base, make_config, read_jsonl, run
 from trainer.config.schema import Config
 from trainer.data.index import open_index
-from trainer.data.post import Note, Post
+from trainer.data.post import ImagePlace, Note, Post
 from trainer.data.sources.records import Item, Remark
 from trainer.prepare import prepare
 from trainer.prepare.remarks import EXAMPLES_OF_A_KIND
@@ -32,7 +32,7 @@ def say(monkeypatch: pytest.MonkeyPatch, folder: Path, *remarks: Remark, noted: 
         yield from remarks[:1]
         for number in range(30):
             notes = (Note("unreadable score", f"score 'x{number}'"),) if number < noted else ()
-            image, origin = folder / f"{number}.png", f"line {number}"
+            image, origin = ImagePlace(folder / f"{number}.png"), f"line {number}"
             yield Post(str(number), source="a", tags_general="1girl", image=image, origin=origin, notes=notes)
         yield from remarks[1:]
 

@@ -21,7 +21,7 @@ from trainer.data.buckets import Fit, Size
 from trainer.data.formats import load_formats, suggest_plug_in
 from trainer.data.jxl_header import CODESTREAM, CONTAINER, read_jxl_size
 from trainer.data.png_chunks import find_exif, leave_out_text
-from trainer.data.post import ImagePlace, TableCell, TarMember
+from trainer.data.post import ImagePlace
 
 # everything that decides pixels, besides the bucket: part of what names a set of latents
 PIXEL_SETTINGS: dict[str, Any] = {
@@ -61,13 +61,10 @@ def read_bytes(place: ImagePlace) -> bytes:
     Raises:
         BadImage: missing, empty, not_an_image where it is no regular file, too_large, or unreadable.
     """
-    match place:
-        case Path():
-            data = read_stretch(place, 0, None)
-        case TarMember(path, offset, length):
-            data = read_stretch(path, offset, length)
-        case TableCell():
-            data = read_cell(place)
+    if place.row is None:
+        data = read_stretch(place.path, place.offset or 0, place.length)
+    else:
+        data = read_cell(place.path, place.row, place.column)
     if not data:
         raise BadImage("empty", "0 bytes")
     return data
@@ -79,18 +76,12 @@ def stat_image(place: ImagePlace) -> tuple[int, int]:
     Raises:
         BadImage: missing.
     """
-    path = place if isinstance(place, Path) else place.path
     try:
-        status = path.stat()
+        status = place.path.stat()
     except (OSError, ValueError) as error:
-        raise BadImage("missing", f"{path}: {error}") from error
-    match place:
-        case Path():
-            return status.st_size, status.st_mtime_ns
-        case TarMember():
-            return place.length, status.st_mtime_ns
-        case TableCell():
-            return 0, status.st_mtime_ns
+        raise BadImage("missing", f"{place.path}: {error}") from error
+    whole = status.st_size if place.row is None else 0
+    return whole if place.length is None else place.length, status.st_mtime_ns
 
 
 def read_stretch(path: Path, offset: int, length: int | None) -> bytes:
@@ -123,13 +114,13 @@ def naming_files(path: Path) -> Iterator[None]:
         raise BadImage("unreadable", f"{path}: {error}") from error
 
 
-def read_cell(cell: TableCell) -> bytes:
+def read_cell(path: Path, row: int, name: str | None) -> bytes:
     """The bytes of an image in a table: a cell of bytes, or the ``bytes`` of a struct."""
-    with naming_files(cell.path), naming_errors("unreadable"):  # pyarrow raises its own errors over damaged files
-        column = open_arrow(cell.path).column(cell.column)
-        if not 0 <= cell.row < len(column):
-            raise BadImage("missing", f"{cell.path} has {len(column)} rows, not row {cell.row}")
-        (chunk,) = column.slice(cell.row, 1).chunks
+    with naming_files(path), naming_errors("unreadable"):  # pyarrow raises its own errors over damaged files
+        column = open_arrow(path).column(name)
+        if not 0 <= row < len(column):
+            raise BadImage("missing", f"{path} has {len(column)} rows, not row {row}")
+        (chunk,) = column.slice(row, 1).chunks
         values = (chunk.field("bytes") if pa.types.is_struct(chunk.type) else chunk).slice(0, 1)
         values.validate(full=True)  # offsets of a damaged file would lead anywhere
         if not chunk.is_valid()[0].as_py() or not values.is_valid()[0].as_py():

@@ -2,8 +2,6 @@
 
 Tags, caption and rating decide under which words an image is learnt: where one of them cannot be read, the post is set
 aside. Score, dates, sizes and all other fields are optional: where one cannot be read, it is left out and noted.
-
-Where its image lies is a small value that pickles: a file, a stretch of a tar, or a cell of an Arrow file.
 """
 
 import math
@@ -11,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -43,25 +41,17 @@ OWN_PLACES = {"caption", "rating", "score", "image_width", "image_height", "file
 DATE_FIELDS = ("created_at", "create_date", "date")  # Danbooru's and others'; pixiv's; gallery-dl's own
 
 
-@dataclass(frozen=True)
-class TarMember:
-    """A member of a tar file: the image's bytes are ``length`` bytes from ``offset`` on."""
+class ImagePlace(NamedTuple):
+    """Where an image lies: a whole file, a member of a tar (offset, length), or a cell of a table (row, column)."""
 
-    path: Path
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class TableCell:
-    """A cell of an Arrow file in the IPC stream format, of which a dataset of Hugging Face's is made."""
-
-    path: Path
-    row: int
-    column: str
+    path: Path  # of the file, the tar, or the Arrow file in the IPC stream format that a dataset is made of
+    offset: int | None = None  # of the first byte
+    length: int | None = None  # in bytes
+    row: int | None = None
+    column: str | None = None
 
 
-ImagePlace = Path | TarMember | TableCell
+NOWHERE = ImagePlace(Path())
 
 
 def column(kind: pa.DataType, index: bool = True) -> Any:
@@ -90,7 +80,7 @@ class Post:
     extra: dict[str, Scalar] = field(default_factory=dict)  # the record's other small fields
     stated_width: int | None = column(pa.int32(), index=False)  # what the record says; the file has the last word
     stated_height: int | None = column(pa.int32(), index=False)
-    image: ImagePlace = Path()
+    image: ImagePlace = NOWHERE
     origin: str = ""  # file and line, for messages only
     notes: tuple[Note, ...] = ()  # counted by source and kind; no part of what is prepared
 

@@ -24,7 +24,7 @@ from trainer.core.layout import QUERIES_FOLDER
 from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.fields import show_text
 from trainer.data.images import BadImage, stat_image
-from trainer.data.post import POST_FIELDS, STATED_FIELDS, ImagePlace, Post, TableCell, TarMember
+from trainer.data.post import POST_FIELDS, STATED_FIELDS, ImagePlace, Post
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources.records import NO_CAPTION, Item, Reject, Remark
 from trainer.data.tables import connect, stream_table, write_batches
@@ -32,7 +32,7 @@ from trainer.prepare.remarks import Remarks
 
 SURVEY_ROWS = 16384  # of a batch, which is hashed as a whole
 MAX_ORIGINS = 3  # that a message names
-PLACE_FIELDS = [
+PLACE_FIELDS = [  # of an ImagePlace
     pa.field("path", pa.binary(), nullable=False),  # of the file that holds the image; file names need not be Unicode
     pa.field("offset", pa.int64()),  # of a tar's member
     pa.field("length", pa.int64()),
@@ -133,36 +133,23 @@ def describe_post(post: Post) -> dict[str, Any] | Reject:
     row = {name: getattr(post, name) for name in OF_A_POST}
     extra = json.dumps(post.extra, ensure_ascii=False) if post.extra else None
     stat = {"image_size": size, "image_mtime_ns": mtime, "image_place": name_place(post.image)}
-    return row | stat | {"image": describe_place(post.image), "extra": extra}
+    image = post.image._asdict() | {"path": os.fsencode(post.image.path)}
+    return row | stat | {"image": image, "extra": extra}
 
 
 def name_place(place: ImagePlace) -> str:
     """An image's place as far as it stays when its folder is moved."""
-    match place:
-        case TarMember():
-            name = f"{place.path.name}:{place.offset}"
-        case TableCell():
-            name = f"{place.path.name}:{place.column}:{place.row}"
-        case _:
-            name = f"{place.parent.name}/{place.name}"
+    name = f"{place.path.parent.name}/{place.path.name}"
+    if place.offset is not None:
+        name = f"{place.path.name}:{place.offset}"
+    elif place.row is not None:
+        name = f"{place.path.name}:{place.column}:{place.row}"
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def describe_place(place: ImagePlace) -> dict[str, Any]:
-    """Where an image lies, as the table's struct."""
-    path = place if isinstance(place, Path) else place.path
-    parts = {name: getattr(place, name, None) for name in ("offset", "length", "row", "column")}
-    return {"path": os.fsencode(path), **parts}
-
-
 def read_place(struct: dict[str, Any]) -> ImagePlace:
-    """The inverse of ``describe_place``."""
-    path = Path(os.fsdecode(struct["path"]))
-    if struct["offset"] is not None:
-        return TarMember(path, struct["offset"], struct["length"])
-    if struct["row"] is not None:
-        return TableCell(path, struct["row"], struct["column"])
-    return path
+    """An image's place as the table's struct holds it."""
+    return ImagePlace(**struct | {"path": Path(os.fsdecode(struct["path"]))})
 
 
 def describe_reject(reject: Reject) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.buckets import Fit
 from trainer.data.images import BadImage, open_arrow, read_bytes, read_image_header, read_pixels
-from trainer.data.post import Post, TableCell, TarMember
+from trainer.data.post import ImagePlace, Post
 from trainer.data.sources.folders import iterate_folder
 from trainer.data.sources.hub_datasets import find_image_column, iterate_dataset_rows
 from trainer.data.sources.image_folders import list_images
@@ -161,7 +161,7 @@ def test_any_lines_of_posts(fenced: Path, lines: list[bytes], file: str) -> None
     assert isinstance(items[-1], Post)
     for item in items:
         if isinstance(item, Post):
-            assert isinstance(item.image, Path) and item.image.resolve().is_relative_to(images.path.resolve())
+            assert item.image[1:] == (None,) * 4 and item.image.path.resolve().is_relative_to(images.path.resolve())
 
 
 KINDS_OF_FILES = st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.json.gz"])
@@ -232,10 +232,11 @@ def read_all(file: Path) -> Counter[str]:
     items = list(iterate_tars(file, "s"))
     for item in items:
         if isinstance(item, Post):
-            assert isinstance(item.image, TarMember) and item.image.path == file
-            assert 0 <= item.image.offset <= item.image.offset + item.image.length <= file.stat().st_size
-            if item.image.length:
-                assert len(read_bytes(item.image)) == item.image.length
+            path, offset, length, *_ = item.image
+            assert path == file and offset is not None and length is not None
+            assert 0 <= offset <= offset + length <= file.stat().st_size
+            if length:
+                assert len(read_bytes(item.image)) == length
     return judge(items)
 
 
@@ -342,7 +343,7 @@ def test_damaged_arrow_files(fenced: Path) -> None:
         file.write_bytes(flip(content, random))
         for row in (0, 7, 20):
             try:
-                assert read_bytes(TableCell(file, row, "image"))
+                assert read_bytes(ImagePlace(file, row=row, column="image"))
                 ends["read"] += 1
             except BadImage as error:
                 ends[error.reason] += 1

@@ -15,7 +15,7 @@ from PIL import Image
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import read_bytes
-from trainer.data.post import Post, TarMember
+from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.records import Item, Reject, Remark
 
@@ -60,8 +60,8 @@ def found(items: list[Item], folder: Path) -> list[str]:
         if isinstance(item, Reject):
             told.append(item.reason)
         elif isinstance(item, Post):
-            assert isinstance(item.image, Path)
-            told.append(str(item.image.relative_to(folder / "images")))
+            assert item.image[1:] == (None,) * 4
+            told.append(str(item.image.path.relative_to(folder / "images")))
     return told
 
 
@@ -119,8 +119,8 @@ def test_images_in_tars_with_the_metadata_elsewhere(tmp_path: Path) -> None:
     items = list(iterate_sources(DataConfig("shards", sources=[source])))
     one, two, three, *rest = [item for item in items if not isinstance(item, Remark)]
     for item, shade in ((one, 1), (two, 2)):
-        assert isinstance(item, Post) and isinstance(item.image, TarMember) and read_bytes(item.image) == png(shade)
-    assert isinstance(three, Post) and three.image == images / "4003.png"  # a file comes before a tar
+        assert isinstance(item, Post) and item.image.length and read_bytes(item.image) == png(shade)
+    assert isinstance(three, Post) and three.image.path == images / "4003.png"  # a file comes before a tar
     assert [item.reason for item in rest if isinstance(item, Reject)] == ["image_ambiguous", "image_missing"]
     assert remarks(items) == {"members of tars that are no images": 1, LEFT_OVER: 3}
     named = items_of(tmp_path, [{"file": "0001\\4001.png"}, {"file": "data-0002.tar/4004.jpg"}])

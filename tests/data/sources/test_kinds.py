@@ -21,7 +21,7 @@ from support.paths import REPOSITORY
 from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import BadImage, read_bytes, read_image_header, stat_image
-from trainer.data.post import Post, TableCell, TarMember
+from trainer.data.post import ImagePlace, Post
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.records import Reject, Remark
 
@@ -89,8 +89,10 @@ def test_every_kind_gives_the_same_posts(tmp_path: Path, monkeypatch: pytest.Mon
             same.year, same.tags_general, same.tags_artist, same.extra)  # fmt: skip
         data = read_bytes(pickle.loads(pickle.dumps(post.image)))
         assert data == read_bytes(same.image) and read_image_header(data) == (same.stated_width, same.stated_height)
-    kinds = [type(post.image) for post in posts[::12]]
-    assert kinds[3:] == [TarMember, TableCell] and all(issubclass(kind, Path) for kind in kinds[:3])
+    *files, member, cell = [post.image for post in posts[::12]]
+    assert [file[1:] for file in files] == [(None,) * 4] * 3
+    assert member.offset and member.length and member.row is None
+    assert cell[1:] == (None, None, 0, "image")
 
 
 def test_a_missing_source_is_told_by_its_key(tmp_path: Path) -> None:
@@ -341,8 +343,8 @@ def test_a_folder_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lines = [{"file_name": file.name, "text": file.stem, "score": n} for n, file in enumerate(FILES[:4])]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     posts = posts_of(SourceConfig("dataset", str(folder), caption_column="text"))
-    assert sorted(str(post.image) for post in posts) == sorted(str(folder / file.name) for file in FILES[:4])
-    assert all(post.caption == Path(str(post.image)).stem for post in posts)
+    assert sorted(str(post.image.path) for post in posts) == sorted(str(folder / file.name) for file in FILES[:4])
+    assert all(post.caption == post.image.path.stem for post in posts)
     with pytest.raises(UserError, match="name a whole split"):
         iterate(SourceConfig("dataset", str(folder), split="train[:2]"))
 
@@ -419,27 +421,30 @@ def test_what_is_no_metadata_of_sd_scripts(tmp_path: Path, text: str) -> None:
 # --- where images lie
 
 
+def cell(path: Path, row: int, column: str) -> ImagePlace:
+    return ImagePlace(path, row=row, column=column)
+
+
 def test_places_that_are_gone(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "t.tar", ("a.png", PNG))
+    tar, arrow, none = write_tar(tmp_path / "t.tar", ("a.png", PNG)), tmp_path / "t.arrow", tmp_path / "none"
     with (
-        pa.OSFile(str(tmp_path / "t.arrow"), "wb") as sink,
+        pa.OSFile(str(arrow), "wb") as sink,
         pa.ipc.new_stream(sink, pa.schema([("i", pa.binary())])) as w,
     ):
         w.write_table(pa.table({"i": [b"a", None]}))
     cases = [
-        (tmp_path / "none.png", "missing"), (tmp_path / "t.tar" / "x", "missing"), (Path("nul\0"), "unreadable"),
-        (tmp_path, "not_an_image"), (TarMember(tmp_path / "none.tar", 0, 5), "missing"),
-        (TarMember(tar, 512, 10**9), "unreadable"), (TarMember(tar, 512, 2**40), "too_large"),
-        (TableCell(tmp_path / "none.arrow", 0, "i"), "missing"), (TableCell(tar, 0, "i"), "unreadable"),
-        (TableCell(tmp_path / "t.arrow", 2, "i"), "missing"), (TableCell(tmp_path / "t.arrow", -1, "i"), "missing"),
-        (TableCell(tmp_path / "t.arrow", 0, "j"), "unreadable"), (TableCell(tmp_path / "t.arrow", 1, "i"), "empty"),
+        (ImagePlace(none), "missing"), (ImagePlace(tar / "x"), "missing"), (ImagePlace(Path("nul\0")), "unreadable"),
+        (ImagePlace(tmp_path), "not_an_image"), (ImagePlace(none, 0, 5), "missing"),
+        (ImagePlace(tar, 512, 10**9), "unreadable"), (ImagePlace(tar, 512, 2**40), "too_large"),
+        (cell(none, 0, "i"), "missing"), (cell(tar, 0, "i"), "unreadable"), (cell(arrow, 2, "i"), "missing"),
+        (cell(arrow, -1, "i"), "missing"), (cell(arrow, 0, "j"), "unreadable"), (cell(arrow, 1, "i"), "empty"),
     ]  # fmt: skip
     for place, reason in cases:
         with pytest.raises(BadImage) as caught:
             read_bytes(place)
         assert (caught.value.reason, bool(caught.value.detail)) == (reason, True), place
-    assert read_bytes(TableCell(tmp_path / "t.arrow", 0, "i")) == b"a"
-    for gone in (tmp_path / "none.png", TarMember(tmp_path / "none.tar", 0, 5), TableCell(tmp_path / "none", 0, "i")):
+    assert read_bytes(cell(arrow, 0, "i")) == b"a"
+    for gone in (ImagePlace(none), ImagePlace(none, 0, 5), cell(none, 0, "i")):
         with pytest.raises(BadImage, match="missing"):
             stat_image(gone)
     assert Image.open(io.BytesIO(PNG)).size == read_image_header(PNG)

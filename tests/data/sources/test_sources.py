@@ -54,9 +54,9 @@ def test_images_by_id_and_by_file(tmp_path: Path) -> None:
     one, two, three, four = read_lines(
         tmp_path, {"id": 12}, {"id": "34"}, {"id": 56, "file": "sub/ünïcode 名前.webp"}, {"file": "12.jpeg"}
     )
-    assert isinstance(one, Post) and (one.key, one.image) == ("12", by_id)
-    assert isinstance(two, Post) and (two.key, two.image) == ("34", gallery)
-    assert isinstance(three, Post) and (three.key, three.image) == ("56", named)
+    assert isinstance(one, Post) and (one.key, one.image.path) == ("12", by_id)
+    assert isinstance(two, Post) and (two.key, two.image.path) == ("34", gallery)
+    assert isinstance(three, Post) and (three.key, three.image.path) == ("56", named)
     assert isinstance(four, Post) and four.key == "12%2Ejpeg"
     assert one.source == "posts.jsonl" and four.origin == "posts.jsonl line 4"
 

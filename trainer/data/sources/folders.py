@@ -13,7 +13,7 @@ from trainer.core.errors import UserError
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, WORK_LOCK_FILE, WORK_SUFFIX
 from trainer.data.fields import show_text
 from trainer.data.formats import PLUG_INS, image_extensions, is_image_name
-from trainer.data.post import Post, encode_key
+from trainer.data.post import ImagePlace, Post, encode_key
 from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
 
 CAPTIONS = ("txt", "caption", "tags")  # extensions of finished captions
@@ -297,7 +297,7 @@ def read_beside(folder: Path, found: Found, beside: Beside, source: str, follow_
             raise BadRecord("no_sidecar", NO_SIDECAR)
         caption = read_sidecar(folder, found, captions[0], follow_links) if captions else None
         post = read_sidecar(folder, found, posts[0], follow_links) if posts else None
-        return read_sidecars(caption, post, key=key, source=source, image=path, origin=origin)
+        return read_sidecars(caption, post, key=key, source=source, image=ImagePlace(path), origin=origin)
     except ValueError as error:
         return reject(key, origin, error)
 

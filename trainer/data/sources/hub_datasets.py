@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from trainer.config.schema import SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.images import open_arrow
-from trainer.data.post import ImagePlace, Post, TableCell, encode_key
+from trainer.data.post import ImagePlace, Post, encode_key
 from trainer.data.sources.posts_files import plain_value
 from trainer.data.sources.record_files import ROWS_AT_A_TIME
 from trainer.data.sources.records import BadRecord, Reject, check_columns, read_captioned, reject
@@ -37,9 +37,9 @@ def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
             table = open_arrow(file)
             image = find_image_column(source, table.schema)
             check_columns(table.schema, source.caption_column, f"the dataset {source.path}")
-            for row, (values, place) in enumerate(iterate_dataset_rows(table, image)):
-                cell = TableCell(file, row, image)
-                yield read_dataset_row(source, number, values, cell if place is True else place, root)
+            for row, (values, path) in enumerate(iterate_dataset_rows(table, image)):
+                place = ImagePlace(file, row=row, column=image) if path is True else path
+                yield read_dataset_row(source, number, values, place, root)
                 number += 1
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is not UTF-8 is a ValueError
             raise UserError(f"{file} is damaged: {error}") from error
@@ -117,13 +117,13 @@ def iterate_dataset_rows(table: pa.Table, image: str) -> Iterator[tuple[dict[str
 
 
 def read_dataset_row(
-    source: SourceConfig, number: int, values: dict[str, Any], place: TableCell | bool | str, root: Path
+    source: SourceConfig, number: int, values: dict[str, Any], place: ImagePlace | bool | str, root: Path
 ) -> Post | Reject:
     """The post of one row."""
     key, origin = encode_key(f"{source.label}/{number}"), f"{source.label} row {number}"
     try:
         record = plain_value(values)
-        image = place if isinstance(place, TableCell) else place_file(place, root)
+        image = place if isinstance(place, ImagePlace) else place_file(place, root)
         return read_captioned(record, source.caption_column, source=source.label, image=image, origin=origin, key=key)
     except ValueError as error:
         return reject(key, origin, error)
@@ -138,4 +138,4 @@ def place_file(path: bool | str, root: Path) -> ImagePlace:
         raise BadRecord("outside_folder", f"{path!r} does not lie in {root}: save the dataset with its images in it")
     if not real.exists():
         raise BadRecord("image_missing", f"{path!r} is not there")
-    return Path(path)
+    return ImagePlace(Path(path))

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
-from trainer.data.post import ImagePlace, TarMember
+from trainer.data.post import ImagePlace
 from trainer.data.sources.folders import check_inside, is_system_folder, remark_file, walk_files, without_extension
 from trainer.data.sources.image_names import md5_in, plain_path, prefix_before, relative_path, stem_or_id, strip_start
 from trainer.data.sources.records import BadRecord, Reject, Remark
@@ -37,7 +37,7 @@ class ImageFolder:
     path: Path
     by_stem: dict[str, str | list[str]] = field(default_factory=dict)  # stem or id -> name, or several
     links: set[str] = field(default_factory=set)  # names that are no plain files
-    members: dict[str, TarMember] = field(default_factory=dict)  # by name: the tar's path, a slash and the member's
+    members: dict[str, ImagePlace] = field(default_factory=dict)  # by name: the tar's path, a slash and the member's
     by_md5: dict[str, list[str]] = field(default_factory=dict)  # made when it is first asked for
     source: str = ""  # what the first source that asks is called
     follow_links: bool = False  # a link may lead to a file elsewhere
@@ -99,8 +99,8 @@ class ImageFolder:
         if name in self.members:
             return self.members[name]
         if name in self.links or name not in self.all_of(stem_or_id(name)):
-            return check_inside(self.path, name, self.follow_links)
-        return self.path / name
+            return ImagePlace(check_inside(self.path, name, self.follow_links))
+        return ImagePlace(self.path / name)
 
     def locate(self, path: str, *, bare: bool = False) -> str:
         """The name of the image that a path leads to, as another machine may have written it.
@@ -255,5 +255,5 @@ def add_member(listed: ImageFolder, tar: str, member: Member, path: Path) -> str
     again = name in listed.members
     if not again:
         listed.add(name)
-    listed.members[name] = TarMember(path, member.offset, member.length)
+    listed.members[name] = ImagePlace(path, member.offset, member.length)
     return "members of tars written again later, not read" if again else None

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import image_extensions
-from trainer.data.post import Post, TarMember, encode_key
+from trainer.data.post import ImagePlace, Post, encode_key
 from trainer.data.sources.folders import (
     CAPTIONS,
     PACKAGE_OF,
@@ -251,7 +251,7 @@ def read_tar_sample(tar: BinaryIO, file: Path, sample: TarSample, name: str, sou
             raise BadRecord("bad_sample", "; ".join(sample.refused))
         image, *sidecars = choose_members(sample)
         caption, record = (None if each is None else read_member(tar, sample.members[each]) for each in sidecars)
-        place = TarMember(file, sample.members[image].offset, sample.members[image].length)
+        place = ImagePlace(file, sample.members[image].offset, sample.members[image].length)
         return read_sidecars(caption, record, key=key, source=source, image=place, origin=origin)
     except ValueError as error:
         return reject(key, origin, error)
