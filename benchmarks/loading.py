@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import webdataset
 from posts import find_tokenizer_base, load_base_tokenizers, make_rows, plain_config, print_rates
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from trainer.data.index import Index, latents_shape, open_index, read_latents_into
 from trainer.data.loader import MicroBatches, load_batches
 from trainer.data.plan import Plan
-from trainer.data.shards import ShardWriter, rows_to_table, write_index
+from trainer.data.shards import SCHEMA, ShardWriter, write_index
 
 SAMPLES_PER_SHARD = 500
 MICRO_BATCH_SIZE = 16
@@ -44,7 +45,7 @@ def write_shards(folder: Path, samples: int) -> None:
             writer.add(post, generator.standard_normal((4, 128, 128), dtype=np.float32).astype(np.float16))
         files.append(writer.finish())
         rows += writer.rows
-    write_index(folder, rows_to_table(rows), files, {})
+    write_index(folder, pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=SCHEMA), files, {})
 
 
 def read_and_collate(data: MicroBatches, number: int) -> torch.Tensor:

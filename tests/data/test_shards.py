@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 import webdataset
 
+from support.posts_on_disk import rows_to_table
 from trainer.core.errors import UserError
 from trainer.data import index as index_module
 from trainer.data import shards
 from trainer.data.index import Index, npy_header, open_index, read_raw_latents
-from trainer.data.shards import ShardWriter, rows_to_table, write_index
+from trainer.data.shards import ShardWriter, write_index
 
 # as the design's section "Index columns" has them; crc32 is unsigned, the content's hash a SHA-256 in hex
 CONTRACT = [

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from support.paths import REPOSITORY
+from support.posts_on_disk import rows_to_table
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
 from trainer.data.index import Index, open_index
-from trainer.data.shards import LATENT_FIELDS, SCHEMA, ShardWriter, rows_to_table, write_index
+from trainer.data.shards import LATENT_FIELDS, SCHEMA, ShardWriter, write_index
 from trainer.data.tables import read_table, write_batches
 from trainer.prepare.verify import verify_shards
 

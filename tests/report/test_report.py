@@ -16,6 +16,7 @@ import pytest
 
 import trainer.report.report as report_module
 from support.paths import REPOSITORY
+from support.posts_on_disk import rows_to_table
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data import shards
@@ -23,7 +24,7 @@ from trainer.data.buckets import fit_image
 from trainer.data.captions import compose_caption
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
-from trainer.data.shards import ShardWriter, rows_to_table, write_index
+from trainer.data.shards import ShardWriter, write_index
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers
 from trainer.report.examples import thumbnail_size

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import yaml
 from diffusers import AutoencoderKL
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from support.paths import REPOSITORY
 from trainer.config.schema import BucketsConfig, Config, DataConfig, ModelConfig, PrecisionConfig, RunConfig
 from trainer.core.files import sha256_file
+from trainer.data.shards import SCHEMA, Row
 from trainer.prepare.prepare import Summary, prepare
 
 BUCKETS = {"base_resolution": 64, "min_side": 32, "max_side": 128, "step": 32, "upscale": True}
@@ -124,3 +126,8 @@ def start_script(config: Path, *words: str, launcher: Sequence[str] = ()) -> sub
     return subprocess.Popen(
         script, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment
     )
+
+
+def rows_to_table(rows: list[Row]) -> pa.Table:
+    """Rows as the index has them: an Arrow table of its columns, in order of the keys."""
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=SCHEMA)

@@ -4,14 +4,16 @@ Pillow refuses a whole image whose text or profile is large once inflated, thoug
 kept only where it may say the image's orientation.
 """
 
-import zlib
+import io
 from collections.abc import Iterator
+
+from PIL.PngImagePlugin import PngStream
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 AROUND = 12  # bytes of a chunk beside its content: length, type, checksum
 NO_PIXELS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTING = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # keywords of texts in which Pillow looks for orientation
-MAX_TEXT = 2**20  # bytes of the kept texts together, inflated: Pillow's own limit for one
+MAX_TEXT = 2**20  # characters of the kept texts together: Pillow's own limit for one
 
 
 def iterate_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -47,17 +49,10 @@ def leave_out_text(data: bytes) -> bytes:
 
 
 def inflated_size(name: bytes, content: bytes) -> int:
-    """Bytes of a text as Pillow would read it, counted no further than just above MAX_TEXT."""
-    text = content.partition(b"\0")[2]
-    compressed = name == b"zTXt"
-    if name == b"iTXt":  # a flag, a method, language and translated keyword
-        compressed = text[:1] == b"\1"
-        text = text[2:].split(b"\0", 2)[-1]
-    elif compressed:
-        text = text[1:]  # the method
-    if not compressed:
-        return len(text)
+    """Characters of a text as Pillow reads it; more than MAX_TEXT where it would refuse the image for it."""
+    stream = PngStream(io.BytesIO(content))
     try:
-        return len(zlib.decompressobj().decompress(text, MAX_TEXT + 1))
-    except zlib.error:
-        return 0  # Pillow reads none of it
+        getattr(stream, f"chunk_{name.decode()}")(0, len(content))
+    except (ValueError, SyntaxError):  # too large once inflated; compressed in an unknown way
+        return MAX_TEXT + 1
+    return stream.text_memory

@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.core.files import sha256_file, sha256_json, sync_file, write_file, write_json
+from trainer.core.files import sha256_file, sha256_json, sync_file, write_json
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, shard_name
 from trainer.data.post import POST_FIELDS
-from trainer.data.tables import cut_batches
+from trainer.data.tables import ArrowStream, cut_batches, stream_table, write_batches
 
 SET_FORMAT = 1
 INDEX_ROWS = 65536  # rows of one record batch of the index
@@ -100,11 +100,6 @@ def member_header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
-def rows_to_table(rows: Sequence[Row]) -> pa.Table:
-    """Rows as the index has them: an Arrow table of its columns, in order of the keys."""
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["key"]), schema=SCHEMA)
-
-
 def write_index(
     folder: Path,
     rows: pa.Table | pa.RecordBatchReader,
@@ -119,33 +114,21 @@ def write_index(
         latents: what made them.
         more: the manifest's other sections (inputs, counts).
     """
-    fingerprint = ""
-
-    def write(path: Path) -> None:
-        nonlocal fingerprint
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-
-            def write_each() -> Iterator[pa.RecordBatch]:
-                for batch in cut_batches(pa.RecordBatchReader.from_stream(rows), SCHEMA, INDEX_ROWS):
-                    writer.write_batch(batch)
-                    yield batch
-
-            fingerprint = fingerprint_rows(pa.RecordBatchReader.from_batches(SCHEMA, write_each()), latents)
-
-    write_file(folder / INDEX_FILE, write)
+    path = folder / INDEX_FILE
+    write_batches(path, SCHEMA, cut_batches(pa.RecordBatchReader.from_stream(rows), SCHEMA, INDEX_ROWS))
     manifest = {
         "format_version": SET_FORMAT,
         "latents": latents,
         **more,
-        "fingerprint": fingerprint,
-        "index_sha256": sha256_file(folder / INDEX_FILE),
+        "fingerprint": fingerprint_rows(stream_table(path), latents),
+        "index_sha256": sha256_file(path),
         "shards": [vars(shard) for shard in sorted(shards, key=lambda shard: shard.name)],
     }
     write_json(folder / MANIFEST_FILE, manifest)
     return manifest
 
 
-def fingerprint_rows(rows: pa.Table | pa.RecordBatchReader, latents: dict[str, Any]) -> str:
+def fingerprint_rows(rows: pa.Table | ArrowStream, latents: dict[str, Any]) -> str:
     """What the samples are, however they are spread over shards: SHA-256 over what made them and each row's JSON.
 
     Args:

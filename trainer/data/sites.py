@@ -54,14 +54,19 @@ OTHER_SITE = Site(caption_is_prose=True, files="count")
 
 def find_site(record: Mapping[str, Any]) -> Site:
     """The site that a record is from; Danbooru where it does not say so."""
-    category = record.get("category")
-    if isinstance(category, str) and "subcategory" in record:  # gallery-dl writes both
-        return SITES.get(category, OTHER_SITE)
-    if isinstance(category, str) and category in SITES:
+    if (site := read_site(record)) is not None:
+        return SITES.get(site, OTHER_SITE)
+    if isinstance(category := record.get("category"), str) and category in SITES:
         return SITES[category]
     # e621's own answers, which nest what others have at the top
     is_e621 = isinstance(record.get("file"), Mapping) and isinstance(record.get("tags"), Mapping)
     return SITES["e621"] if is_e621 else SITES["danbooru"]
+
+
+def read_site(record: Mapping[str, Any]) -> str | None:
+    """The site of a record that gallery-dl wrote, with a ``subcategory``: its ``category``, which may mean anything."""
+    site = record.get("category")
+    return site if isinstance(site, str) and "subcategory" in record else None
 
 
 def read_own_id(record: Mapping[str, Any]) -> str | None:

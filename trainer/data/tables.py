@@ -128,10 +128,11 @@ def write_batches(
     path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], facts: dict[str, Any] | None = None
 ) -> None:
     """An Arrow file; ``facts`` go into its schema's metadata."""
-    metadata = {"told": json.dumps(facts, ensure_ascii=False)} if facts is not None else None
+    if facts is not None:
+        schema = schema.with_metadata({"told": json.dumps(facts, ensure_ascii=False)})
 
     def write(temporary: Path) -> None:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema.with_metadata(metadata)) as writer:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
 

@@ -217,6 +217,7 @@ def write_latents(path: Path, tables: DuckDBPyConnection) -> None:
     """latents.arrow; a set without images of several frames has no column for them, as before there was one."""
     ((several,),) = tables.sql("SELECT coalesce(bool_or(several_frames), false) FROM parts").fetchall()
     schema = LATENTS_SCHEMA if several else LATENTS_SCHEMA.remove(len(LATENTS_SCHEMA) - 1)
+    schema = schema.with_metadata(None)  # which writes empty metadata, as version 0.2.0 did: the bytes are the same
     write_batches(path, schema, cut_batches(tables.sql(LATENTS).to_arrow_reader(READ_ROWS), schema, INDEX_ROWS))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from trainer.core.errors import UserError
 from trainer.data.sources import record_files
-from trainer.data.sources.record_files import is_parquet, iterate_records
+from trainer.data.sources.record_files import iterate_records
 from trainer.data.sources.records import BadRecord
 
 POSTS: list[dict[str, Any]] = [{"id": 1, "rating": "g", "tags": ["a", "b"]}, {"id": 2, "caption": "[ü], ]"}, {"id": 3}]
@@ -109,8 +109,10 @@ def test_archives_folders_and_parquet_under_another_name(tmp_path: Path) -> None
         list(iterate_records(tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match="is not a regular file"):
         list(iterate_records(tmp_path))
-    (tmp_path / "b").write_bytes(b"PAR1...")
-    assert is_parquet(tmp_path / "b") and is_parquet(tmp_path / "c.PARQUET") and not is_parquet(tmp_path / "a.jsonl")
+    for name, content in (("b", b"PAR1..."), ("c.PARQUET", b"{}\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as Parquet"):
+            list(iterate_records(tmp_path / name))
 
 
 def test_lines_that_are_no_json_stay_lines(tmp_path: Path) -> None:

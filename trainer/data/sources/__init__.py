@@ -16,7 +16,7 @@ from trainer.data.sources.hub_datasets import iterate_dataset
 from trainer.data.sources.image_folders import ImageFolder, list_images
 from trainer.data.sources.kohya import iterate_kohya
 from trainer.data.sources.posts_files import iterate_posts_file
-from trainer.data.sources.records import Item, Reject, Remark, settle_lines
+from trainer.data.sources.records import Item, Reject, Remark, settle_caption
 from trainer.data.sources.tars import iterate_tars
 
 Folders = dict[tuple[str, bool], ImageFolder]  # by path, and whether links are followed
@@ -35,9 +35,11 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
                 listed = list_images(existing_folder(source.images), source.label, source.follow_links)
                 folders[source.images, source.follow_links] = listed
                 yield from listed.damages
-            items = settle_lines(iterate_source(source, folders), source.lines)
+            items = iterate_source(source, folders)
             items = ignore_missing(items, source) if source.missing_images == "ignore" else items
-            yield from prefix_keys(items, source.label) if source.prefix_keys else items
+            items = prefix_keys(items, source.label) if source.prefix_keys else items
+            for item in items:
+                yield settle_caption(item, source.lines) if isinstance(item, Post) and item.caption else item
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     for folder in folders.values():

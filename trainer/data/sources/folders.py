@@ -64,7 +64,9 @@ class Walk:
     def may_enter(self, name: str, path: str, linked: bool) -> bool:
         """Whether a folder is entered; it is listed where not. Where links are followed, each folder is entered once:
         under its own name where it lies in the walk's folder itself, so that no chain of links leads on for ever."""
-        if holds_shards(path):
+        # a set that was made here, or one on its way, may lie beside its images
+        own = (WORK_LOCK_FILE,) if path.endswith(WORK_SUFFIX) else (MANIFEST_FILE, INDEX_FILE)
+        if all(os.path.isfile(f"{path}/{name}") for name in own):  # noqa: PTH113
             return False
         if is_system_folder(name[name.rfind("/") + 1 :]):
             return self.skip(name, HIDDEN_FOLDER, "never entered: hidden, or of a system")
@@ -84,12 +86,6 @@ class Walk:
         """Remark on a folder that is not entered."""
         self.skipped.append(Remark(self.source, kind, origin=show_text(f"{name}/"), detail=detail))
         return False
-
-
-def holds_shards(path: str) -> bool:
-    """Whether a folder is a set that was made here, or one on its way, which may lie beside its images."""
-    own = (MANIFEST_FILE, INDEX_FILE) if not path.endswith(WORK_SUFFIX) else (WORK_LOCK_FILE,)
-    return all(os.path.isfile(os.path.join(path, name)) for name in own)  # noqa: PTH113, PTH118
 
 
 def walk_files(

@@ -52,12 +52,6 @@ def read_md5(record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_site(record: Mapping[str, Any]) -> str | None:
-    """The site of a record that gallery-dl wrote: its ``category``, which elsewhere may mean anything."""
-    site = record.get("category")
-    return site if isinstance(site, str) and "subcategory" in record else None
-
-
 def plain_path(name: str) -> str:
     """A path as this machine writes it: slashes, and no ``./`` at its beginning."""
     return re.sub(r"^(?:\./+)+", "", name.replace("\\", "/"))

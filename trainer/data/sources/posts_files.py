@@ -9,10 +9,10 @@ from typing import Any
 
 from trainer.core.errors import UserError
 from trainer.data.post import Post, encode_key, read_key
-from trainer.data.sites import image_stems
+from trainer.data.sites import image_stems, read_site
 from trainer.data.sources.folders import EXTENSIONS
 from trainer.data.sources.image_folders import ImageFolder
-from trainer.data.sources.image_names import md5_in, read_md5, read_site, site_in
+from trainer.data.sources.image_names import md5_in, read_md5, site_in
 from trainer.data.sources.record_files import iterate_records
 from trainer.data.sources.records import NO_FIELD, BadRecord, Item, Reject, parse_record, read_captioned, reject
 

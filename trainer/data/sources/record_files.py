@@ -53,11 +53,6 @@ MAX_DOCUMENT = 2**26  # bytes up to which a file is looked at as a whole
 BETWEEN = re.compile(r"[\s,]*")
 
 
-def is_parquet(file: Path) -> bool:
-    """Whether a file is Parquet, by its name or its content."""
-    return file.suffix.lower() == ".parquet" or read_start(file).startswith(b"PAR1")
-
-
 class Damaged(Exception):
     """Why the rest of a file is lost."""
 
@@ -71,7 +66,7 @@ def iterate_records(file: Path, column: str | None = None) -> Iterator[Record]:
     Raises:
         UserError: when it cannot be read, is of another kind, or is damaged, so that the rest of it is lost.
     """
-    if is_parquet(file):
+    if file.suffix.lower() == ".parquet" or read_start(file).startswith(b"PAR1"):
         yield from iterate_parquet(file, column)
         return
     where = "its beginning"

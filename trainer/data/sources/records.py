@@ -12,7 +12,7 @@ tools that write one tag a line, such as gallery-dl, mean all of them.
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -230,14 +230,8 @@ def holds_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def settle_lines(items: Iterator[Item], lines: Lines) -> Iterator[Item]:
-    """The items of a source, their captions as the config wants them, which a post with several lines notes."""
-    for item in items:
-        yield settle_caption(item, lines) if isinstance(item, Post) and item.caption else item
-
-
 def settle_caption(post: Post, lines: Lines) -> Post:
-    """A post whose caption is one text, or variants of one."""
+    """A post whose caption is one text or variants of one, as the config wants them; of several lines, with a note."""
     caption = post.caption or ""
     if not LINE_END.search(caption):
         return post
