@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
@@ -96,11 +96,8 @@ def decoders(processes: int) -> Iterator["Decoders"]:
         # the processes inherit it when they are forked: such an image is set aside, which says more
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")  # damaged metadata around an image that is good or set aside
-        pool = Decoders(processes)
-        try:
+        with closing(Decoders(processes)) as pool:
             yield pool
-        finally:
-            pool.close()
 
 
 class Decoders:

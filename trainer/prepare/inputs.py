@@ -182,10 +182,8 @@ def list_tags(row: dict[str, Any], separator: str) -> set[str]:
     """
     strings = [value for name, value in row.items() if name.startswith("tags_") and value]
     tags = {tag.replace("_", " ") for string in strings for tag in string.split()}
-    finished = (
-        (row["caption"] or "").replace(VARIANT_SEPARATOR, ",").replace(separator, ",").replace("_", " ").split(",")
-    )
-    return tags | {tag.strip() for tag in finished}
+    finished = (row["caption"] or "").replace(VARIANT_SEPARATOR, ",").replace(separator, ",").replace("_", " ")
+    return tags | {tag.strip() for tag in finished.split(",")}
 
 
 def refuse_double_keys(tables: DuckDBPyConnection) -> None:

@@ -35,27 +35,25 @@ class Remarks:
 
     def add(self, item: Post | Remark) -> None:
         """Count a remark, or all notes of a post."""
-        if isinstance(item, Remark):
-            self._count(item.source, item.kind, item.count, {"key": None, "origin": item.origin}, item.detail)
+        if isinstance(item, Post):
+            for note in item.notes:
+                self.add(Remark(item.source, note.kind, 1, item.origin, note.detail, item.key))
             return
-        for note in item.notes:
-            self._count(item.source, note.kind, 1, {"key": item.key, "origin": item.origin}, note.detail)
+        kinds = self.counts.setdefault(item.source, {})
+        kind, detail = show_text(item.kind), show_text(item.detail)
+        if kind not in kinds and len(kinds) >= MAX_KINDS:
+            kind, detail = OTHER_KINDS, f"{kind}: {detail}"
+        if kinds.get(kind, 0) < EXAMPLES_OF_A_KIND:
+            where = {"key": item.key, "origin": item.origin}
+            self.examples.append(where | {"note": kind, "source": item.source, "detail": detail})
+        kinds[kind] = kinds.get(kind, 0) + item.count
 
     def add_separator(self, post: Post, separator: str) -> None:
         """Count a post with the separator inside a tag: captions write it with spaces there."""
         word = separator.replace(" ", "_")
         if names := [f"tags_{name}" for name in TAG_CATEGORIES if word in (getattr(post, f"tags_{name}") or "")]:
-            where = {"key": post.key, "origin": post.origin}
-            self._count(post.source, "separator inside a tag", 1, where, f"{', '.join(names)}: {separator}")
-
-    def _count(self, source: str, kind: str, count: int, where: dict[str, Any], detail: str) -> None:
-        kinds = self.counts.setdefault(source, {})
-        kind, detail = show_text(kind), show_text(detail)
-        if kind not in kinds and len(kinds) >= MAX_KINDS:
-            kind, detail = OTHER_KINDS, f"{kind}: {detail}"
-        if kinds.get(kind, 0) < EXAMPLES_OF_A_KIND:
-            self.examples.append({**where, "note": kind, "source": source, "detail": detail})
-        kinds[kind] = kinds.get(kind, 0) + count
+            detail = f"{', '.join(names)}: {separator}"
+            self.add(Remark(post.source, "separator inside a tag", 1, post.origin, detail, post.key))
 
 
 def format_remarks(counts: dict[str, dict[str, int]]) -> list[str]:

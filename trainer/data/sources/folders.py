@@ -117,28 +117,21 @@ def walk_files(
 
 def walk_one(walk: Walk, parent: str) -> Iterator[Found | str]:
     """One folder's files, and between them its folders by name, ending with a slash."""
-    siblings: dict[str, bool] = {}
-    names: list[str] = []
-    linked: set[str] = set()
+    plain: dict[str, bool] = {}  # by name, a folder's with a slash at its end: False for links and the like
     path = os.path.join(walk.folder, parent)  # noqa: PTH118
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                plain = entry.is_file(follow_symlinks=False)
-                if entry.is_dir(follow_symlinks=False):
-                    names.append(entry.name + "/")
-                elif not plain and os.path.isdir(entry.path):  # noqa: PTH112
-                    names.append(entry.name + "/")
-                    linked.add(names[-1])
-                else:
-                    siblings[entry.name] = plain
-                    names.append(entry.name)
+                is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
+                leads_to_folder = is_folder or (not is_file and os.path.isdir(entry.path))  # noqa: PTH112
+                plain[entry.name + "/" if leads_to_folder else entry.name] = is_file or is_folder
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error.strerror}") from error
-    for name in sorted(names):  # with the slash, so that this is the order of whole paths
-        if not name.endswith("/"):
-            yield Found(parent + name, siblings[name], parent, siblings)
-        elif walk.may_enter(parent + name[:-1], path + name[:-1], name in linked):
+    siblings = {name: each for name, each in plain.items() if not name.endswith("/")}
+    for name in sorted(plain):  # with the slash, so that this is the order of whole paths
+        if name in siblings:
+            yield Found(parent + name, plain[name], parent, siblings)
+        elif walk.may_enter(parent + name[:-1], path + name[:-1], linked=not plain[name]):
             yield parent + name
 
 

@@ -15,7 +15,7 @@ from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import ImagePlace
 from trainer.data.sources.folders import check_inside, is_system_folder, remark_file, walk_files, without_extension
-from trainer.data.sources.image_names import md5_in, plain_path, prefix_before, relative_path, stem_or_id, strip_start
+from trainer.data.sources.image_names import md5_in, plain_path, relative_path, stem_or_id, strip_start
 from trainer.data.sources.records import BadRecord, Reject, Remark
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
 from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed, reject_damage
@@ -138,24 +138,25 @@ class ImageFolder:
     def match(self, inner: str, bare: bool) -> list[str]:
         """The images that a path below the folder, or below a tar in it, may mean."""
         near = self.near(inner, bare)
-        found = [name for name in near if inner in (name, self.inner(name))]
-        if not bare or found:
-            return self.prefer_files(found)
-        found = [name for name in near if without_extension(self.inner(name)) == inner]
-        if not found and "/" not in inner:
-            found = [name for name in near if without_extension(self.inner(name)).endswith("/" + inner)]
+        found = [name for name in near if inner in (name, near[name])]
+        if bare and not found:
+            found = [name for name in near if without_extension(near[name]) == inner]
+        if bare and not found and "/" not in inner:
+            found = [name for name in near if without_extension(near[name]).endswith("/" + inner)]
         return self.prefer_files(found)
 
-    def near(self, path: str, bare: bool) -> list[str]:
-        """Images with a path's last part, sorted. A bare one's last dot need not begin an extension."""
+    def near(self, path: str, bare: bool) -> dict[str, str]:
+        """Images with a path's last part and their inner paths, sorted. A bare one's last dot may be no extension's."""
         stems = {stem_or_id(path), stem_or_id(path + ".x")} if bare else {stem_or_id(path)}
-        return sorted({name for stem in stems for name in self.all_of(stem)})
+        return {name: self.inner(name) for name in sorted({name for stem in stems for name in self.all_of(stem)})}
 
     def suggest(self, path: str, bare: bool) -> str:
         """Which folders before a path would have to go for its image to be found, counted and in words."""
-        prefixes = {prefix_before(path, self.inner(name), bare) for name in self.near(path, bare)} - {None, ""}
-        self.counts.prefixes.update(str(prefix) for prefix in prefixes)
-        return f"; strip_prefix: {min(prefixes, key=len)!r} would find it" if prefixes else ""  # type: ignore[arg-type]
+        ends = set(self.near(path, bare).values())
+        ends |= {without_extension(end) for end in ends} if bare else set()
+        prefixes = {path[: -len(end) - 1] for end in ends if path.endswith("/" + end)} - {""}
+        self.counts.prefixes.update(prefixes)
+        return f"; strip_prefix: {min(prefixes, key=len)!r} would find it" if prefixes else ""
 
     def remark_unused(self) -> Iterator[Remark]:
         """After the last post of all sources: the images that no record led to."""
@@ -206,9 +207,9 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
             # records and not sidecars say which images there are, so that a sidecar lacks none
             add_up(unread, remark_file(source, found.last, found.name, sidecars=False))
     listed.damages.extend((*skipped, *unread.values()))
-    if compressed and not listed.by_stem:
-        refuse_compressed(folder / compressed[0])
     if compressed:
+        if not listed.by_stem:
+            refuse_compressed(folder / compressed[0])
         example = show_text(compressed[0])
         listed.damages.append(Remark(source, "compressed tars, not read", len(compressed), example))
     return listed

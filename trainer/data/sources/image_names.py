@@ -87,13 +87,3 @@ def relative_path(name: str, folder: Path) -> str:
     if "\0" in name or name.startswith("/") or DRIVE.match(name) or ".." in name.split("/"):
         raise BadRecord("outside_folder", f"{name!r} does not stay inside {folder}")
     return str(PurePosixPath(name))
-
-
-def prefix_before(path: str, inner: str, bare: bool) -> str | None:
-    """The folders that lead to ``inner``, a path below some folder, in ``path``; None where it ends otherwise.
-
-    Args:
-        bare: a path without extension counts too.
-    """
-    ends = [inner, inner[: inner.rfind(".")]] if bare else [inner]
-    return next((path[: -len(end) - 1] for end in ends if path.endswith("/" + end)), None)

@@ -60,6 +60,7 @@ class Remark:
     count: int = 1
     origin: str = ""  # an example: file and line, or relative path
     detail: str = ""  # what is to be known of it
+    key: str | None = None  # of the post, where it is one's
 
 
 Item = Post | Reject | Remark  # what sources yield
