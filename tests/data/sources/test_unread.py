@@ -10,7 +10,7 @@ from trainer.config.schema import DataConfig, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
-from trainer.data.sources.folders import walk_files
+from trainer.data.sources.folders import Walk
 from trainer.data.sources.records import Item, Reject, Remark
 
 PNG = (REPOSITORY / "demo" / "images" / "bee.png").read_bytes()
@@ -136,7 +136,7 @@ def test_links_are_followed_and_no_folder_is_entered_twice(tmp_path: Path) -> No
     assert captions(items) == {f"{key}%2Epng": caption for key, caption in told.items()}
     # loop and inner lie in the folder; what more and up lead to is there already
     assert remarks(items)["linked folder, not entered"] == len({"loop", "inner", "more/sub", "up/elsewhere", "up/mine"})
-    assert [found.name for found in walk_files(folder) if "/" in found.name] == ["zoo/d.png", "zoo/d.txt"]
+    assert [found.name for found in Walk(folder).files() if "/" in found.name] == ["zoo/d.png", "zoo/d.txt"]
 
 
 def test_a_link_to_a_system_folder_is_not_followed(tmp_path: Path) -> None:

@@ -53,13 +53,53 @@ class Found:
 
 @dataclass
 class Walk:
-    """A walk on its way."""
+    """A walk through a tree."""
 
     folder: Path
-    source: str
-    follow_links: bool
-    skipped: list[Remark]
+    source: str = ""
+    follow_links: bool = False
+    skipped: list[Remark] = field(default_factory=list)  # on folders that are not entered
     entered: set[tuple[int, int]] = field(default_factory=set)  # (device, inode) of folders, where links are followed
+
+    def files(self) -> Iterator[Found]:
+        """All files of the tree in the order of their relative paths; remarks on folders that are not entered go to
+        ``skipped``.
+
+        Hidden and system folders below it are not entered, linked ones only with ``follow_links``.
+
+        Raises:
+            UserError: when a folder in it cannot be listed.
+        """
+        if self.follow_links and self.folder.is_dir():
+            self.may_enter("", os.fspath(self.folder), linked=False)
+        waiting = [self.list_one("")]  # not by recursion: folders may be nested deeper than Python's stack
+        while waiting:
+            item = next(waiting[-1], None)
+            if item is None:
+                waiting.pop()
+            elif isinstance(item, str):
+                waiting.append(self.list_one(item))
+            else:
+                yield item
+
+    def list_one(self, parent: str) -> Iterator[Found | str]:
+        """One folder's files, and between them its folders by name, ending with a slash."""
+        plain: dict[str, bool] = {}  # by name, a folder's with a slash at its end: False for links and the like
+        path = os.path.join(self.folder, parent)  # noqa: PTH118
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
+                    leads_to_folder = is_folder or (not is_file and os.path.isdir(entry.path))  # noqa: PTH112
+                    plain[entry.name + "/" if leads_to_folder else entry.name] = is_file or is_folder
+        except OSError as error:
+            raise UserError(f"{path} cannot be listed: {error.strerror}") from error
+        siblings = {name: each for name, each in plain.items() if not name.endswith("/")}
+        for name in sorted(plain):  # with the slash, so that this is the order of whole paths
+            if name in siblings:
+                yield Found(parent + name, plain[name], parent, siblings)
+            elif self.may_enter(parent + name[:-1], path + name[:-1], linked=not plain[name]):
+                yield parent + name
 
     def may_enter(self, name: str, path: str, linked: bool) -> bool:
         """Whether a folder is entered; it is listed where not. Where links are followed, each folder is entered once:
@@ -88,53 +128,6 @@ class Walk:
         return False
 
 
-def walk_files(
-    folder: Path, source: str = "", *, follow_links: bool = False, skipped: list[Remark] | None = None
-) -> Iterator[Found]:
-    """All files of a tree in the order of their relative paths.
-
-    Hidden and system folders below it are not entered, linked ones only with ``follow_links``.
-
-    Args:
-        skipped: receives the source's remarks on folders that are not entered.
-
-    Raises:
-        UserError: when a folder in it cannot be listed.
-    """
-    walk = Walk(folder, source, follow_links, [] if skipped is None else skipped)
-    if follow_links and folder.is_dir():
-        walk.may_enter("", os.fspath(folder), linked=False)
-    waiting = [walk_one(walk, "")]  # not by recursion: folders may be nested deeper than Python's stack
-    while waiting:
-        item = next(waiting[-1], None)
-        if item is None:
-            waiting.pop()
-        elif isinstance(item, str):
-            waiting.append(walk_one(walk, item))
-        else:
-            yield item
-
-
-def walk_one(walk: Walk, parent: str) -> Iterator[Found | str]:
-    """One folder's files, and between them its folders by name, ending with a slash."""
-    plain: dict[str, bool] = {}  # by name, a folder's with a slash at its end: False for links and the like
-    path = os.path.join(walk.folder, parent)  # noqa: PTH118
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
-                leads_to_folder = is_folder or (not is_file and os.path.isdir(entry.path))  # noqa: PTH112
-                plain[entry.name + "/" if leads_to_folder else entry.name] = is_file or is_folder
-    except OSError as error:
-        raise UserError(f"{path} cannot be listed: {error.strerror}") from error
-    siblings = {name: each for name, each in plain.items() if not name.endswith("/")}
-    for name in sorted(plain):  # with the slash, so that this is the order of whole paths
-        if name in siblings:
-            yield Found(parent + name, plain[name], parent, siblings)
-        elif walk.may_enter(parent + name[:-1], path + name[:-1], linked=not plain[name]):
-            yield parent + name
-
-
 def check_inside(folder: Path, name: str, follow_links: bool = False) -> Path:
     """``folder / name``, if that is a file inside the folder; links are followed before judging.
 
@@ -158,15 +151,18 @@ def is_system_folder(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM_FOLDERS
 
 
-def remark_file(source: str, name: str, origin: str, sidecars: bool = True) -> Remark:
+def remark_file(source: str, name: str, origin: str, *, sidecars: bool = True, second: bool = False) -> Remark:
     """A file, or a member of a tar, that no one reads. ``name`` is its own, without folders.
 
     Args:
         sidecars: whether captions and posts lie beside images here, so that this one lacks its image.
+        second: it is a sidecar of an image whose other sidecar was read instead.
     """
     extension = extension_of(name)
     kind, detail = f"unread file: {kind_of(extension)}", ""
-    if name.startswith(".") or name.lower() in SYSTEM_FILES:
+    if second:
+        kind, detail = f"second sidecar of an image, not read: .{extension}", "another one of the same image was read"
+    elif name.startswith(".") or name.lower() in SYSTEM_FILES:
         kind = "hidden or system file, not read"
     elif extension in PACKAGE_OF:
         detail = f"pip install {PACKAGE_OF[extension]} to have it read"
@@ -175,12 +171,6 @@ def remark_file(source: str, name: str, origin: str, sidecars: bool = True) -> R
     elif sidecars and extension in POSTS:
         kind = f"post without an image: .{extension}"
     return Remark(source, kind, origin=show_text(origin), detail=detail)
-
-
-def remark_second(source: str, name: str, origin: str) -> Remark:
-    """A sidecar of an image whose other sidecar was read instead."""
-    kind = f"second sidecar of an image, not read: .{extension_of(name)}"
-    return Remark(source, kind, origin=show_text(origin), detail="another one of the same image was read")
 
 
 def kind_of(extension: str) -> str:
@@ -237,9 +227,8 @@ class Beside:
         """What is to be said of a file that is no image; nothing of a sidecar that is read."""
         if found.last in self.read:
             return None
-        if extension_of(found.last) in SIDECARS and without_extension(found.last) in self.bare:
-            return remark_second(source, found.last, found.name)
-        return remark_file(source, found.last, found.name)
+        second = extension_of(found.last) in SIDECARS and without_extension(found.last) in self.bare
+        return remark_file(source, found.last, found.name, second=second)
 
 
 def iterate_folder(folder: Path, source: str, follow_links: bool = False) -> Iterator[Item]:
@@ -248,9 +237,9 @@ def iterate_folder(folder: Path, source: str, follow_links: bool = False) -> Ite
     Raises:
         UserError: when the folder holds no images.
     """
-    images, unread, skipped = 0, Counter[str](), list[Remark]()
+    walk, images, unread = Walk(folder, source, follow_links), 0, Counter[str]()
     besides: dict[str, Beside] = {}  # of the folders on the way to the file that is looked at
-    for found in walk_files(folder, source, follow_links=follow_links, skipped=skipped):
+    for found in walk.files():
         if found.parent not in besides:
             besides = {parent: each for parent, each in besides.items() if found.parent.startswith(parent)}
             besides[found.parent] = Beside(found.siblings)
@@ -261,9 +250,9 @@ def iterate_folder(folder: Path, source: str, follow_links: bool = False) -> Ite
         elif (remark := beside.remark(found, source)) is not None:
             unread[remark.kind] += 1
             yield remark
-    yield from skipped
+    yield from walk.skipped
     if not images:
-        unread.update(remark.kind for remark in skipped)
+        unread.update(remark.kind for remark in walk.skipped)
         there = ", ".join(f"{count} {kind}" for kind, count in unread.items())
         raise UserError(
             f"{folder} holds no images ({', '.join(EXTENSIONS)})" + (f"; there are: {there}" if there else "")

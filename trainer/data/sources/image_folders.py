@@ -14,7 +14,7 @@ from trainer.core.errors import UserError
 from trainer.data.fields import show_text
 from trainer.data.formats import is_image_name
 from trainer.data.post import ImagePlace
-from trainer.data.sources.folders import check_inside, is_system_folder, remark_file, walk_files, without_extension
+from trainer.data.sources.folders import Walk, check_inside, is_system_folder, remark_file, without_extension
 from trainer.data.sources.image_names import md5_in, plain_path, relative_path, stem_or_id, strip_start
 from trainer.data.sources.records import BadRecord, Reject, Remark
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
@@ -191,9 +191,9 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
     Raises:
         UserError: when the folder or a tar in it cannot be read, or its tars are compressed.
     """
-    listed, skipped = ImageFolder(folder, source=source, follow_links=follow_links), list[Remark]()
+    listed, walk = ImageFolder(folder, source=source, follow_links=follow_links), Walk(folder, source, follow_links)
     unread, compressed = dict[str, Remark](), list[str]()
-    for found in walk_files(folder, source, follow_links=follow_links, skipped=skipped):
+    for found in walk.files():
         if is_image_name(found.last):
             if not found.plain:
                 listed.links.add(found.name)
@@ -206,7 +206,7 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
         else:
             # records and not sidecars say which images there are, so that a sidecar lacks none
             add_up(unread, remark_file(source, found.last, found.name, sidecars=False))
-    listed.damages.extend((*skipped, *unread.values()))
+    listed.damages.extend((*walk.skipped, *unread.values()))
     if compressed:
         if not listed.by_stem:
             refuse_compressed(folder / compressed[0])

@@ -17,11 +17,10 @@ from trainer.data.sources.folders import (
     CAPTIONS,
     PACKAGE_OF,
     SIDECARS,
+    Walk,
     extension_of,
     is_system_folder,
     remark_file,
-    remark_second,
-    walk_files,
 )
 from trainer.data.sources.record_files import DECOMPRESSORS, read_start
 from trainer.data.sources.records import MAX_SIDECAR, BadRecord, Item, Reject, Remark, Sidecar, read_sidecars, reject
@@ -51,8 +50,8 @@ def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterato
     if not path.is_dir():
         yield from iterate_tar(path, path.name, source)
         return
-    tars, skipped = 0, list[Remark]()
-    for found in walk_files(path, source, follow_links=follow_links, skipped=skipped):
+    tars, walk = 0, Walk(path, source, follow_links)
+    for found in walk.files():
         if is_compressed(found.name):
             refuse_compressed(path / found.name)
         if found.name.lower().endswith(".tar"):
@@ -60,7 +59,7 @@ def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterato
             yield from iterate_tar(path / found.name, found.name, source)
         else:
             yield remark_file(source, found.last, found.name)
-    yield from skipped
+    yield from walk.skipped
     if not tars:
         raise UserError(f"{path} holds no .tar files")
 
@@ -127,8 +126,8 @@ def remark_others(sample: TarSample, source: str, tar: str) -> Iterator[Remark]:
     """Members of a good sample that are not read."""
     for extension in sorted(sample.members.keys() - set(choose_members(sample))):
         name = sample.members[extension].name
-        make = remark_second if extension in sample.sidecars else remark_file
-        yield make(source, name[name.rfind("/") + 1 :], f"{tar}: {name}")
+        second = extension in sample.sidecars
+        yield remark_file(source, name[name.rfind("/") + 1 :], f"{tar}: {name}", second=second)
 
 
 def explain_scattered(incomplete: list[tuple[TarSample, Reject]]) -> Iterator[Reject]:
