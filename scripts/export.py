@@ -19,8 +19,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: the config's publish.dtype")
     arguments = parser.parse_args()
     from trainer.model.base import find_base  # torch takes seconds to import
-    from trainer.release.export import export
-    from trainer.release.shapes import has_sdxl_shapes
+    from trainer.release.export import export, has_sdxl_shapes
 
     for path in export(arguments.source, arguments.out, arguments.dtype):
         if path.is_dir():

@@ -19,6 +19,7 @@ MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
 ONE_THING = {  # why a file may be longer
     "schema.py": 450,  # every field of the config, each with its comment
     "base.py": 450,  # a base, wherever its weights come from
+    "export.py": 450,  # what an export is made of, what it is checked against, and what it says of itself
 }
 MAX_FUNCTION_LINES = 60
 

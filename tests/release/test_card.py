@@ -14,9 +14,8 @@ from trainer.config.load import load_config
 from trainer.core.errors import UserError
 from trainer.model.lineage import Lineage
 from trainer.model.lineage_rows import complete_stage
-from trainer.release.card import Release, describe_release, describe_use, write_card, write_changes
+from trainer.release.card import Release, cell, describe_release, describe_use, write_card, write_changes
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
-from trainer.release.markdown import cell
 from trainer.sample.pictures import Sample
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -25,10 +25,10 @@ from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import read_lineage
 from trainer.release import licence
+from trainer.release.artefacts import read_sums
 from trainer.release.export import export
 from trainer.release.folder import check_fit
 from trainer.release.publish import Request, check_published, publish, read_publish_config
-from trainer.release.sums import read_sums
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
 

@@ -15,9 +15,8 @@ from support.paths import REPOSITORY
 from support.published_run import OURS, SOURCE, change, parts, request_of, run, stages, stand_in
 from trainer.model.base import Base, LazyFile, find_base, read_sdxl_config
 from trainer.release.artefacts import check_stamp
-from trainer.release.export import export
+from trainer.release.export import SHAPING, export, has_sdxl_shapes
 from trainer.release.publish import Request, publish
-from trainer.release.shapes import SHAPING, has_sdxl_shapes
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
 

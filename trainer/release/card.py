@@ -1,28 +1,33 @@
 """The model card (README.md) and CHANGES.md, from the config, the lineage and the run's records, by two templates.
 
 Nothing here is typed by hand for one model: what is not recorded is said to be so. The head of card.md lists what a
-template of the user's may read.
+template of the user's may read. It is sandboxed, and all that it prints is escaped.
 """
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from trainer.config.load import resolved_values
-from trainer.config.schema import Config
+from trainer.config.schema import CaptionsConfig, Config
+from trainer.core.errors import UserError
 from trainer.data.buckets import list_buckets
 from trainer.model.diffusion import spell
 from trainer.model.lineage import Lineage, shorten_paths
 from trainer.model.lineage_rows import identifier, stage_rows, words
-from trainer.release.card_tags import best_quality, caution, describe_tags
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
-from trainer.release.markdown import cell, render_markdown
 from trainer.sample.pictures import Sample
 
+RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -164,3 +169,107 @@ def link_base(base: dict[str, Any]) -> Markup:
     if revision is not None:
         name = Markup(f"[{name}](https://huggingface.co/{name}), commit {cell(identifier(revision))}")
     return Markup(f"{name}, SHA-256 {cell(identifier(base['sha256']))}")
+
+
+def best_quality(captions: CaptionsConfig) -> list[str]:
+    """The two highest quality tags, with which prompts begin."""
+    return list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]
+
+
+def caution(captions: CaptionsConfig) -> dict[str, list[str]]:
+    """What the card of Animagine XL 3.0 says of its quality tags, in the tags of these captions.
+
+    ``best`` go by scores, which many posts have that are not safe for work: ``general`` tags belong into the prompt,
+    ``unsafe`` ones into the negative prompt.
+    """
+    tags = {rating: captions.ratings[rating].split(", ") for rating in RATING_WORDS if captions.ratings.get(rating)}
+    unsafe = [tag for tag in tags.get("q", []) if tag in tags.get("e", [])] + tags.get("s", [])
+    return {"best": best_quality(captions), "general": tags.get("g", []), "unsafe": unsafe}
+
+
+def describe_tags(captions: CaptionsConfig) -> dict[str, Any]:
+    """Rows of the tables of quality, rating and year tags, and of those from other numbers of the posts."""
+    by_rating = any(rule.rating for rule in captions.quality)
+    return {
+        "quality": {
+            "by_rating": by_rating,
+            "rows": [row if by_rating else row[:2] for row in quality_rows(captions)],
+        },
+        "ratings": [[RATING_WORDS[key], tag] for key, tag in captions.ratings.items()],
+        "years": [[rule.tag, f"{rule.first} to {rule.last}"] for rule in captions.years],
+        "columns": [
+            [rule.tag, rule.column, "the rest" if rule.above is None else f"above {rule.above:g}"]
+            for rule in captions.columns
+        ],
+    }
+
+
+def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
+    """[tag, scores, rating] of each quality rule, from the highest to the lowest of each rating."""
+    rows = []
+    for rating in dict.fromkeys(rule.rating for rule in captions.quality):
+        own = [rule for rule in captions.quality if rule.rating == rating]
+        shares = any(rule.above_percentile is not None for rule in own)
+        limits = [(rule.above_percentile if shares else rule.min_score, rule.tag) for rule in own]
+        higher: float | None = None
+        for limit, tag in sorted(limits, key=lambda item: -math.inf if item[0] is None else item[0], reverse=True):
+            if shares:
+                words = [
+                    f"above that of {limit:g}%" if limit is not None else "",
+                    f"up to {higher:g}%" if higher else "",
+                ]
+                scores = ", ".join(word for word in words if word) + " of the posts of its rating"
+            elif higher is None:
+                scores = "all" if limit is None else f"{limit} and above"
+            else:
+                scores = f"below {higher}" if limit is None else f"{limit} to {int(higher) - 1}"
+            rows.append([tag, scores, RATING_WORDS.get(str(rating), str(rating or "all"))])
+            higher = limit
+    return rows
+
+
+def cell(value: object) -> Markup:
+    """Text that breaks neither a table nor the page: no line breaks, bars, or tags; what is marked as safe stays."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(" ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;"))
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is: prompts are full of its signs, as in ``saber \\(fate\\)`` and ``^_^``."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", text)
+
+
+def codes(words: Sequence[str]) -> Markup:
+    """Words as code, with commas between them."""
+    return Markup(", ".join(f"`{word}`" for word in words))
+
+
+def render_markdown(template: Path, data: Mapping[str, Any]) -> str:
+    """The text of a Jinja2 template with ``data``, which must be plain values: of an object, a template sees methods.
+
+    Raises:
+        UserError: for a template that cannot be read or that fails, naming the file and the line.
+    """
+    # autoescape leaves what is Markup as it is, and finalize makes everything that is printed Markup
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=True, finalize=cell, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"cell": cell, "plain": plain, "codes": codes}
+    try:
+        return environment.from_string(template.read_text(encoding="utf-8")).render(data)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the template {template} cannot be read: {error}") from error
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the template {template} fails in line {find_line(error)}: {error}") from error
+
+
+def find_line(error: Exception) -> int | None:
+    """The line of a template in which it failed, or cannot be parsed."""
+    line, frame = getattr(error, "lineno", None), error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "<template>":
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return line

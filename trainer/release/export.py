@@ -1,9 +1,11 @@
 """A checkpoint -> what others load: a single file in Stability's layout, a diffusers folder in the classic layout.
 
 Frozen parts come from the base, the VAE is the one that made the latents; both are refused when they are not the ones
-that the checkpoint names by hash. The same checkpoint gives the same bytes, so that exporting twice changes nothing.
+that the checkpoint names by hash, or say something else of themselves than they did in training. The same checkpoint
+gives the same bytes, so that exporting twice changes nothing.
 """
 
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,35 +25,47 @@ from trainer.core.errors import UserError
 from trainer.core.files import write_file, write_json
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE, export_name
 from trainer.model.base import (
+    CONFIGS_KEY,
     Base,
+    VaeWeights,
     config_file,
     find_base,
     find_tokenizers,
     hash_base,
     read_config,
+    read_predictions,
     read_sdxl_config,
     read_state,
     read_vae,
 )
 from trainer.model.checkpoint import find_checkpoint, read_train_state, verify_checkpoint
 from trainer.model.diffusion import (
+    Prediction,
     marker_names,
     scheduler_prediction,
+    spell,
     trained_prediction,
     write_scheduler,
 )
 from trainer.model.exports import find_recorded
 from trainer.model.hub import STEMS
-from trainer.model.lineage import shorten_paths
+from trainer.model.latents import find_other_numbers
+from trainer.model.lineage import LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.model.weights_file import LazyFile
-from trainer.release.artefacts import count_bytes, put_whole, save_stamped, write_tokenizer
-from trainer.release.metadata import build_metadata
-from trainer.release.sums import write_export_sums
-from trainer.release.trained_with import check_base_prediction, check_diffusion, check_vae
+from trainer.release.artefacts import count_bytes, put_whole, save_stamped, write_export_sums, write_tokenizer
+from trainer.release.licence import FAIPL
 from trainer.train.run import locate_from_run
 
+RECIPE_KEY = "trainer.recipe"  # the config, as the user wrote it
+SHAPING = {  # what a component's config says of the shapes of its tensors
+    "unet": ("in_channels", "block_out_channels", "layers_per_block", "transformer_layers_per_block",
+             "cross_attention_dim", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+    "text_encoder": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    "text_encoder_2": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "projection_dim"),
+    "vae": ("latent_channels", "block_out_channels", "layers_per_block"),
+}  # fmt: skip
 Parts = dict[str, dict[str, Tensor]]
 Configs = dict[str, dict[str, Any]]
 
@@ -176,6 +190,57 @@ def find_named_base(named: Mapping[str, Any], config: Config, run_folder: Path |
     return base
 
 
+def check_vae(checkpoint: Path, state: Mapping[str, Any], vae: VaeWeights, named: str) -> None:
+    """Refuse another VAE than the one that made the latents; ``named`` is what messages call it.
+
+    Raises:
+        UserError: when its weights or its numbers are others; version 0.2 did not record the numbers.
+    """
+    if vae.sha256 != state["vae_sha256"]:
+        raise UserError(
+            f"the VAE of {named} is not the one that made the latents of {checkpoint}: "
+            f"SHA-256 {vae.sha256}, not {state['vae_sha256']}. Set model.vae to that one"
+        )
+    if differing := find_other_numbers(state.get("vae_numbers", {}), vae.scale):
+        raise UserError(
+            f"the VAE of {named} has other numbers in its config than when {checkpoint} was trained: {differing}. "
+            "Put its config.json back"
+        )
+
+
+def check_base_prediction(base: Base, named: Mapping[str, Any]) -> None:
+    """Compare what the base says that it predicts with what it said in training.
+
+    A folder's hash is of its weights, and not of its scheduler's config. Version 0.2 did not record it.
+
+    Raises:
+        UserError: naming both values.
+    """
+    if (before := named.get("prediction")) is None:
+        return
+    then, now = Prediction(**before), next(iter(read_predictions(base).values()))
+    if then != now:
+        raise UserError(
+            f"{base.reference} says that it predicts {now}, and said {then} when this checkpoint was trained from it: "
+            "put its scheduler's config back"
+        )
+
+
+def check_diffusion(checkpoint: Path, state: Mapping[str, Any], config: Config) -> None:
+    """Refuse to write into an export that the model predicts something else than it was trained to.
+
+    Raises:
+        UserError: where the run's config.yaml was changed after the checkpoint was written.
+    """
+    then, now = state["config"]["diffusion"], config.written["diffusion"]
+    for name in ("prediction_type", "zero_terminal_snr"):
+        if then.get(name) != now.get(name):
+            raise UserError(
+                f"{checkpoint} was trained with diffusion.{name} {then.get(name)}, and the run's config.yaml says "
+                f"{now.get(name)}: put it back"
+            )
+
+
 def overlay(part: str, base: Base, trained: LazyFile, dtype: Dtype) -> dict[str, Tensor]:
     """A component of the base with the trained tensors in place of its own, in the export's dtype.
 
@@ -235,6 +300,40 @@ def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionCo
     return shorten_paths(configs | {"scheduler": scheduler, "model_index": index})
 
 
+def build_metadata(
+    config: Config, state: Mapping[str, Any], lineage: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """What a single file's header says: ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec), and our own keys."""
+    side = config.buckets.base_resolution
+    described = (
+        f"Stage {state['stage']} of {state['run']}: {state['step']} steps of {config.data.global_batch_size} samples "
+        f"over {state['images']} images, from {lineage['base']['reference']}."
+    )
+    spec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": "stable-diffusion-xl-v1-base",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "description": described,
+        "date": lineage["written_at"],  # of the checkpoint: exporting it again gives the same bytes
+        "resolution": f"{side}x{side}",
+        "prediction_type": spell(config.diffusion.prediction_type).modelspec[0],
+    }
+    ours = {LINEAGE_KEY: lineage, CONFIGS_KEY: configs, RECIPE_KEY: shorten_paths(state["config"])}
+    return (
+        {"format": "pt"}
+        | {f"modelspec.{name}": value for name, value in spec.items()}
+        | {key: value for key, value in publish_entries(config).items() if value is not None}
+        | {name: json.dumps(value, ensure_ascii=False) for name, value in ours.items()}
+    )
+
+
+def publish_entries(config: Config) -> dict[str, str | None]:
+    """The entries that publish.* may change after the training; None stands for no entry."""
+    publish = config.publish
+    said = {"title": publish.title or config.run.name, "author": publish.author, "license": FAIPL}
+    return {f"modelspec.{name}": value for name, value in said.items()}
+
+
 def single_file_tensors(made: Export) -> dict[str, Tensor]:
     """All tensors in Stability's layout, with the markers by which other programs know what the model predicts."""
     tensors = to_single_file(made.parts, made.configs)
@@ -266,3 +365,12 @@ def write_diffusers(path: Path, made: Export) -> Path:
         for name, folder in zip(("tokenizer", "tokenizer_2"), made.tokenizers, strict=True):
             write_tokenizer(temporary / name, folder, name)
     return path
+
+
+def has_sdxl_shapes(base: Base) -> bool:
+    """Whether all configs say what SDXL's say; what a config leaves out is as there."""
+    for component, keys in SHAPING.items():
+        own, known = read_config(base, component), read_sdxl_config(component)
+        if any(own.get(key, known[key]) != known[key] for key in keys):
+            return False
+    return True

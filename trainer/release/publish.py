@@ -22,15 +22,20 @@ from trainer.model.exports import export_step, find_run, list_exports
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
 from trainer.model.sdxl import DTYPES
-from trainer.release.artefacts import copy_with_metadata, hash_files, put_whole
+from trainer.release.artefacts import (
+    check_export,
+    check_sums,
+    copy_with_metadata,
+    has_sums,
+    hash_files,
+    put_whole,
+    write_sums,
+)
 from trainer.release.card import Release, stage_config_file, write_card, write_changes
-from trainer.release.export import build_export, write_formats, write_single_file
+from trainer.release.export import build_export, has_sdxl_shapes, publish_entries, write_formats, write_single_file
 from trainer.release.folder import check_fit
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, find_terms, read_licence_files, recognise
-from trainer.release.metadata import publish_entries
 from trainer.release.request import Request, read_publish_config
-from trainer.release.shapes import has_sdxl_shapes
-from trainer.release.sums import check_export, check_sums, has_sums, write_sums
 from trainer.sample.pictures import Sample, read_samples
 from trainer.train.run import locate_from_run, read_work
 
