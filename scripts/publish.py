@@ -29,7 +29,8 @@ def main() -> None:
         full_precision=arguments.full_precision,
     )  # fmt: skip
     read_publish_config(request.run, arguments.overrides)  # what it refuses, it refuses at once
-    from trainer.release.publish import check_published, publish  # torch takes seconds to import
+    from trainer.release.folder import check_published  # torch takes seconds to import
+    from trainer.release.publish import publish
     from trainer.release.upload import upload
 
     folder, release = publish(request, arguments.overrides)

@@ -27,8 +27,8 @@ from trainer.model.lineage import read_lineage
 from trainer.release import licence
 from trainer.release.artefacts import read_sums
 from trainer.release.export import export
-from trainer.release.folder import check_fit
-from trainer.release.publish import Request, check_published, publish, read_publish_config
+from trainer.release.folder import check_fit, check_published
+from trainer.release.publish import Request, publish, read_publish_config
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
 

@@ -48,21 +48,17 @@ def parts(tiny_base: Path) -> Parts:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, parts: Parts) -> Path:
-    """Two runs, the second from the first one's export; records only of the second."""
+    """Two runs, the second from the first one's export; hours and hardware only of the second."""
     runs = tmp_path_factory.mktemp("runs")
     first = make_run(runs / "stage1", tiny_base, parts, *WORDS, "data.images=${oc.env:HOME}/images")
     _, folder = export(first)
     (first / "run.json").write_text(json.dumps({"base": {"reference": str(tiny_base)}, "attempts": []}))
     second = make_run(runs / "stage2", folder, parts, *WORDS, step=30)
-    attempt = {
-        "attempt": 1,
-        "first_step": 0,
-        "started_at": "1970-01-01T00:00:00+00:00",
-        "processes": 2,
-        "device": "A100",
-    }
-    (second / "run.json").write_text(json.dumps({"attempts": [attempt]}))
-    (second / "metrics.jsonl").write_text(json.dumps({"step": 30, "attempt": 1, "time": 5400.0}) + "\n")
+    (second / "run.json").write_text(json.dumps({"attempts": []}))
+    file = second / "checkpoints/step-00000030/train_state.json"
+    state = json.loads(file.read_text())
+    state["lineage"] |= {"hours": 1.5, "hardware": ["2 x A100"]}
+    file.write_text(json.dumps(state))
     return second
 
 

@@ -28,6 +28,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import expand_home, home_path
 
 KeyPath = tuple[str, ...]
+Layer = dict[str, Any]  # of a config: what one file, or one word, says
 SECTIONS = frozenset(field_types(Config))
 
 
@@ -79,15 +80,18 @@ def is_override(word: str) -> bool:
     return not is_file
 
 
-def load_config(files: Sequence[str | Path], overrides: Sequence[str] = (), *, preparing: bool = False) -> Config:
-    """Defaults, then the files in order, then ``key=value`` words.
+def load_config(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), *, preparing: bool = False, values: Layer | None = None
+) -> Config:
+    """Defaults, then ``values`` (a checkpoint's config, as it was written), the files in order, ``key=value`` words.
 
     ``preparing`` asks for nothing that only a training needs: its length and its rates.
 
     Raises:
         UserError: with all problems, each by its dotted name.
     """
-    read = [read_yaml(home_path(str(file))) for file in files] + [read_override(word) for word in overrides]
+    read = [values] if values else []
+    read += [read_yaml(home_path(str(file))) for file in files] + [read_override(word) for word in overrides]
     layers, notes = zip(*map(carry_over, read), strict=True) if read else ((), ())
     if os.environ.get("RANK", "0") == "0":
         for note in dict.fromkeys(chain.from_iterable(notes)):

@@ -74,9 +74,7 @@ def build_lineage(
         "config": config.written,
         **(describe_software() if software is None else software),
         "base": {
-            "reference": base["reference"],
-            "revision": base["revision"],
-            "sha256": base["sha256"],
+            **{key: base[key] for key in ("reference", "revision", "sha256")},
             # what it predicts; not recorded by version 0.2
             **({"prediction": base["prediction"]} if "prediction" in base else {}),
             "lineage": base["lineage"] if "lineage" in base else read_lineage(Path(base["reference"]).expanduser()),
@@ -127,20 +125,19 @@ def read_versions() -> dict[str, str | None]:
     return versions
 
 
-def shorten_paths(value: Any) -> Any:
-    """A JSON value with every text that is an absolute path cut, at any depth; prose and prompts stay as they are."""
+def shorten_paths(value: Any, prose: bool = False) -> Any:
+    """A JSON value with every text that is an absolute path cut, at any depth.
+
+    Prose and prompts stay as they are: nothing in them is a path but the fields that say so.
+    """
     if isinstance(value, dict):
-        return {key: shorten_prose(item) if key in PROSE else shorten_paths(item) for key, item in value.items()}
+        return {
+            key: shorten_paths(item, (prose or key in PROSE) and key not in PATHS_IN_PROSE)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [shorten_paths(item) for item in value]
-    return shorten_path(value) if isinstance(value, str) else value
-
-
-def shorten_prose(value: Any) -> Any:
-    """A section or field of prose: nothing in it is a path but the fields that say so."""
-    if not isinstance(value, dict):
-        return value
-    return {key: shorten_paths(item) if key in PATHS_IN_PROSE else item for key, item in value.items()}
+        return [shorten_paths(item, prose) for item in value]
+    return shorten_path(value) if isinstance(value, str) and not prose else value
 
 
 def shorten_path(text: str) -> str:
@@ -165,8 +162,7 @@ def read_lineage(path: Path) -> Lineage | None:
     try:
         if path.is_file():
             with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(LINEAGE_KEY)
-            lineage = None if text is None else json.loads(text)
+                lineage = json.loads((file.metadata() or {}).get(LINEAGE_KEY, "null"))
         elif (path / LINEAGE_FILE).is_file():
             lineage = json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
         elif (path / STATE_FILE).is_file():
@@ -188,14 +184,11 @@ def find_lineage(path: Path) -> Lineage:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    lineage = read_lineage(path)
-    if lineage is not None:
+    if (lineage := read_lineage(path)) is not None:
         return lineage
-    found: dict[str, Lineage] = {}
-    if path.is_dir():
-        inside = sorted(entry for entry in path.iterdir() if entry.is_dir() or entry.suffix == ".safetensors")
-        read = {entry.name: read_lineage(entry) for entry in inside if not entry.name.startswith(".")}
-        found = {name: lineage for name, lineage in read.items() if lineage is not None}
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() else []
+    inside = sorted(entry for entry in entries if entry.is_dir() or entry.suffix == ".safetensors")
+    found = {entry.name: lineage for entry in inside if (lineage := read_lineage(entry)) is not None}
     if not found:
         raise UserError(
             f"{path} carries no lineage: it was not written by this trainer, or another program wrote it again and "

@@ -51,11 +51,11 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
 
 def stage_rows(made: Lineage) -> dict[str, str]:
     """Name -> words of all that is recorded of one stage, one of :func:`list_stages`."""
-    base, code = made["base"], made["code"]
+    base, code, fork = made["base"], made["code"], made["fork"]
     seen, images = made["samples_seen"], made["images"]
     versions = [f"{name} {made['versions'][name]}" for name in SHOWN_LIBRARIES if made["versions"].get(name)]
     return {
-        "run": words(made["run"]) + fork_words(made["fork"]),
+        "run": words(made["run"]) + (f", forked from {fork['run']} at step {words(fork['step'])}" if fork else ""),
         "starts from": words(base["reference"]),
         "its commit": identifier(base["revision"]),
         "its SHA-256": identifier(base["sha256"]),
@@ -127,22 +127,15 @@ def rate_words(value: Any) -> str:
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, int | float) else words(value)
 
 
-def fork_words(fork: Mapping[str, Any] | None) -> str:
-    """From which run, and where, a run branched off."""
-    return "" if fork is None else f", forked from {fork['run']} at step {words(fork['step'])}"
-
-
 def format_tree(lineage: Lineage, with_config: bool = False) -> str:
     """The tree for a terminal: each stage below the one that was made from it, indented; whole configs if asked for."""
     lines: list[str] = []
     indent = ""
     for made in reversed(list_stages(lineage)):
         lines += [indent + line for line in format_stage(made, with_config)]
-        indent += "  "
-        lines.append(
-            f"{indent}└─ {'that base was made so:' if made['base']['lineage'] else 'nothing recorded before this'}"
-        )
-        indent += "   "
+        before = "that base was made so:" if made["base"]["lineage"] else "nothing recorded before this"
+        lines.append(f"{indent}  └─ {before}")
+        indent += "     "
     return "\n".join(lines) + "\n"
 
 

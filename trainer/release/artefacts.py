@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, sync_file, sync_folder, temporary_path, write_bytes, write_text
-from trainer.core.layout import EXPORT_SUMS_SUFFIX, SUMS_FILE
+from trainer.core.layout import EXPORT_SUMS_SUFFIX
 from trainer.model.base import find_base, has_vae, read_state
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS
@@ -47,11 +47,6 @@ def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         assert len(framed) == begin, "the header became longer"
         file.seek(0)
         file.write(framed)
-
-
-def count_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What tensors take on a disk, without a header."""
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def hash_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, str]:
@@ -159,18 +154,6 @@ def read_sums(file: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def check_sums(folder: Path) -> None:
-    """Compare a published folder with its SHA256SUMS.
-
-    Raises:
-        UserError: when a file is missing, added or changed.
-    """
-    found = hash_files(folder)
-    found.pop(SUMS_FILE, None)
-    if wrong := find_changed(read_sums(folder / SUMS_FILE), found):
-        raise UserError(f"{folder} is not what its {SUMS_FILE} says: {wrong}; build it again")
-
-
 def find_changed(said: dict[str, str], found: dict[str, str]) -> str:
     """The first names that are only in one of these, or have another hash; empty where there are none."""
     changed = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
@@ -182,17 +165,18 @@ def export_sums(export: Path) -> Path:
     return export.with_name(export.name.removesuffix(".safetensors") + EXPORT_SUMS_SUFFIX)
 
 
-def has_sums(paths: Sequence[Path]) -> bool:
-    """Whether the sums of an export name these formats of it."""
-    return {path.name for path in paths} <= {name.partition("/")[0] for name in read_sums(export_sums(paths[0]))}
+def split_sums(paths: Sequence[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """The sums of an export: of these formats of it, which are empty where they do not name all; and of others."""
+    said, formats = read_sums(export_sums(paths[0])), {path.name for path in paths}
+    own = {name: digest for name, digest in said.items() if name.partition("/")[0] in formats}
+    others = {name: digest for name, digest in said.items() if name not in own}
+    return own if {name.partition("/")[0] for name in own} == formats else {}, others
 
 
 def write_export_sums(paths: Sequence[Path]) -> None:
     """Write the sums of what export wrote; a format that was exported before keeps its own."""
-    folder, written = paths[0].parent, {path.name for path in paths}
-    before = {name: digest for name, digest in read_sums(export_sums(paths[0])).items()
-              if name.partition("/")[0] not in written}  # fmt: skip
-    write_sums(export_sums(paths[0]), before | hash_files(folder, paths))
+    _, others = split_sums(paths)
+    write_sums(export_sums(paths[0]), others | hash_files(paths[0].parent, paths))
 
 
 def check_export(paths: Sequence[Path], lineage: Lineage, remedy: str) -> None:
@@ -201,10 +185,9 @@ def check_export(paths: Sequence[Path], lineage: Lineage, remedy: str) -> None:
     Raises:
         UserError: naming what differs.
     """
-    if has_sums(paths):
-        said, names = read_sums(export_sums(paths[0])), {path.name for path in paths}
-        own = {name: digest for name, digest in said.items() if name.partition("/")[0] in names}
-        if wrong := find_changed(own, hash_files(paths[0].parent, paths)):
+    said, _ = split_sums(paths)
+    if said:
+        if wrong := find_changed(said, hash_files(paths[0].parent, paths)):
             raise UserError(f"{paths[0].parent} holds a damaged export: {wrong} is not what was exported; {remedy}")
     else:
         prove_by_stamp(paths, remedy)

@@ -1,4 +1,4 @@
-"""The model card (README.md) and CHANGES.md, from the config, the lineage and the run's records, by two templates.
+"""The model card (README.md) and CHANGES.md, from the config and the lineage, by two templates.
 
 Nothing here is typed by hand for one model: what is not recorded is said to be so. The head of card.md lists what a
 template of the user's may read. It is sandboxed, and all that it prints is escaped.
@@ -6,6 +6,7 @@ template of the user's may read. It is sandboxed, and all that it prints is esca
 
 import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,11 +25,12 @@ from trainer.data.buckets import list_buckets
 from trainer.model.diffusion import spell
 from trainer.model.lineage import Lineage, shorten_paths
 from trainer.model.lineage_rows import identifier, stage_rows, words
+from trainer.model.sdxl import DTYPES
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
 from trainer.sample.pictures import Sample
 
 RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
-TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+TEMPLATES = Path(str(resources.files("trainer.release")))
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,12 @@ def write_card(release: Release) -> str:
         UserError: for a ``publish.card_template`` that cannot be read or fails.
     """
     data = describe_release(release) | describe_use(release)
-    return render_markdown(release.card_template or packaged("card.md"), data)
+    return render_markdown(release.card_template or TEMPLATES / "card.md", data)
 
 
 def write_changes(release: Release) -> str:
     """CHANGES.md: what was done to which base, stage by stage; the licences ask changed files to say so."""
-    return render_markdown(packaged("changes.md"), describe_release(release))
-
-
-def packaged(name: str) -> Path:
-    """A template of ours."""
-    return Path(str(resources.files("trainer.release") / name))
+    return render_markdown(TEMPLATES / "changes.md", describe_release(release))
 
 
 def stage_config_file(place: int, made: Lineage) -> str:
@@ -94,7 +91,7 @@ def describe_release(release: Release) -> dict[str, Any]:
         "weights": release.weights,
         "full_precision": release.full_precision,
         "sdxl_shapes": release.sdxl_shapes,
-        "torch_dtype": TORCH_DTYPES[publish.dtype],
+        "torch_dtype": str(DTYPES[publish.dtype]).removeprefix("torch."),
         "license_link": publish.license_link or "LICENSE.md",
         "license_files": release.license_files,
         "acknowledged": release.acknowledged,
@@ -115,13 +112,13 @@ def describe_use(release: Release) -> dict[str, Any]:
     """What a template may read of how the model is prompted, as plain values; and the card's header."""
     captions, buckets = release.config.captions, release.config.buckets
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
+    best = list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]  # the highest
     general, year = captions.ratings.get("g"), ["year tag"] if captions.years else []
-    example = ["1girl", "character", "series", "everything else", *year, *([general] if general else [])]
     return {
         "header": yaml.safe_dump(build_header(release), sort_keys=False, allow_unicode=True, width=120),
         "people": [tag for tag in captions.people[:1] + captions.people[6:8] if tag],
-        "best": best_quality(captions),
-        "example": [*best_quality(captions), *example],
+        "best": best,
+        "example": [*best, "1girl", "character", "series", "everything else", *year, *([general] if general else [])],
         "caution": caution(captions),
         "sizes": [f"{width} x {height}" for width, height in sides],
         "samples": [
@@ -171,36 +168,23 @@ def link_base(base: dict[str, Any]) -> Markup:
     return Markup(f"{name}, SHA-256 {cell(identifier(base['sha256']))}")
 
 
-def best_quality(captions: CaptionsConfig) -> list[str]:
-    """The two highest quality tags, with which prompts begin."""
-    return list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]
-
-
 def caution(captions: CaptionsConfig) -> dict[str, list[str]]:
     """What the card of Animagine XL 3.0 says of its quality tags, in the tags of these captions.
 
-    ``best`` go by scores, which many posts have that are not safe for work: ``general`` tags belong into the prompt,
-    ``unsafe`` ones into the negative prompt.
+    The best ones go by scores, which many posts have that are not safe for work: ``general`` tags belong into the
+    prompt, ``unsafe`` ones into the negative prompt.
     """
     tags = {rating: captions.ratings[rating].split(", ") for rating in RATING_WORDS if captions.ratings.get(rating)}
     unsafe = [tag for tag in tags.get("q", []) if tag in tags.get("e", [])] + tags.get("s", [])
-    return {"best": best_quality(captions), "general": tags.get("g", []), "unsafe": unsafe}
+    return {"general": tags.get("g", []), "unsafe": unsafe}
 
 
 def describe_tags(captions: CaptionsConfig) -> dict[str, Any]:
-    """Rows of the tables of quality, rating and year tags, and of those from other numbers of the posts."""
+    """Rows of the tables of quality and rating tags."""
     by_rating = any(rule.rating for rule in captions.quality)
     return {
-        "quality": {
-            "by_rating": by_rating,
-            "rows": [row if by_rating else row[:2] for row in quality_rows(captions)],
-        },
+        "quality": {"by_rating": by_rating, "rows": [row[: 2 + by_rating] for row in quality_rows(captions)]},
         "ratings": [[RATING_WORDS[key], tag] for key, tag in captions.ratings.items()],
-        "years": [[rule.tag, f"{rule.first} to {rule.last}"] for rule in captions.years],
-        "columns": [
-            [rule.tag, rule.column, "the rest" if rule.above is None else f"above {rule.above:g}"]
-            for rule in captions.columns
-        ],
     }
 
 
@@ -214,11 +198,9 @@ def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
         higher: float | None = None
         for limit, tag in sorted(limits, key=lambda item: -math.inf if item[0] is None else item[0], reverse=True):
             if shares:
-                words = [
-                    f"above that of {limit:g}%" if limit is not None else "",
-                    f"up to {higher:g}%" if higher else "",
-                ]
-                scores = ", ".join(word for word in words if word) + " of the posts of its rating"
+                above = [f"above that of {limit:g}%"] if limit is not None else []
+                up_to = [f"up to {higher:g}%"] if higher else []
+                scores = ", ".join(above + up_to) + " of the posts of its rating"
             elif higher is None:
                 scores = "all" if limit is None else f"{limit} and above"
             else:
@@ -267,9 +249,6 @@ def render_markdown(template: Path, data: Mapping[str, Any]) -> str:
 
 def find_line(error: Exception) -> int | None:
     """The line of a template in which it failed, or cannot be parsed."""
-    line, frame = getattr(error, "lineno", None), error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == "<template>":
-            line = frame.tb_lineno
-        frame = frame.tb_next
-    return line
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    return lines[-1] if lines else getattr(error, "lineno", None)

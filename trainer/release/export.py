@@ -7,7 +7,6 @@ gives the same bytes, so that exporting twice changes nothing.
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,7 +52,7 @@ from trainer.model.lineage import LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
 from trainer.model.weights_file import LazyFile
-from trainer.release.artefacts import count_bytes, put_whole, save_stamped, write_export_sums, write_tokenizer
+from trainer.release.artefacts import put_whole, save_stamped, write_export_sums, write_tokenizer
 from trainer.release.licence import FAIPL
 from trainer.train.run import locate_from_run
 
@@ -85,7 +83,7 @@ class Export:
 def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) -> list[Path]:
     """Write a run's newest checkpoint, or the given one, in the formats of ``publish.formats``; returns what is there.
 
-    ``out`` is RUN/export unless given, ``dtype`` that of ``publish.dtype``.
+    ``out`` is RUN/export unless given, ``dtype`` that of ``publish.dtype``. A checkpoint alone has its own config.
 
     Raises:
         UserError: for a damaged checkpoint, another base or VAE than it names, values that the dtype cannot hold, or
@@ -97,7 +95,8 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
     folder = out or Path(str(run_folder)) / EXPORT_FOLDER
     verify_checkpoint(checkpoint)
     state = read_train_state(checkpoint)
-    config = read_run_config(run_folder, state)
+    file = run_folder / CONFIG_FILE if run_folder is not None else None
+    config = load_config([file]) if file and file.is_file() else load_config([], values=state["config"])
     made = build_export(checkpoint, state, config, dtype or config.publish.dtype, run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = write_formats(made, config.publish.formats, folder / f"{made.name}.safetensors", folder / made.name)
@@ -120,19 +119,9 @@ def write_formats(made: Export, formats: Sequence[Format], single: Path, folder:
 def find_run_checkpoint(source: Path) -> tuple[Path, Path | None]:
     """The checkpoint that ``source`` means, and the run's folder, if it lies in one."""
     checkpoint = find_checkpoint(source)
-    if checkpoint.parent.name != "checkpoints":
+    if checkpoint.parent.name != CHECKPOINTS_FOLDER:
         checkpoint = checkpoint.resolve()
     return checkpoint, checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else None
-
-
-def read_run_config(run_folder: Path | None, state: Mapping[str, Any]) -> Config:
-    """The run's config.yaml; of a checkpoint alone the config inside it."""
-    if run_folder is not None and (run_folder / CONFIG_FILE).is_file():
-        return load_config([run_folder / CONFIG_FILE])
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / CONFIG_FILE
-        file.write_text(yaml.safe_dump(state["config"]), encoding="utf-8")
-        return load_config([file])
 
 
 def build_export(
@@ -153,16 +142,14 @@ def build_export(
     parts["vae"] = {name: cast(f"vae.{name}", tensor, dtype) for name, tensor in vae.state.items()}
     configs = build_configs(base, vae.config, config.diffusion, dtype)
     lineage = shorten_paths(state["lineage"])
-    wants_tokenizers = "diffusers" in config.publish.formats
+    tokenizer = config.model.tokenizer and locate_from_run(run_folder, config.model.tokenizer)
     return Export(
         name=export_name(state["run"], state["step"], dtype),
         parts=parts,
         configs=configs,
         metadata=build_metadata(config, state, lineage, configs),
         lineage=lineage,
-        tokenizers=find_tokenizers(base, config.model.tokenizer and locate_from_run(run_folder, config.model.tokenizer))
-        if wants_tokenizers
-        else None,
+        tokenizers=find_tokenizers(base, tokenizer) if "diffusers" in config.publish.formats else None,
     )
 
 
@@ -170,7 +157,7 @@ def find_named_base(named: Mapping[str, Any], config: Config, run_folder: Path |
     """The start weights that a checkpoint names, where it says or where the config says now.
 
     Raises:
-        UserError: when they are other weights.
+        UserError: when they are other weights, or say that they predict something else than they did in training.
     """
     # what an environment variable held was not recorded
     reference = config.model.pretrained if "${" in named["reference"] else named["reference"]
@@ -180,13 +167,19 @@ def find_named_base(named: Mapping[str, Any], config: Config, run_folder: Path |
         base = find_base(str(find_recorded(Path(configured).expanduser(), recorded) or configured))
     else:
         base = find_base(recorded, named["revision"])
-    sha256 = hash_base(base)
-    if sha256 != named["sha256"]:
+    if (sha256 := hash_base(base)) != named["sha256"]:
         raise UserError(
             f"{base.reference} is not the model that this checkpoint was trained from: SHA-256 {sha256}, not "
             f"{named['sha256']}. Put that model back, or point model.pretrained in the run's config.yaml to it"
         )
-    check_base_prediction(base, named)
+    # a folder's hash is of its weights, and not of its scheduler's config; version 0.2 did not record what it says
+    if then := named.get("prediction"):
+        before, now = Prediction(**then), next(iter(read_predictions(base).values()))
+        if before != now:
+            raise UserError(
+                f"{base.reference} says that it predicts {now}, and said {before} when this checkpoint was trained "
+                "from it: put its scheduler's config back"
+            )
     return base
 
 
@@ -205,24 +198,6 @@ def check_vae(checkpoint: Path, state: Mapping[str, Any], vae: VaeWeights, named
         raise UserError(
             f"the VAE of {named} has other numbers in its config than when {checkpoint} was trained: {differing}. "
             "Put its config.json back"
-        )
-
-
-def check_base_prediction(base: Base, named: Mapping[str, Any]) -> None:
-    """Compare what the base says that it predicts with what it said in training.
-
-    A folder's hash is of its weights, and not of its scheduler's config. Version 0.2 did not record it.
-
-    Raises:
-        UserError: naming both values.
-    """
-    if (before := named.get("prediction")) is None:
-        return
-    then, now = Prediction(**before), next(iter(read_predictions(base).values()))
-    if then != now:
-        raise UserError(
-            f"{base.reference} says that it predicts {now}, and said {then} when this checkpoint was trained from it: "
-            "put its scheduler's config back"
         )
 
 
@@ -251,17 +226,15 @@ def overlay(part: str, base: Base, trained: LazyFile, dtype: Dtype) -> dict[str,
     """
     component = COMPONENTS[part]
     state = read_state(base, component)
-    own = [name.removeprefix(f"{part}.") for name in trained if name.startswith(f"{part}.")]
-    if strange := set(own) - set(state):
+    own = {name.removeprefix(f"{part}.") for name in trained if name.startswith(f"{part}.")}
+    if strange := own - set(state):
         raise UserError(f"the checkpoint's {part} has tensors that {base.reference} has not: {some(strange)}")
-    for name in own:
-        tensor = trained[f"{part}.{name}"]
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(state[name].shape)} in {base.reference}"
+    for name, before in state.items():
+        tensor = trained[f"{part}.{name}"] if name in own else before
+        if tensor.shape != before.shape:
+            shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(before.shape)} in {base.reference}"
             raise UserError(f"{part}.{name} has different shapes: {shapes}")
         state[name] = cast(f"{component}.{name}", tensor, dtype)
-    for name in set(state) - set(own):
-        state[name] = cast(f"{component}.{name}", state[name], dtype)
     return state
 
 
@@ -283,10 +256,8 @@ def cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:
 def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionConfig, dtype: Dtype) -> Configs:
     """The configs of components, scheduler and pipeline, as transformers 4 and 5 and diffusers understand them."""
     configs = {component: dict(read_config(base, component)) for component in COMPONENTS.values()}
-    for component, architecture in {
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-    }.items():
+    architectures = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+    for component, architecture in architectures.items():
         configs[component].pop("dtype", None)  # transformers 5's name for it
         name = str(DTYPES[dtype]).removeprefix("torch.")
         configs[component] |= {"architectures": [architecture], "model_type": "clip_text_model", "torch_dtype": name}
@@ -329,8 +300,7 @@ def build_metadata(
 
 def publish_entries(config: Config) -> dict[str, str | None]:
     """The entries that publish.* may change after the training; None stands for no entry."""
-    publish = config.publish
-    said = {"title": publish.title or config.run.name, "author": publish.author, "license": FAIPL}
+    said = {"title": config.publish.title or config.run.name, "author": config.publish.author, "license": FAIPL}
     return {f"modelspec.{name}": value for name, value in said.items()}
 
 
@@ -345,14 +315,15 @@ def single_file_tensors(made: Export) -> dict[str, Tensor]:
 def write_single_file(path: Path, made: Export) -> Path:
     """Stability's layout, whole or not at all: see :func:`put_whole`."""
     tensors = single_file_tensors(made)
-    with put_whole(path, count_bytes(tensors)) as temporary:
+    with put_whole(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         write_file(temporary, lambda file: save_stamped(tensors, file, made.metadata))
     return path
 
 
 def write_diffusers(path: Path, made: Export) -> Path:
     """The classic diffusers layout, whole or not at all: see :func:`put_whole`."""
-    with put_whole(path, sum(count_bytes(part) for part in made.parts.values())) as temporary:
+    needed = sum(tensor.nbytes for part in made.parts.values() for tensor in part.values())
+    with put_whole(path, needed) as temporary:
         temporary.mkdir()
         for component, part in made.parts.items():
             # transformers refuses files that do not say format: pt
@@ -369,8 +340,5 @@ def write_diffusers(path: Path, made: Export) -> Path:
 
 def has_sdxl_shapes(base: Base) -> bool:
     """Whether all configs say what SDXL's say; what a config leaves out is as there."""
-    for component, keys in SHAPING.items():
-        own, known = read_config(base, component), read_sdxl_config(component)
-        if any(own.get(key, known[key]) != known[key] for key in keys):
-            return False
-    return True
+    compared = [(read_config(base, part), read_sdxl_config(part), keys) for part, keys in SHAPING.items()]
+    return all(own.get(key, known[key]) == known[key] for own, known, keys in compared for key in keys)

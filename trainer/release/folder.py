@@ -5,8 +5,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.layout import SUMS_FILE
 from trainer.model.weights_file import read_frame
+from trainer.release.artefacts import find_changed, hash_files, read_sums
 from trainer.sample.pictures import SAMPLE_CHUNKS, read_chunks
 
 ALLOWED = (
@@ -89,6 +92,19 @@ def check_fit(folder: Path, run: str, named: Path | None = None) -> None:
         raise UserError(f"{named or folder} is not fit to be published:\n{listed}{remedy}")
 
 
+def check_published(folder: Path, config: Config) -> None:
+    """What an upload sends: the folder as it was built, not as somebody changed it since.
+
+    Raises:
+        UserError: when a file is missing, added or changed, or does not belong there.
+    """
+    check_fit(folder, config.run.name)
+    found = hash_files(folder)
+    found.pop(SUMS_FILE, None)
+    if wrong := find_changed(read_sums(folder / SUMS_FILE), found):
+        raise UserError(f"{folder} is not what its {SUMS_FILE} says: {wrong}; build it again")
+
+
 def find_secrets(path: Path) -> Iterator[tuple[str, str, str]]:
     """What no stranger should read in a file, the text itself, and where it stands: a line, or a key."""
     for place, text in read_texts(path):
@@ -120,10 +136,9 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 def parse(text: str) -> object:
     """A text's JSON value if it is an object or a list, else the text: a title may begin with a bracket too."""
     try:
-        value = json.loads(text) if text.startswith(("{", "[")) else text
+        return json.loads(text) if text.startswith(("{", "[")) else text
     except (ValueError, RecursionError):
         return text
-    return value
 
 
 def texts_of(value: object, key: str) -> Iterator[tuple[str, str]]:

@@ -70,7 +70,7 @@ def known_name(name: str) -> str:
     return KNOWN_NAMES.get(name.strip().lower(), name)
 
 
-def read_licence_files(files: list[Path]) -> dict[str, str]:
+def read_licence_files(files: Sequence[Path]) -> dict[str, str]:
     """The texts that the user gives, by the licence that each is.
 
     Raises:
@@ -82,8 +82,7 @@ def read_licence_files(files: list[Path]) -> dict[str, str]:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--license-file {file} cannot be read: {error}") from error
-        licence = recognise(text)
-        if licence is None:
+        if (licence := recognise(text)) is None:
             raise UserError(
                 f"--license-file {file} is neither FAIPL-1.0-SD nor CreativeML Open RAIL++-M, word for word. "
                 "FAIPL-1.0-SD is published by the Freedom of Development Project, freedevproject.org; give it as "
@@ -94,11 +93,7 @@ def read_licence_files(files: list[Path]) -> dict[str, str]:
 
 
 def find_refusals(
-    terms: Terms,
-    texts: Mapping[str, str],
-    *,
-    source_url: str | None,
-    acknowledged: str | None,
+    terms: Terms, texts: Mapping[str, str], source_url: str | None, acknowledged: str | None
 ) -> Iterator[str]:
     """Why a model must not be published like this, each with the clause that says so and what to do.
 
@@ -130,15 +125,13 @@ def find_base_refusals(terms: Terms, acknowledged: str | None) -> Iterator[str]:
     name = terms.name
     if acknowledged is not None and not acknowledged.strip():
         yield f"--acknowledge-base-terms is empty: say what they are: {ACKNOWLEDGE}"
-        return
-    if name is None:
+    elif name is None:
         if acknowledged is None:
             yield (
                 f"{terms.where} does not say under which licence it is, and FAIPL-1.0-SD can only be given to what its "
                 f"makers license (Copyright; Notices, third paragraph). If you hold the rights: {ACKNOWLEDGE}"
             )
-        return
-    if name not in (FAIPL, OPENRAIL) and FORBIDDING.search(name):
+    elif name not in (FAIPL, OPENRAIL) and FORBIDDING.search(name):
         yield (
             f"{terms.where} is under {name}, which forbids what FAIPL-1.0-SD must allow everyone: use and changes for "
             "any purpose but its prohibited uses (Copyright; Notices, third paragraph). A model derived from it "
@@ -192,24 +185,15 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
             if given is not None:
                 raise UserError(f"--base has no effect: {base['reference']} itself says under which licence it is")
             return terms
-        places = base_of_export(here) if here is not None else []
+        run = find_run(here.parent) if here is not None else None  # RUN/export/..., which knows its own base's place
+        places = [locate_from_run(run[0], read_run(run[0])["base"]["reference"])] if run is not None else []
     raise AssertionError("the first stage returns or raises")
 
 
 def locate(places: Sequence[str], sha256: str) -> Path | None:
     """The first of these places that holds these very weights; None where none does."""
-    for place in dict.fromkeys(places):
-        if Path(place).expanduser().exists():
-            found = find_base(place)
-            if hash_base(found) == sha256:
-                return found.path
-    return None
-
-
-def base_of_export(export: Path) -> list[str]:
-    """Where the run that made an export, RUN/export/..., found its own base; nothing where that run is not here."""
-    run = find_run(export.parent)
-    return [locate_from_run(run[0], read_run(run[0])["base"]["reference"])] if run is not None else []
+    here = (find_base(place) for place in dict.fromkeys(places) if Path(place).expanduser().exists())
+    return next((found.path for found in here if hash_base(found) == sha256), None)
 
 
 def terms_of_given(place: str, base: dict[str, Any]) -> Terms:

@@ -18,26 +18,18 @@ from trainer.core.files import write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SUMS_FILE, export_name
 from trainer.model.base import find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
-from trainer.model.exports import export_step, find_run, list_exports
+from trainer.model.exports import export_step, list_exports
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
 from trainer.model.sdxl import DTYPES
-from trainer.release.artefacts import (
-    check_export,
-    check_sums,
-    copy_with_metadata,
-    has_sums,
-    hash_files,
-    put_whole,
-    write_sums,
-)
+from trainer.release.artefacts import check_export, copy_with_metadata, hash_files, put_whole, split_sums, write_sums
 from trainer.release.card import Release, stage_config_file, write_card, write_changes
 from trainer.release.export import build_export, has_sdxl_shapes, publish_entries, write_formats, write_single_file
 from trainer.release.folder import check_fit
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, find_terms, read_licence_files, recognise
 from trainer.release.request import Request, read_publish_config
 from trainer.sample.pictures import Sample, read_samples
-from trainer.train.run import locate_from_run, read_work
+from trainer.train.run import locate_from_run
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
@@ -68,19 +60,16 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
         reference = read_train_state(weights.checkpoint)["base"]["reference"]  # the lineage shortens paths
         places.insert(0, locate_from_run(request.run, reference))
     terms = find_terms(weights.lineage, places, request.base)
-    given = read_licence_files(list(request.license_files))
-    brought = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
-    refusals = find_refusals(
-        terms, brought | given, source_url=config.publish.source_url, acknowledged=request.acknowledged
-    )
-    if reasons := list(refusals):
+    texts = {licence: text for text in terms.texts.values() if (licence := recognise(text))}
+    texts |= read_licence_files(request.license_files)
+    if reasons := list(find_refusals(terms, texts, config.publish.source_url, request.acknowledged)):
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise UserError(f"{request.run} is not published, for {len(reasons)} reason(s):\n{listed}")
-    licences = collect_licences(terms, brought | given)
+    licences = collect_licences(terms, texts)
     template = config.publish.card_template
     release = Release(
         config=config,
-        stages=find_stages(request.run, weights.lineage),
+        stages=list_stages(weights.lineage),
         terms=terms,
         license_files={name: what for name, (what, _) in licences.items()},
         acknowledged=request.acknowledged,
@@ -97,8 +86,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     folder = request.out or request.run / PUBLISHED_FOLDER / config.run.name
     if not folder.name or folder.name == "..":
         raise UserError(f"--out {folder} is a folder that exists: name a new one")
-    texts = {name: text for name, (_, text) in licences.items()}
-    return build_folder(folder, release, weights, texts), release
+    return build_folder(folder, release, weights, {name: text for name, (_, text) in licences.items()}), release
 
 
 def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None:
@@ -107,10 +95,9 @@ def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None
     Raises:
         UserError: naming the first.
     """
+    own = {None, run, *(export_name(run, weights.step, dtype) for dtype in DTYPES)}
     for sample in samples:
-        model = sample.settings.get("model")
-        exports = {export_name(run, weights.step, dtype) for dtype in DTYPES}
-        if model is not None and model not in {*exports, run}:
+        if (model := sample.settings.get("model")) not in own:
             raise UserError(
                 f"{sample.path} was drawn by {model}, and step {weights.step} of {run} is published: draw it again "
                 "with scripts/sample.py, or take it out of the folder"
@@ -139,9 +126,9 @@ def choose_weights(run: Path, config: Config) -> Weights:
         UserError: when there is neither a checkpoint nor a whole export.
     """
     checkpoint, dtype = find_newest(run), config.publish.dtype
-    steps = {step: export_name(config.run.name, step, dtype) for step in map(export_step, list_exports(run))}
-    names = {path.name.removesuffix(".safetensors") for path in list_exports(run) if not path.is_symlink()}
-    exports = [step for step, name in steps.items() if name in names]
+    here = [path for path in list_exports(run) if not path.is_symlink()]
+    steps = {path.name.removesuffix(".safetensors"): export_step(path) for path in here}
+    exports = [step for name, step in steps.items() if name == export_name(config.run.name, step, dtype)]
     step = max([*exports, step_of(checkpoint) if checkpoint else 0])
     if step == 0:
         raise UserError(f"{run} has neither a complete checkpoint nor an export in {dtype}: nothing to publish")
@@ -151,7 +138,7 @@ def choose_weights(run: Path, config: Config) -> Weights:
     whole = all(path.exists() and not path.is_symlink() for path in exported)
     if checkpoint is not None and step_of(checkpoint) == step:
         lineage = shorten_paths(read_train_state(checkpoint)["lineage"])
-        return Weights(step, lineage, checkpoint, exported if whole and has_sums(exported) else [])
+        return Weights(step, lineage, checkpoint, exported if whole and split_sums(exported)[0] else [])
     if not whole:
         missing = f"lacks one of publish.formats {config.publish.formats}, and its checkpoint is gone"
         raise UserError(f"{run / EXPORT_FOLDER / name} {missing}")
@@ -192,21 +179,6 @@ def check_lineage(lineage: Lineage) -> None:
         made = base.get("lineage")
 
 
-def find_stages(run: Path, lineage: Lineage) -> list[Lineage]:
-    """The stages of the lineage, the first of them first; their work from the lineage, else from the run's records."""
-    stages = list_stages(lineage)
-    folder: Path | None = run
-    for place in reversed(range(len(stages))):
-        made = stages[place]
-        if made is not stages[-1]:
-            found = find_run(Path(stages[place + 1]["base"]["reference"]).expanduser().parent)
-            folder = found[0] if found and found[0].name == made["run"] else None
-        if made["hours"] is None and folder is not None and made["step"] is not None:
-            work = read_work(folder, made["step"])
-            stages[place] = made | {"hours": work.hours, "hardware": list(work.hardware)}
-    return stages
-
-
 def build_folder(folder: Path, release: Release, weights: Weights, licences: dict[str, str]) -> Path:
     """Write everything beside the final name, check it, and move it.
 
@@ -214,7 +186,12 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         UserError: see :func:`publish`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with put_whole(folder, count_copied(release, weights)) as temporary:
+    copied = [
+        *weights.exported,
+        *(sample.path for sample in release.samples),
+    ]  # what is built says itself what it needs
+    needed = sum(file.stat().st_size for path in copied for file in (path, *path.rglob("*")) if file.is_file())
+    with put_whole(folder, needed) as temporary:
         write_weights(temporary, release, weights)
         if release.weights:
             shapes = has_sdxl_shapes(find_base(str(temporary / release.weights)))
@@ -233,12 +210,6 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         check_fit(temporary, release.config.run.name, folder)
         write_sums(temporary / SUMS_FILE, hash_files(temporary))
     return folder
-
-
-def count_copied(release: Release, weights: Weights) -> int:
-    """Bytes of what is copied; an export that is still to be made says itself what it needs."""
-    copied = [*weights.exported, *(sample.path for sample in release.samples)]
-    return sum(file.stat().st_size for path in copied for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def write_weights(folder: Path, release: Release, weights: Weights) -> None:
@@ -274,9 +245,3 @@ def copy_folder(source: Path, target: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or not path.is_dir():
             shutil.copyfile(path, copy, follow_symlinks=False)
-
-
-def check_published(folder: Path, config: Config) -> None:
-    """What an upload sends: the folder as it was built, not as somebody changed it since."""
-    check_fit(folder, config.run.name)
-    check_sums(folder)
