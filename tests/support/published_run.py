@@ -54,7 +54,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, parts: Par
     _, folder = export(first)
     (first / "run.json").write_text(json.dumps({"base": {"reference": str(tiny_base)}, "attempts": []}))
     second = make_run(runs / "stage2", folder, parts, *WORDS, step=30)
-    (second / "run.json").write_text(json.dumps({"attempts": []}))
+    (second / "run.json").write_text(json.dumps({"attempts": [{"attempt": 1, "first_step": 0}]}))
     file = second / "checkpoints/step-00000030/train_state.json"
     state = json.loads(file.read_text())
     state["lineage"] |= {"hours": 1.5, "hardware": ["2 x A100"]}

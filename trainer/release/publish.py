@@ -186,10 +186,8 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         UserError: see :func:`publish`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    copied = [
-        *weights.exported,
-        *(sample.path for sample in release.samples),
-    ]  # what is built says itself what it needs
+    # what is copied: an export that is still to be made says itself what it needs
+    copied = [*weights.exported, *(sample.path for sample in release.samples)]
     needed = sum(file.stat().st_size for path in copied for file in (path, *path.rglob("*")) if file.is_file())
     with put_whole(folder, needed) as temporary:
         write_weights(temporary, release, weights)
