@@ -275,9 +275,9 @@ def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
 def test_latents_of_another_vae_are_not_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [row(str(number)) for number in range(4)])
     report = make_report(make_config(f"data.shards={folder}"), progress=False)
-    assert report.missing == (
-        "no thumbnails of latents: the latents were made by another VAE than the one that this config names",
-    )
+    assert report.missing == [
+        "no thumbnails of latents: the latents were made by another VAE than the one that this config names"
+    ]
     assert report.lengths is not None and report.lengths.tokens.tolist() == [0] * 4
     assert "4 are empty" in Reader(render(report)).text
 

@@ -31,15 +31,10 @@ PASSES = 3  # captions shown of each sample
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A JPEG file, and its size."""
+    """A JPEG file as a URL, and its size."""
 
-    jpeg: bytes
+    url: str
     size: Size
-
-    @property
-    def url(self) -> str:
-        """The whole file as a URL."""
-        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
 
 
 @dataclass(frozen=True)
@@ -125,4 +120,4 @@ def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
     """RGB uint8 (H, W, 3) as a JPEG file."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return Thumbnail(buffer.getvalue(), image.size)
+    return Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size)

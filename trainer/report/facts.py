@@ -4,7 +4,6 @@ A model is only needed for thumbnails and lengths; where it cannot be found, tha
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,53 +65,11 @@ class LengthFacts:
 
     tokens: np.ndarray  # int64 (captions,)
     limit: int
-
-    @property
-    def truncated(self) -> int:
-        """Captions that lose their end."""
-        return int((self.tokens > self.limit).sum())
-
-    @property
-    def percentiles(self) -> list[float]:
-        """The most tokens of half of the captions, and of 95%."""
-        return np.percentile(self.tokens, [50, 95]).tolist()
-
-    @property
-    def empty(self) -> int:
-        """Captions without a token."""
-        return int((self.tokens == 0).sum())
-
-    @property
-    def chunks(self) -> Counts:
-        """Captions by the chunks that they fill."""
-        names = {edge: f"{name} (truncated)" if edge > self.limit else name for edge, name in TOKEN_RANGES.items()}
-        return count_in_ranges(self.tokens, names)
-
-    @property
-    def step(self) -> int:
-        """Tokens of a column of the histogram."""
-        return next(step for step in (5, 15, 25) if step == 25 or self.tokens.max() < 40 * step)
-
-    @property
-    def columns(self) -> list[int]:
-        """The histogram: captions of 1 .. step, step + 1 .. 2 step, ... tokens; the last column holds all above."""
-        shown = min(MAX_COLUMNS, -(-max(int(self.tokens.max()), self.limit, 1) // self.step))
-        places = np.minimum(np.maximum(self.tokens - 1, 0) // self.step, shown - 1)
-        return np.bincount(places, minlength=shown).tolist()
-
-    @property
-    def chunk_ends(self) -> list[float]:
-        """Where chunks end within the histogram, in tokens."""
-        return [edge for edge in TOKEN_RANGES if edge <= self.step * len(self.columns)]
-
-
-@dataclass(frozen=True)
-class Models:
-    """What could be found of the model, and what could not."""
-
-    vae: AutoencoderKL | None
-    tokenizer: TextTokenizer | None
-    missing: tuple[str, ...]  # as the page states it
+    truncated: int  # captions that lose their end
+    chunks: Counts  # captions by the chunks that they fill
+    step: int  # tokens of a column of the histogram
+    columns: list[int]  # captions of 1 .. step, step + 1 .. 2 step, ... tokens; the last column holds all above
+    chunk_ends: list[float]  # where chunks end within the histogram, in tokens
 
 
 @dataclass(frozen=True)
@@ -123,6 +80,7 @@ class Report:
     index: Index
     plan: Plan
     run: RunFacts
+    buckets: list[BucketFacts]  # the fullest first
     fits: Fits
     sources: Counts  # images of each
     tags: dict[str, TagCounts]  # by category
@@ -130,60 +88,40 @@ class Report:
     lengths: LengthFacts | None
     duplicates: Duplicates
     examples: list[Example]
-    missing: tuple[str, ...]  # what could not be found out, and why
+    missing: list[str]  # what could not be found out, and why
+    counts: dict[str, Any]  # of preparation, the manifest's
 
-    @property
-    def views(self) -> str:
-        """The fewest and the most views of an image."""
-        return view_range(self.run.views)
 
-    @property
-    def counts(self) -> dict[str, Any]:
-        """What preparation counted."""
-        return self.index.manifest.get("counts", {})
+def describe_buckets(index: Index, plan: Plan, run: RunFacts) -> list[BucketFacts]:
+    """Buckets, the fullest first."""
+    facts = []
+    for place in np.argsort(-plan.images, kind="stable").tolist():
+        width, height = plan.buckets[place]
+        views = view_range(run.views[(index.bucket_sizes == (width, height)).all(axis=1)])
+        counts = (int(values[place]) for values in (run.units, run.repeating))
+        facts.append(BucketFacts(width, height, int(plan.images[place]), views, *counts))
+    return facts
 
-    @property
-    def set_aside(self) -> dict[str, int]:
-        """Inputs that were set aside, by reason."""
-        return self.counts.get("set_aside", {})
 
-    @property
-    def remarks(self) -> dict[str, dict[str, int]]:
-        """What sources said of inputs that were not set aside, by source and kind."""
-        return self.counts.get("by_source", {})
+def count_lengths(tokens: np.ndarray, limit: int) -> LengthFacts:
+    """What is shown of the lengths of captions."""
+    names = {edge: f"{name} (truncated)" if edge > limit else name for edge, name in TOKEN_RANGES.items()}
+    longest = int(tokens.max())
+    step = next(step for step in (5, 15, 25) if step == 25 or longest < 40 * step)
+    shown = min(MAX_COLUMNS, -(-max(longest, limit, 1) // step))
+    columns = np.bincount(np.minimum(np.maximum(tokens - 1, 0) // step, shown - 1), minlength=shown).tolist()
+    ends = [edge for edge in TOKEN_RANGES if edge <= step * shown]
+    return LengthFacts(tokens, limit, int((tokens > limit).sum()), count_in_ranges(tokens, names), step, columns, ends)
 
-    @cached_property
-    def buckets(self) -> list[BucketFacts]:
-        """Buckets, the fullest first."""
-        sizes, run, facts = self.index.bucket_sizes, self.run, []
-        codes = (sizes[:, 0].astype(np.int64) << 20) | sizes[:, 1]
-        for place in np.argsort(-self.plan.images, kind="stable").tolist():
-            width, height = self.plan.buckets[place]
-            views = view_range(run.views[codes == (width << 20 | height)])
-            counts = (int(values[place]) for values in (run.units, run.repeating))
-            facts.append(BucketFacts(width, height, int(self.plan.images[place]), views, *counts))
-        return facts
 
-    @property
-    def views_table(self) -> Counts:
-        """How often images are seen; neighbouring numbers are joined where there are many."""
-        views = self.run.views
-        low, high = int(views.min()), int(views.max())
-        width = -(-(high - low + 1) // MAX_VIEW_ROWS)
-        counts = np.bincount((views - low) // width).tolist()
-        starts = range(low, high + 1, width)
-        labels = [f"{start} times" if width == 1 else f"{start} to {start + width - 1} times" for start in starts]
-        return [(label, count) for label, count in zip(labels, counts, strict=True) if count]
-
-    @property
-    def crops(self) -> Counts:
-        """Images by the share of their pixels that is cropped away."""
-        return trim_counts(count_in_ranges(self.fits.cropped, CROP_RANGES))
-
-    @property
-    def factors(self) -> Counts:
-        """Images by the factor of their resize."""
-        return trim_counts(count_in_ranges(self.fits.factors, FACTOR_RANGES))
+def count_views(views: np.ndarray) -> Counts:
+    """How often images are seen; neighbouring numbers are joined where there are many."""
+    low, high = int(views.min()), int(views.max())
+    width = -(-(high - low + 1) // MAX_VIEW_ROWS)
+    counts = np.bincount((views - low) // width).tolist()
+    starts = range(low, high + 1, width)
+    labels = [f"{start} times" if width == 1 else f"{start} to {start + width - 1} times" for start in starts]
+    return [(label, count) for label, count in zip(labels, counts, strict=True) if count]
 
 
 def view_range(views: np.ndarray) -> str:
@@ -221,15 +159,15 @@ def walk_run(plan: Plan, steps: int) -> RunFacts:
     return RunFacts(steps, plan.epochs_until(steps), all_units / last / plan.units_per_step, views, units, repeating)
 
 
-def find_models(config: Config, vae_sha256: str) -> Models:
-    """The VAE that made the latents and the first tokenizer, as far as they can be found.
+def find_models(config: Config, vae_sha256: str) -> tuple[AutoencoderKL | None, TextTokenizer | None, list[str]]:
+    """The VAE that made the latents and the first tokenizer, as far as they can be found; and what is missing, and why.
 
     On a GPU the VAE has the config's dtype, on the CPU fp32.
     """
     try:
         base = find_base(config.model.pretrained, config.model.revision, parts=("vae",))
     except UserError as error:
-        return Models(None, None, (f"no thumbnails of latents and no caption lengths: {error}",))
+        return None, None, [f"no thumbnails of latents and no caption lengths: {error}"]
     vae, tokenizer, missing = None, None, []
     try:
         weights = read_vae(config.model.vae, base, config.model.vae_revision)
@@ -245,4 +183,4 @@ def find_models(config: Config, vae_sha256: str) -> Models:
         tokenizer = load_tokenizer(folder, read_config(base, "text_encoder")["vocab_size"], EOS_TOKEN)
     except UserError as error:
         missing.append(f"no caption lengths: {error}")
-    return Models(vae, tokenizer, tuple(missing))
+    return vae, tokenizer, missing

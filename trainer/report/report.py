@@ -4,6 +4,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from trainer.config.schema import Config
@@ -14,7 +15,21 @@ from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.report.examples import draw_examples
-from trainer.report.facts import FINISHED, LengthFacts, Report, find_models, walk_run
+from trainer.report.facts import (
+    CROP_RANGES,
+    FACTOR_RANGES,
+    FINISHED,
+    LengthFacts,
+    Report,
+    count_in_ranges,
+    count_lengths,
+    count_views,
+    describe_buckets,
+    find_models,
+    trim_counts,
+    view_range,
+    walk_run,
+)
 from trainer.report.survey import (
     choose_rows,
     count_finished,
@@ -49,26 +64,28 @@ def make_report(config: Config, progress: bool = True) -> Report:
     fits = measure_fits(rows, latents.get("buckets", {}).get("upscale", True))
     tags = {category: count_tags(rows, category, TOP_TAGS) for category in TAG_CATEGORIES}
     finished = count_finished(rows, config.captions.keep_tokens_separator, TOP_TAGS)
-    models = find_models(config, latents.get("vae_sha256", ""))
+    vae, tokenizer, missing = find_models(config, latents.get("vae_sha256", ""))
     lengths = None
-    if models.tokenizer is not None:
+    if tokenizer is not None:
         chosen = choose_rows("report lengths", seed, len(index), MAX_TOKENIZED)
-        tokens = measure_captions(index, chosen, config.captions, models.tokenizer, progress)
-        lengths = LengthFacts(tokens, config.captions.max_token_length)
-    shown = choose_rows("report samples", seed, len(index), SAMPLES).tolist()
+        tokens = measure_captions(index, chosen, config.captions, tokenizer, progress)
+        lengths = count_lengths(tokens, config.captions.max_token_length)
+    run, shown = walk_run(plan, steps), choose_rows("report samples", seed, len(index), SAMPLES).tolist()
     return Report(
         config=config,
         index=index,
         plan=plan,
-        run=walk_run(plan, steps),
+        run=run,
+        buckets=describe_buckets(index, plan, run),
         fits=fits,
         sources=count_sources(rows),
         tags=tags | ({FINISHED: finished} if finished.images else {}),
         rules=count_rules(rows, config.captions),
         lengths=lengths,
         duplicates=find_duplicates(rows),
-        examples=draw_examples(index, config, fits, shown, models.vae, progress),
-        missing=models.missing,
+        examples=draw_examples(index, config, fits, shown, vae, progress),
+        missing=missing,
+        counts=index.manifest.get("counts", {}),
     )
 
 
@@ -102,15 +119,20 @@ def write_page(report: Report, path: Path) -> None:
 def render(report: Report) -> str:
     """The page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": format_number, "percent": percent}
+    environment.filters |= {"percent": percent, "percentile": np.percentile}
+    environment.filters["number"] = lambda value, digits=0: f"{value:,.{digits}f}"
     template = environment.from_string(files("trainer.report").joinpath("template.html").read_text(encoding="utf-8"))
-    names = {"generator": GENERATOR, "finished": FINISHED, "quarantine_file": QUARANTINE_FILE, "notes_file": NOTES_FILE}
-    return template.render(report=report, **names)
-
-
-def format_number(value: float, digits: int = 0) -> str:
-    """12,345 or 1.25."""
-    return f"{value:,.{digits}f}"
+    return template.render(
+        report=report,
+        views=view_range(report.run.views),
+        views_table=count_views(report.run.views),
+        crops=trim_counts(count_in_ranges(report.fits.cropped, CROP_RANGES)),
+        factors=trim_counts(count_in_ranges(report.fits.factors, FACTOR_RANGES)),
+        generator=GENERATOR,
+        finished=FINISHED,
+        quarantine_file=QUARANTINE_FILE,
+        notes_file=NOTES_FILE,
+    )
 
 
 def percent(part: float, whole: float) -> str:
@@ -126,16 +148,15 @@ def percent(part: float, whole: float) -> str:
 def summarise(report: Report) -> str:
     """The short table for the terminal."""
     run, fits, images = report.run, report.fits, len(report.index)
-    remarks = [
-        f"{count:,} {kind} ({source})" for source, kinds in report.remarks.items() for kind, count in kinds.items()
-    ]
+    set_aside, by_source = (report.counts.get(name, {}) for name in ("set_aside", "by_source"))
+    remarks = [f"{count:,} {kind} ({source})" for source, kinds in by_source.items() for kind, count in kinds.items()]
     facts = {
-        "images": f"{images:,}, each seen {report.views} times",
+        "images": f"{images:,}, each seen {view_range(run.views)} times",
         "steps": f"{run.steps:,} in all, {run.steps_per_epoch:,.1f} an epoch, {run.epochs:,.1f} epochs",
         "cropped": f"{fits.cropped.mean():.2%} of the pixels on average, at most {fits.cropped.max():.1%}",
-        "enlarged": f"{fits.enlarged / images:.1%} of the images",
+        "enlarged": f"{(fits.factors > 1).mean():.1%} of the images",
         "captions": summarise_lengths(report.lengths, images),
-        "set aside": ", ".join(f"{count:,} {reason}" for reason, count in report.set_aside.items()) or "none",
+        "set aside": ", ".join(f"{count:,} {reason}" for reason, count in set_aside.items()) or "none",
         **({"noted": ", ".join(remarks)} if remarks else {}),
         "duplicates": f"{report.duplicates.images:,} images in {report.duplicates.groups:,} groups",
     }
@@ -162,6 +183,6 @@ def summarise_lengths(lengths: LengthFacts | None, images: int) -> str:
     captions = len(lengths.tokens)
     whole = "" if captions == images else f" ({captions:,} captions looked at)"
     return (
-        f"{lengths.percentiles[0]:.0f} tokens in the middle, {lengths.tokens.max()} at most, "
+        f"{np.median(lengths.tokens):.0f} tokens in the middle, {lengths.tokens.max()} at most, "
         f"{percent(lengths.truncated, captions)} truncated at {lengths.limit}{whole}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from trainer.config.schema import CaptionsConfig
@@ -42,16 +43,6 @@ class Fits:
 
     cropped: np.ndarray  # share of the resized pixels
     factors: np.ndarray  # of the resize; above 1 enlarges
-
-    @property
-    def cropped_percentiles(self) -> list[float]:
-        """What half of the images, 95% and all of them lose at most."""
-        return np.percentile(self.cropped, [50, 95, 100]).tolist()
-
-    @property
-    def enlarged(self) -> int:
-        """Images that are resized to more pixels than they have."""
-        return int((self.factors > 1).sum())
 
 
 @dataclass(frozen=True)
@@ -163,12 +154,10 @@ def count_columns(table: pa.Table, rules: CaptionsConfig) -> Counter[str]:
     """Tags from the numbers of posts; "" for each post and column that gives none."""
     tags = Counter(dict.fromkeys((rule.tag for rule in rules.columns), 0))
     columns = len({rule.column for rule in rules.columns})
-    for batch in table.select(["caption", "extra"]).to_batches():
-        for record in batch.to_pylist():
-            if record["caption"] is None:
-                found = column_tags(record["extra"], rules)
-                tags.update(found)
-                tags[""] += columns - len(found)
+    for extra in table["extra"].filter(pc.is_null(table["caption"])):
+        found = column_tags(extra.as_py(), rules)
+        tags.update(found)
+        tags[""] += columns - len(found)
     return tags
 
 
