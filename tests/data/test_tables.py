@@ -90,3 +90,23 @@ def test_what_is_written_depends_on_the_rows_alone(tmp_path: Path) -> None:
         written.add((tmp_path / "t.arrow").read_bytes())
     assert len(written) == 1
     assert list(cut_batches([], SCHEMA, 4)) == []
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 100])
+def test_nulls_of_every_type_are_written_the_same_however_they_are_cut(tmp_path: Path, rows: int) -> None:
+    """Bits of validity and of truth do not end with a byte where a batch ends."""
+    count = 100
+    values = {
+        "key": [f"{n}é" for n in range(count)],
+        "truth": [None if n % 3 else n % 2 == 0 for n in range(count)],
+        "number": [None if n % 5 == 1 else n / 7 for n in range(count)],
+        "known": [None if n % 4 else {"crc32": n, "shard": None if n % 8 else str(n)} for n in range(count)],
+    }
+    table = pa.table(values)
+    written = set()
+    for step in (1, 3, 8, 50, count):
+        parts = [batch for low in range(0, count, step) for batch in table.slice(low, step).to_batches()]
+        write_batches(tmp_path / "t.arrow", table.schema, cut_batches(parts, table.schema, rows))
+        assert read_table(tmp_path / "t.arrow").to_pylist() == table.to_pylist()
+        written.add((tmp_path / "t.arrow").read_bytes())
+    assert len(written) == 1

@@ -18,6 +18,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE
 from trainer.data.shards import SCHEMA, SET_FORMAT, Row
+from trainer.data.tables import read_table
 
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
 
@@ -38,7 +39,7 @@ class Index:
     @cached_property
     def table(self) -> pa.Table:
         """All rows, memory-mapped, sorted by key."""
-        return pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX_FILE))).read_all()
+        return read_table(self.folder / INDEX_FILE)
 
     @cached_property
     def _columns(self) -> dict[str, pa.ChunkedArray]:

@@ -101,27 +101,20 @@ def cut_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows: int)
 
     A query's batches have any length, and anything in the place of a null.
     """
-    parts: list[pa.Table] = []
-    count = 0
+    waiting = schema.empty_table()
     for batch in batches:
-        start = 0
-        while start < len(batch):
-            part = batch.slice(start, rows - count)
+        rest = batch
+        while len(rest):
+            part = rest.slice(0, rows - len(waiting))
+            rest = rest.slice(len(part))
             # a copy with zero in the place of each null, as the library's take has it
-            parts.append(pa.Table.from_batches([part.take(pa.array(np.arange(len(part))))]).select(schema.names))
-            start, count = start + len(part), count + len(part)
-            if count == rows:
-                yield join_parts(parts, schema)
-                count = 0
-    if parts:
-        yield join_parts(parts, schema)
-
-
-def join_parts(parts: list[pa.Table], schema: pa.Schema) -> pa.RecordBatch:
-    """Tables as one batch; the list is emptied, so that they are not held beside it."""
-    joined = pa.concat_tables(parts).cast(schema).combine_chunks()
-    parts.clear()
-    return joined.to_batches()[0]
+            copied = pa.Table.from_batches([part.take(pa.array(np.arange(len(part))))])
+            waiting = pa.concat_tables([waiting, copied.select(schema.names).cast(schema)])
+            if len(waiting) == rows:
+                full, waiting = waiting.combine_chunks(), schema.empty_table()
+                yield full.to_batches()[0]
+    if len(waiting):
+        yield waiting.combine_chunks().to_batches()[0]
 
 
 def write_batches(
