@@ -248,7 +248,7 @@ def test_what_changed_costs_only_itself(whole: Config, tmp_path: Path, monkeypat
 def test_a_set_of_an_older_version_is_hashed(whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = copied(whole, tmp_path / "old", shards=True)
     (Path(config.data.shards) / "latents.arrow").unlink()
-    with pytest.raises(UserError, match=r"latents.arrow is missing or damaged"):
+    with pytest.raises(UserError, match=r"latents.arrow is missing; restore it from a copy"):
         edit_posts(tmp_path / "old", lambda post: post | {"score": 2})
         run(config)
     manifest = Path(config.data.shards) / "manifest.json"

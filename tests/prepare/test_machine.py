@@ -24,7 +24,7 @@ def test_fp16_on_a_cpu_is_warned_of_before_hours_of_work(
     def stop(*_: object) -> None:
         raise UserError("no VAE")
 
-    monkeypatch.setattr(module, "read_weights", stop)
+    monkeypatch.setattr(module, "read_vae_alone", stop)
     base = make_base(tmp_path / "base")
     make_posts(tmp_path / "posts", 1)
     shown = {}

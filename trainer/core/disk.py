@@ -1,14 +1,11 @@
 """Full disks: what does not fit is refused before it is written; a disk that fills up meanwhile is reported."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.core.errors import UserError
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from trainer.core.errors import FULL, UserError
 
 
 class FullDisk(UserError):

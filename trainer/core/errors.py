@@ -7,6 +7,7 @@ import select
 import sys
 from collections.abc import Callable
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says of a full disk, or a quota
 CLOSED_PIPE = 141  # what a shell shows for a command that SIGPIPE ended
 
 
@@ -39,7 +40,7 @@ def run_command(main: Callable[[], object]) -> None:
             raise  # of a worker or of the network
         sys.exit(CLOSED_PIPE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         place = f" while {error.filename} was written" if error.filename else ""
         print_error(f"error: the disk is full{place}: make room and start again")

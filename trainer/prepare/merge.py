@@ -62,7 +62,7 @@ CREATE TABLE samples AS SELECT *, NOT small AND (first = key OR NOT $drop_duplic
         FROM inputs JOIN newest USING (key, image_size, image_mtime_ns, image_place)))
 """
 COUNTS = """
-SELECT count(*) FILTER (small) AS min_side, count(*) FILTER (NOT small AND first <> key) AS drop_duplicates,
+SELECT count(*) FILTER (small) AS min_side, count(*) FILTER (NOT small AND NOT kept) AS drop_duplicates,
     count(*) FILTER (kept) AS samples FROM samples
 """
 NOTES = (
@@ -85,13 +85,6 @@ LATENTS = """
 SELECT * FROM parts SEMI JOIN shards USING (shard)
 QUALIFY row_number() OVER (PARTITION BY shard, "offset" ORDER BY part DESC) = 1 ORDER BY length(shard), shard, "offset"
 """
-
-
-def check_latents_file(index: Index) -> None:
-    """Refuse a complete set whose latents.arrow is not the one that the manifest names."""
-    path, named = index.folder / LATENTS_FILE, index.manifest.get("latents_sha256")
-    if named is not None and (not path.is_file() or sha256_file(path) != named):
-        raise UserError(f"{path} is missing or damaged: restore it from a copy, or move {index.folder} away")
 
 
 def list_shards(old: Index | None, done: dict[int, DoneChunk]) -> dict[str, ShardFile]:
@@ -179,10 +172,8 @@ def merge_set(
     with join_tables(work, old, done) as tables:
         tables.execute(MAKE_SAMPLES, {"min_side": filters.min_side, "drop_duplicates": filters.drop_duplicates})
         (counted,) = read_rows(tables, COUNTS)
-        if not filters.drop_duplicates:
-            del counted["drop_duplicates"]
         samples = counted.pop("samples")
-        filtered = dict((Counter(survey.filtered) + Counter(counted)).most_common())
+        filtered = dict((Counter(survey.filtered) + Counter(counted)).most_common())  # a sum of counters has no zeros
         if not samples:
             refuse_empty(work, survey, filtered)
         write_jsonl(work.set / QUARANTINE_FILE, survey.set_aside)

@@ -21,9 +21,10 @@ from trainer.config.schema import Config
 from trainer.core.disk import disk_space
 from trainer.core.distributed import Processes, choose_device, join_processes, uses_cpu
 from trainer.core.errors import UserError
-from trainer.core.layout import MANIFEST_FILE, NOTES_FILE, QUARANTINE_FILE
+from trainer.core.layout import LATENTS_FILE, MANIFEST_FILE, NOTES_FILE, OTHERS_LOCK_FILE, QUARANTINE_FILE
+from trainer.core.locks import hold_lock
 from trainer.data.images import PIXEL_SETTINGS
-from trainer.data.index import Index, open_index
+from trainer.data.index import Index, find_hash_problem, open_index
 from trainer.data.sources import iterate_sources, name_sources
 from trainer.model.base import VaeWeights, read_vae_alone
 from trainer.model.latents import describe_numbers
@@ -32,10 +33,9 @@ from trainer.model.vae import build_vae
 from trainer.prepare.decode import decoders
 from trainer.prepare.encode import Chunk, Encoder, encode_chunk
 from trainer.prepare.inputs import Survey, refuse_empty_captions, survey_inputs
-from trainer.prepare.merge import check_latents_file, find_lost, merge_set, plan_chunks
+from trainer.prepare.merge import find_lost, merge_set, plan_chunks
 from trainer.prepare.remarks import count_reasons, format_counts, format_remarks, list_examples, write_jsonl
 from trainer.prepare.work import (
-    DoneChunk,
     Work,
     bind_settings,
     hold_work,
@@ -44,7 +44,6 @@ from trainer.prepare.work import (
     read_done,
     read_pending,
     refuse_others,
-    share_work,
 )
 
 
@@ -97,16 +96,20 @@ def prepare(config: Config, progress: bool = True) -> Summary:
     with join_processes() as processes, ExitStack() as stack:
         if processes.is_main:
             warn_of_fp16(config)
-        weights = read_weights(config, processes)
+        else:
+            processes.wait()  # the main process downloads the VAE where it has to be, the others find it then
+        weights = read_vae_alone(config.model)
         latents = describe_latents(config, weights)
         begun: Begun | Summary | None = None
         if processes.is_main:
+            processes.wait()
             stack.enter_context(hold_work(work))
             begun = begin(work, latents, config, progress)
         begun = processes.share(begun)
         if isinstance(begun, Begun):
-            if not processes.is_main:
-                stack.enter_context(share_work(work))
+            if not processes.is_main:  # while there is one, no new preparation begins
+                busy = f"another process is preparing in {work.folder}"
+                stack.enter_context(hold_lock(work.folder / OTHERS_LOCK_FILE, busy, shared=True))
             encode_share(work, config, weights, processes, begun, progress)
             processes.wait()
             begun = processes.share(finish(work, begun, latents, config) if processes.is_main else None)
@@ -156,16 +159,6 @@ def find_place(shards: str) -> Path:
     return folder
 
 
-def read_weights(config: Config, processes: Processes) -> VaeWeights:
-    """The VAE; the main process downloads it where it has to be, the others find it then."""
-    if not processes.is_main:
-        processes.wait()
-    weights = read_vae_alone(config.model)
-    if processes.is_main:
-        processes.wait()
-    return weights
-
-
 def describe_latents(config: Config, weights: VaeWeights) -> dict[str, Any]:
     """The manifest's section that says what made the latents."""
     return {
@@ -209,8 +202,9 @@ def begin(work: Work, latents: dict[str, Any], config: Config, progress: bool) -
         paths = ", ".join(source.path for _, source in name_sources(config.data))
         raise UserError(f"no posts in {paths}{''.join(noted)}")
     check_bad_fraction(work, survey.set_aside, survey.total, config)
-    if old is not None:
-        check_latents_file(old)
+    named = old.manifest.get("latents_sha256") if old else None  # version 0.1 had no latents.arrow
+    if named and (problem := find_hash_problem(work.shards / LATENTS_FILE, named)):
+        raise UserError(f"{work.shards}: {problem}; restore it from a copy, or move the folder away")
     plan_chunks(work, old, survey, config.data.samples_per_shard)
     return Begun(old, survey, sorted(read_pending(work).keys() - read_done(work).keys()))
 
@@ -225,7 +219,9 @@ def encode_share(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
     vae = build_vae(weights.config, weights.state, DTYPES[config.precision.vae]).to(choose_device())
     pending, done = read_pending(work), read_done(work)
-    set_aside = add_chunks(begun.survey, [done[number] for number in pending if number in done]).set_aside
+    set_aside = begun.survey.set_aside + [
+        line for number in pending if number in done for line in done[number].set_aside
+    ]
     total, left = (sum(len(pending[number]) for number in numbers) for numbers in (pending, begun.shards))
     with (
         decoders(config.data.decode_processes) as pool,
@@ -241,13 +237,6 @@ def encode_share(
             with disk_space(work.set, f"shard {number} of {config.data.shards}"):
                 set_aside += encode_chunk(Chunk(work, number, encoder), pending[number], advance).set_aside
             check_bad_fraction(work, set_aside, begun.survey.total, config)
-
-
-def add_chunks(survey: Survey, chunks: list[DoneChunk]) -> Survey:
-    """A survey with what became of the posts of some chunks."""
-    set_aside = survey.set_aside + [line for chunk in chunks for line in chunk.set_aside]
-    filtered = sum((Counter(chunk.filtered) for chunk in chunks), Counter(survey.filtered))
-    return replace(survey, set_aside=set_aside, filtered=dict(filtered))
 
 
 def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, config: Config) -> None:
@@ -275,8 +264,10 @@ def finish(work: Work, begun: Begun, latents: dict[str, Any], config: Config) ->
             f"{len(absent)} of {len(pending)} shards are not in {work.folder} though all processes are done: "
             "data.shards must lie on a file system that all of them share; start again"
         )
-    survey = add_chunks(begun.survey, [done[number] for number in pending])
-    check_bad_fraction(work, survey.set_aside, survey.total, config)
+    set_aside = begun.survey.set_aside + [line for number in pending for line in done[number].set_aside]
+    check_bad_fraction(work, set_aside, begun.survey.total, config)
+    filtered = sum((Counter(done[number].filtered) for number in pending), Counter(begun.survey.filtered))
+    survey = replace(begun.survey, set_aside=set_aside, filtered=dict(filtered))
     manifest = merge_set(work, begun.old, done, survey, latents, config.filters)
     place_set(work)
     made = pa.array([shard.name for number in begun.shards for shard in done[number].shards], pa.string())

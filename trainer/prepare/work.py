@@ -101,13 +101,6 @@ def hold_work(work: Work) -> Iterator[None]:
                 shutil.rmtree(work.folder)
 
 
-@contextmanager
-def share_work(work: Work) -> Iterator[None]:
-    """Be one of the other processes of a preparation: while there is one, no new preparation begins."""
-    with hold_lock(work.folder / OTHERS_LOCK_FILE, f"another process is preparing in {work.folder}", shared=True):
-        yield
-
-
 def make_folders(work: Work) -> None:
     for each in (work.set, work.done):
         each.mkdir(parents=True, exist_ok=True)
@@ -133,8 +126,8 @@ def read_pending(work: Work) -> dict[int, pa.RecordBatch]:
 
 def write_done(chunk: DoneChunk, latents: pa.Table) -> None:
     """Make a chunk count; its shard lies in its place already."""
-    facts = vars(chunk) | {"shards": [vars(shard) for shard in chunk.shards]}
-    del facts["path"]
+    shards = [vars(shard) for shard in chunk.shards]
+    facts = {"shards": shards, "set_aside": chunk.set_aside, "filtered": chunk.filtered}
     write_batches(chunk.path, LATENTS_SCHEMA, latents.to_batches(), facts)
 
 
@@ -145,19 +138,15 @@ def read_done(work: Work) -> dict[int, DoneChunk]:
     """
     paths = {shard_number(path.name): path for path in work.done.glob("shard-*.arrow")}
     old_store = work.folder / OLD_STORE_FILE
+    folders = (work.set, work.shards)  # the set's own shards lie in the latter, where one is joined
+    whole = {(path.name, path.stat().st_size) for folder in folders for path in folder.glob("shard-*.tar")}
     done = {}
     for number, path in [(-1, old_store)] * old_store.exists() + sorted(paths.items()):
         facts = read_facts(path)
-        shards = [shard for each in facts["shards"] if is_whole(work, shard := ShardFile(**each))]
+        shards = [ShardFile(**each) for each in facts["shards"] if (each["name"], each["size"]) in whole]
         if number == -1 or len(shards) == len(facts["shards"]):
             done[number] = DoneChunk(path, shards, facts.get("set_aside", []), facts.get("filtered", {}))
     return done
-
-
-def is_whole(work: Work, shard: ShardFile) -> bool:
-    """Whether a shard lies in its place, or in the set that is joined, with the size that it had."""
-    paths = [folder / shard.name for folder in (work.set, work.shards)]
-    return any(path.is_file() and path.stat().st_size == shard.size for path in paths)
 
 
 def remove_unfinished(work: Work, done: dict[int, DoneChunk]) -> None:
