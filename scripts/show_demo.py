@@ -52,6 +52,7 @@ def show(folder: Path) -> None:
     from trainer.data.captions import compose_caption, draw_caption
     from trainer.data.images import read_bytes, read_pixels
     from trainer.data.index import open_index
+    from trainer.data.post import ImagePlace
     from trainer.sample.sampling import make_grid
 
     runs = [folder / "runs" / name for name in STAGES]
@@ -66,7 +67,7 @@ def show(folder: Path) -> None:
     drawings = []
     for record, size in zip(records, sizes, strict=True):
         fit = fit_to_bucket((record["original_width"], record["original_height"]), size)
-        drawings.append(Image.fromarray(read_pixels(read_bytes(files[record["key"]]), fit)))
+        drawings.append(Image.fromarray(read_pixels(read_bytes(ImagePlace(files[record["key"]])), fit)))
     exports = [newest_export(run) for run in runs]
     drawn = [draw(config.run.seed, export, prompts, sizes) for export in exports]
     cells = [image for row in zip(drawings, *drawn, strict=True) for image in row]

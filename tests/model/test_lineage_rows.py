@@ -98,7 +98,9 @@ def test_missing_values_are_said_to_be_missing():
     assert text.endswith("└─ nothing recorded before this\n") and "None" not in text
 
 
-@pytest.mark.parametrize("wrong", [None, 3, "x", True, [1], {"a": 1}, {"lineage": [1]}, {"optim": 1, "model": None}])
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "x", True, [1], {"a": 1}, {"lineage": [1]}, {"optim": 1, "model": None}, 10**400]
+)
 def test_values_of_another_type_are_not_recorded(three, wrong):
     """Every value of a lineage, one after the other, and then all of them; the other rows stay."""
     for key in three:

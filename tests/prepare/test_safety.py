@@ -15,11 +15,14 @@ import pytest
 
 from support.posts_on_disk import copy_of, draw, hashes, make_base, make_config, make_posts, read_jsonl, run
 from support.ranks import add_posts, fork, kill, start_ranks
-from trainer.config.schema import Config
+from trainer.config.schema import Config, FiltersConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
-from trainer.prepare import prepare
+from trainer.data.post import ImagePlace, Post
+from trainer.prepare import merge, prepare
+from trainer.prepare.inputs import survey_inputs
 from trainer.prepare.verify import verify_shards
+from trainer.prepare.work import Work, make_folders, read_pending
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +203,31 @@ def test_batch_sizes_of_the_vae_are_not_mixed(config: Config, tmp_path: Path) ->
     add_posts(tmp_path / "posts", {"id": 11, "file": "1.png", "tags": "1girl"})
     with pytest.raises(UserError, match="encode_batch_size was None, is 4"):
         run(replace(config, data=replace(config.data, encode_batch_size=4)))
+
+
+def test_an_image_that_was_mended_counts_though_its_size_and_time_are_the_same(base: Path, tmp_path: Path) -> None:
+    """As after a restored backup, or a plug-in that was installed: what was set aside is not done yet."""
+    make_posts(tmp_path, 6)
+    image = sorted((tmp_path / "images").iterdir())[2]
+    content, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
+    config = make_config(base, tmp_path, max_bad_fraction=0.0, samples_per_shard=10)
+    image.write_bytes(bytes(len(content)))
+    os.utime(image, ns=times)
+    with pytest.raises(UserError, match="1 of 6 inputs are set aside"):
+        run(config)
+    image.write_bytes(content)
+    os.utime(image, ns=times)
+    assert run(config).samples == 6
+
+
+def test_wide_posts_get_memory_for_whole_runs_of_a_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, given = Work(tmp_path / "shards"), list[int]()
+    make_folders(work)
+    words = "a" * 6000  # with 300 MB and a tenth of the inputs a sort of 90,000 such posts failed
+    posts = (Post(key=f"{n:08d}", source="s", caption=words, image=ImagePlace(tmp_path)) for n in range(2000))
+    survey = survey_inputs(posts, FiltersConfig(), "|||", work.inputs)
+    connect = merge.connect
+    monkeypatch.setattr(merge, "connect", lambda *args, **tables: given.append(args[1]) or connect(*args, **tables))
+    merge.plan_chunks(work, None, survey, 1500)
+    assert [len(batch) for batch in read_pending(work).values()] == [1500, 500]
+    assert given[0] > 122_880 * 6000

@@ -273,6 +273,8 @@ def test_a_templates_head_names_all_that_it_may_read() -> None:
         ("{{ '%s'.format.__globals__ }}", r"mine\.md fails in line 1: access to attribute '__globals__'"),
         ("{% set _ = people.append('x') %}", r"mine\.md fails in line 1: access to attribute 'append'"),
         ("{% include 'card.md' %}", r"mine\.md fails in line 1: no loader"),
+        ("{{ title | dictsort }}", r"mine\.md fails in line 1: "),
+        ("{{ title | truncate(1) }}", r"mine\.md fails in line 1: "),
         ("{{ range(1000000) }}", r"mine\.md fails in line 1: Range too big"),
     ],
 )

@@ -148,7 +148,8 @@ REFUSALS = [  # terms, texts, words over the good ones, what must be told
     (RAIL, {FAIPL: "text"}, {}, ["the text of CreativeML Open RAIL++-M is missing", "Section III", "--license-file"]),
     (FREE, BOTH, {"acknowledged": "fine"}, ["--acknowledge-base-terms has no effect"]),
     *[(Terms("m", name), BOTH, {"acknowledged": "I do not care"}, [f"m is under {name}, which forbids", "Copyright"])
-      for name in ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "CC BY-NC 4.0", "non-commercial",
+      for name in ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "CC BY-NC 4.0", "non-commercial", "cc_by_nc_4.0",
+                   "CC BY\u2011NC", "Non_Commercial", "cc-by-sa-nc-4.0",
                    "Stability AI Non-Commercial Research", "flux-1-dev-non-commercial-license")],
     # a name is no guess at what it may mean: these ask for an acknowledgement
     *[(Terms("m", name), BOTH, {}, [f"m is under {name}, which this tool does not know", "--acknowledge-base-terms"])

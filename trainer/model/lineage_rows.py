@@ -38,7 +38,7 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
     before, texts = base.get("lineage"), {key: value for key, value in base.items() if isinstance(value, str)}
     return {
         **lineage,
-        **{key: value if isinstance(value := lineage.get(key), kind) else None for key, kind in RECORDED_TYPES.items()},
+        **{key: recorded(lineage.get(key), kind) for key, kind in RECORDED_TYPES.items()},
         "fork": fork if isinstance(fork.get("run"), str) and isinstance(fork.get("step"), int) else None,
         "hardware": [str(device) for device in hardware] if isinstance(hardware, list) else [],
         "config": {name: values for name, values in part("config").items() if isinstance(values, dict)},
@@ -47,6 +47,11 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
         "base": {key: texts.get(key) for key in ("reference", "revision", "sha256")}
         | {"lineage": before if before and isinstance(before, dict) else None},
     }
+
+
+def recorded(value: Any, kind: type | tuple[type, ...]) -> Any:
+    """A value of its type, else None; of whole numbers those that a float holds, since JSON has others."""
+    return value if isinstance(value, kind) and not (isinstance(value, int) and abs(value) > 2**53) else None
 
 
 def stage_rows(made: Lineage) -> dict[str, str]:
@@ -124,7 +129,7 @@ def identifier(value: Any) -> str:
 
 def rate_words(value: Any) -> str:
     """7.5e-06 as 7.5e-6; an interpolation as it was written."""
-    return f"{value:g}".replace("e-0", "e-") if isinstance(value, int | float) else words(value)
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else words(value)
 
 
 def format_tree(lineage: Lineage, with_config: bool = False) -> str:

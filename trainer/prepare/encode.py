@@ -100,7 +100,7 @@ def place_image(image: Decoded) -> Row:
     }
 
 
-def encode_chunk(chunk: Chunk, pending: pa.RecordBatch, advance: Callable[[], object]) -> DoneChunk:
+def encode_chunk(chunk: Chunk, pending: pa.RecordBatch, advance: Callable[[Chunk], object]) -> DoneChunk:
     """Encode the pending posts of a chunk and make it count; ``advance`` is called after each image."""
     posts, encoder = pending.to_pylist(), chunk.encoder
     tasks = [
@@ -110,5 +110,5 @@ def encode_chunk(chunk: Chunk, pending: pa.RecordBatch, advance: Callable[[], ob
     ]  # fmt: skip
     for post, outcome in zip(posts, encoder.decoders.look_at(tasks), strict=True):
         chunk.add(post, outcome)
-        advance()
+        advance(chunk)
     return chunk.finish()

@@ -30,6 +30,7 @@ from trainer.data.tables import (
     read_batches,
     read_facts,
     read_rows,
+    read_table,
     stream_table,
     write_batches,
 )
@@ -38,6 +39,7 @@ from trainer.prepare.remarks import count_reasons, format_counts, format_remarks
 from trainer.prepare.work import LATENTS_SCHEMA, DoneChunk, Work, read_done, remove_unfinished
 
 UNKNOWN_FILE = {"image_size": -1, "image_mtime_ns": -1, "image_place": ""}  # of the images of a set of version 0.1
+SORTED_ROWS = 200_000  # that DuckDB must have room for at once, whatever their width
 PARTS_SCHEMA = LATENTS_SCHEMA.append(pa.field("part", pa.int32()))
 
 # of each key the latents that count: shards are numbered as they are made, the hundred thousandth by one more digit
@@ -114,7 +116,9 @@ def join_tables(work: Work, old: Index | None, done: dict[int, DoneChunk]) -> It
     """Queries over the inputs, all parts that are encoded, and of each key the newest latents."""
     parts = ArrowStream(PARTS_SCHEMA, lambda: read_parts(old, done))
     shards = pa.table({"shard": pa.array(list_shards(old, done), pa.string())})
-    memory = max(MEMORY, work.inputs.stat().st_size // 10)
+    # DuckDB holds whole runs of a sort, of 122,880 rows each, however wide they are
+    size, rows = work.inputs.stat().st_size, len(read_table(work.inputs))
+    memory = max(MEMORY, size // 10, SORTED_ROWS * size // max(rows, 1))
     with connect(work.queries, memory, inputs=stream_table(work.inputs), parts=parts, shards=shards) as tables:
         tables.execute(MAKE_NEWEST)
         yield tables

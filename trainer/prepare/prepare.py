@@ -230,13 +230,14 @@ def encode_share(
     ):  # fmt: skip
         encoder = Encoder(vae, pool, config.buckets, config.filters.min_side, config.data.encode_batch_size)
 
-        def advance() -> None:
+        def advance(chunk: Chunk) -> None:
             meter.update(min(processes.world, total - meter.n))  # the others are about as far
+            if chunk.set_aside:  # before the chunk counts: what is mended, by a plug-in too, is looked at again
+                check_bad_fraction(work, set_aside + chunk.set_aside, begun.survey.total, config)
 
         for number in own:
             with disk_space(work.set, f"shard {number} of {config.data.shards}"):
                 set_aside += encode_chunk(Chunk(work, number, encoder), pending[number], advance).set_aside
-            check_bad_fraction(work, set_aside, begun.survey.total, config)
 
 
 def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, config: Config) -> None:

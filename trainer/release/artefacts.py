@@ -73,7 +73,7 @@ def put_whole(path: Path, needed: int) -> Iterator[Path]:
                     sync_file(written)  # folders too; what was copied is not on the disk yet
                 temporary.rename(path)
                 sync_folder(path.parent)
-            elif hash_files(path) != hash_files(temporary):
+            elif path.is_symlink() or hash_files(path) != hash_files(temporary):
                 remedy = "move it away, or use --out DIR"
                 raise UserError(f"{path} exists and is not what would be written now; it is left alone: {remedy}")
         finally:
@@ -144,13 +144,13 @@ def write_tokenizer(target: Path, source: Path, name: str) -> None:
 def write_sums(file: Path, hashes: dict[str, str]) -> None:
     """Write a file of sums, whole; nothing happens where it says the same already."""
     text = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+    if not file.is_file() or file.read_bytes() != text.encode():
         write_text(file, text)
 
 
 def read_sums(file: Path) -> dict[str, str]:
     """Path relative to the folder in which it lies -> SHA-256; empty where there is no such file."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -205,7 +205,10 @@ def prove_by_stamp(paths: Sequence[Path], remedy: str) -> None:
     single = export_sums(paths[0]).with_suffix(".safetensors")
     if not single.is_file():
         raise UserError(f"{paths[0]} has neither sums nor its single file beside it, which could prove it; {remedy}")
-    check_stamp(single)
+    try:
+        check_stamp(single)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
     for folder in (path for path in paths if path.is_dir()):
         here, stamped = find_base(str(folder)), find_base(str(single))
         for component in (*COMPONENTS.values(), "vae"):

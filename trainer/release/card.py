@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
@@ -243,7 +243,7 @@ def render_markdown(template: Path, data: Mapping[str, Any]) -> str:
         return environment.from_string(template.read_text(encoding="utf-8")).render(data)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the template {template} cannot be read: {error}") from error
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # a template may raise whatever Python does, an AttributeError of a filter too
         raise UserError(f"the template {template} fails in line {find_line(error)}: {error}") from error
 
 

@@ -38,7 +38,7 @@ KNOWN_NAMES = {  # in lower case, as cards and the headers of single files state
     "creativeml open rail++-m": OPENRAIL,
     "creativeml open rail++-m license": OPENRAIL,
 }
-FORBIDDING = re.compile(r"(?i)non[- ]?commercial|\bcc[- ]by[- ]n[cd]\b")  # names that state it themselves
+FORBIDDING = re.compile(r"\bnon ?commercial|\bcc by (\w+ )*n[cd]\b")  # words of names that state it themselves
 LICENCE_FILE = re.compile(r"(?i)(un)?licen[cs]e([-_.][\w+.-]*)?|copying(\.\w+)?")
 LICENCE_PATTERNS = ["LICENSE*", "LICENCE*", "License*", "Licence*", "license*", "licence*", "COPYING*", "README.md"]
 ACKNOWLEDGE = '--acknowledge-base-terms "what they are, and why you may publish"'
@@ -131,7 +131,7 @@ def find_base_refusals(terms: Terms, acknowledged: str | None) -> Iterator[str]:
                 f"{terms.where} does not say under which licence it is, and FAIPL-1.0-SD can only be given to what its "
                 f"makers license (Copyright; Notices, third paragraph). If you hold the rights: {ACKNOWLEDGE}"
             )
-    elif name not in (FAIPL, OPENRAIL) and FORBIDDING.search(name):
+    elif name not in (FAIPL, OPENRAIL) and FORBIDDING.search(" ".join(licence_words(name))):
         yield (
             f"{terms.where} is under {name}, which forbids what FAIPL-1.0-SD must allow everyone: use and changes for "
             "any purpose but its prohibited uses (Copyright; Notices, third paragraph). A model derived from it "

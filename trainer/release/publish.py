@@ -18,7 +18,6 @@ from trainer.core.files import write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SUMS_FILE, export_name
 from trainer.model.base import find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
-from trainer.model.exports import export_step, list_exports
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
 from trainer.model.sdxl import DTYPES
@@ -55,6 +54,8 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     config = read_publish_config(request.run, overrides)
     weights = choose_weights(request.run, config)
     check_lineage(weights.lineage)
+    if request.base and weights.lineage["base"]["lineage"] is None:  # the weights' own base; its hash is compared
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=request.base))
     places = [config.model.pretrained]
     if weights.checkpoint is not None:
         reference = read_train_state(weights.checkpoint)["base"]["reference"]  # the lineage shortens paths
@@ -95,7 +96,7 @@ def check_samples(samples: Sequence[Sample], weights: Weights, run: str) -> None
     Raises:
         UserError: naming the first.
     """
-    own = {None, run, *(export_name(run, weights.step, dtype) for dtype in DTYPES)}
+    own = [None, run, *(export_name(run, weights.step, dtype) for dtype in DTYPES)]  # no set: any JSON may be sought
     for sample in samples:
         if (model := sample.settings.get("model")) not in own:
             raise UserError(
@@ -126,9 +127,9 @@ def choose_weights(run: Path, config: Config) -> Weights:
         UserError: when there is neither a checkpoint nor a whole export.
     """
     checkpoint, dtype = find_newest(run), config.publish.dtype
-    here = [path for path in list_exports(run) if not path.is_symlink()]
-    steps = {path.name.removesuffix(".safetensors"): export_step(path) for path in here}
-    exports = [step for name, step in steps.items() if name == export_name(config.run.name, step, dtype)]
+    pattern = re.compile(rf"{re.escape(config.run.name)}-step-(\d{{8,}})-{dtype}(\.safetensors)?")
+    here = [path for path in (run / EXPORT_FOLDER).glob("*") if not path.is_symlink()]  # damaged ones too
+    exports = [int(match[1]) for path in here if (match := pattern.fullmatch(path.name))]
     step = max([*exports, step_of(checkpoint) if checkpoint else 0])
     if step == 0:
         raise UserError(f"{run} has neither a complete checkpoint nor an export in {dtype}: nothing to publish")
@@ -233,7 +234,8 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
         made = build_export(checkpoint, state, config, config.publish.dtype, run)
         write_formats(made, sorted(config.publish.formats), folder / str(release.weights), folder)
     if fp32:
-        write_single_file(folder / fp32, build_export(checkpoint, state, config, "fp32", run))
+        single = dataclasses.replace(config, publish=dataclasses.replace(config.publish, formats=["single_file"]))
+        write_single_file(folder / fp32, build_export(checkpoint, state, single, "fp32", run))
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.progress import Progress
 from trainer.train.resume import check_resumed, restore_scaler
-from trainer.train.run import begin_attempt, lock_run, read_work, run_path
+from trainer.train.run import begin_attempt, find_resumed, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
 
@@ -44,6 +44,8 @@ def train(config: Config, check: bool = False) -> None:
     """
     inputs = open_inputs(config, build_accelerator(config))
     with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests() as stop_requested:
+        inputs.accelerator.wait_for_everyone()
+        inputs = replace(inputs, resumed=find_resumed(config))  # another process may have saved before the lock
         check_resumed(inputs)
         first, last = inputs.first, inputs.last
         if first >= last:
