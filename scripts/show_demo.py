@@ -33,11 +33,6 @@ def draw(seed: int, export: Path, prompts: list[str], sizes: list[tuple[int, int
     ]
 
 
-def newest_export(run: Path) -> Path:
-    """The diffusers folder of a run's last export."""
-    return max(path for path in (run / "export").iterdir() if path.is_dir())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the demo's captions with both exported stages.")
     parser.add_argument("folder", type=home_path, help="where make demo has written")
@@ -53,6 +48,7 @@ def show(folder: Path) -> None:
     from trainer.data.images import read_bytes, read_pixels
     from trainer.data.index import open_index
     from trainer.data.post import ImagePlace
+    from trainer.model.exports import find_export
     from trainer.sample.sampling import make_grid
 
     runs = [folder / "runs" / name for name in STAGES]
@@ -68,7 +64,7 @@ def show(folder: Path) -> None:
     for record, size in zip(records, sizes, strict=True):
         fit = fit_to_bucket((record["original_width"], record["original_height"]), size)
         drawings.append(Image.fromarray(read_pixels(read_bytes(ImagePlace(files[record["key"]])), fit)))
-    exports = [newest_export(run) for run in runs]
+    exports = [find_export(run) for run in runs]
     drawn = [draw(config.run.seed, export, prompts, sizes) for export in exports]
     cells = [image for row in zip(drawings, *drawn, strict=True) for image in row]
     labels = [

@@ -110,3 +110,11 @@ def test_nulls_of_every_type_are_written_the_same_however_they_are_cut(tmp_path:
         assert read_table(tmp_path / "t.arrow").to_pylist() == table.to_pylist()
         written.add((tmp_path / "t.arrow").read_bytes())
     assert len(written) == 1
+
+
+def test_an_error_while_rows_are_read_is_told_from_one_of_the_caller(tmp_path: Path) -> None:
+    """Arrow hands on what goes wrong in the middle of a result as an OSError in DuckDB's words."""
+    with pytest.raises(UserError, match=r"no room for a query in .*make room"), connect(tmp_path / "queries"):
+        raise OSError("Out of Memory Error: failed to offload data block")
+    with pytest.raises(OSError, match="another file"), connect(tmp_path / "queries"):
+        raise OSError("another file cannot be read")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from trainer.release.artefacts import write_tokenizer
 from trainer.release.export import export
 from trainer.release.folder import check_fit
 from trainer.release.licence import Terms, find_base_refusals, find_terms, read_terms
-from trainer.release.publish import Request, check_lineage, publish
+from trainer.release.publish import Request, check_lineage, choose_weights, publish
+from trainer.release.request import read_publish_config
 from trainer.sample.drawing import default_folder
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
@@ -256,3 +258,16 @@ def test_a_published_folder_takes_no_samples(tmp_path: Path) -> None:
     source = SimpleNamespace(base=Base("m", tmp_path / "m.safetensors", None))
     with pytest.raises(UserError, match="say where with --out DIR"):
         default_folder([source])  # type: ignore[list-item]
+
+
+def test_the_newest_export_is_found_by_its_whole_name(run: Path, request_of: Request) -> None:
+    """A run's name may hold a step; a newer export that is not whole is refused, and no older one is taken."""
+    config = read_publish_config(run, ["publish.formats=[diffusers]"])
+    config = replace(config, run=replace(config.run, name="from-step-00001000"))
+    _, whole = export(run)
+    shutil.rmtree(run / "checkpoints")
+    for step in ("00000010", "00000020"):
+        shutil.copytree(whole, run / "export" / f"from-step-00001000-step-{step}-fp16")
+    assert choose_weights(run, config).step == 20
+    (run / "export/from-step-00001000-step-00000020-fp16/model_index.json").unlink()
+    assert choose_weights(run, config).step == 20

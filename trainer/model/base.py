@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file
+from trainer.core.files import sha256_bytes, sha256_file
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 from trainer.model.diffusion import SILENT, Prediction, file_predictions, scheduler_prediction, write_scheduler
 from trainer.model.exports import find_export, find_run, suggest_exports
@@ -214,7 +214,7 @@ def hash_base(base: Base) -> str:
         if (base.path / component / COMPONENT_FILE).is_file():
             files += [base.path / component / COMPONENT_FILE, *find_weights(base.path / component, stem)]
     lines = sorted(f"{path.relative_to(base.path).as_posix()} {sha256_file(path)}\n" for path in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return sha256_bytes("".join(lines).encode())
 
 
 def find_tokenizers(base: Base, tokenizer: str | None, key: str = "model.tokenizer") -> tuple[Path, Path]:

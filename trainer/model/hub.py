@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 
 STEMS = {
@@ -50,7 +50,7 @@ def fetch(
             )
         return Path(snapshot_download(reference, revision=revision, allow_patterns=choose_files(names, folders)))
     except HUB_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten(str(error))
     try:
         cached = Path(snapshot_download(reference, revision=revision, local_files_only=True))
     except HUB_ERRORS as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from trainer.core.errors import UserError
 from trainer.model.latents import check_vae_config, read_latent_scale, unscale_latents
@@ -44,3 +45,8 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, 4, H/8, W/8) -> pixels, fp32 (B, 3, H, W), in [-1, 1] but for the decoder's overshoot."""
     raw_latents = unscale_latents(latents, read_latent_scale(vae.config))
     return vae.decode(raw_latents.to(vae.device, vae.dtype)).sample.float()
+
+
+def pixels_to_image(pixels: torch.Tensor) -> Image.Image:
+    """Pixels (3, H, W), in [-1, 1] but for overshoot, -> an RGB image."""
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from safetensors.torch import save_file
@@ -113,6 +113,8 @@ def write_formats(made: Export, formats: Sequence[Format], single: Path, folder:
                 written.append(write_single_file(single, made))
             case "diffusers":
                 written.append(write_diffusers(folder, made))
+            case _:
+                assert_never(form)
     return written
 
 

@@ -5,7 +5,6 @@ known where it is stated as one of those in the table, and is no guess. The text
 come from the base, or from a file that the user gives. None of this is legal advice.
 """
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,8 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, snapshot_download
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
+from trainer.core.files import sha256_bytes
 from trainer.model.base import find_base, hash_base
 from trainer.model.exports import find_run
 from trainer.model.hub import HUB_ERRORS
@@ -62,7 +62,7 @@ def licence_words(text: str) -> list[str]:
 
 def recognise(text: str) -> str | None:
     """FAIPL or OPENRAIL when the text is that licence, word for word; None for any other."""
-    return KNOWN_WORDS.get(hashlib.sha256(" ".join(licence_words(text)).encode()).hexdigest())
+    return KNOWN_WORDS.get(sha256_bytes(" ".join(licence_words(text)).encode()))
 
 
 def known_name(name: str) -> str:
@@ -268,7 +268,7 @@ def fetch_terms(reference: str, revision: str) -> Terms:
             HfApi().model_info(reference, revision=revision)
         return terms
     except HUB_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten(str(error))
     try:
         cached = read_terms(Path(snapshot_download(reference, revision=revision, local_files_only=True)), reference)
     except HUB_ERRORS:

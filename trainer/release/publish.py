@@ -15,7 +15,7 @@ import yaml
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json, write_text
-from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SUMS_FILE, export_name
+from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SAMPLES_FOLDER, SUMS_FILE, export_name
 from trainer.model.base import find_base
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
@@ -75,7 +75,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
         license_files={name: what for name, (what, _) in licences.items()},
         acknowledged=request.acknowledged,
         base_id=request.base if request.base and not Path(request.base).expanduser().exists() else None,
-        samples=read_samples(request.samples or request.run / EXPORT_FOLDER / "samples"),
+        samples=read_samples(request.samples or request.run / EXPORT_FOLDER / SAMPLES_FOLDER),
         weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
         full_precision=name_full_precision(config, weights, request.full_precision),
         card_template=Path(locate_from_run(request.run, template)) if template else None,
@@ -202,8 +202,8 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
         for name, text in licences.items():
             write_text(temporary / name, text)
         for sample in release.samples:
-            (temporary / "samples").mkdir(exist_ok=True)
-            shutil.copyfile(sample.path, temporary / "samples" / sample.path.name, follow_symlinks=False)
+            (temporary / SAMPLES_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(sample.path, temporary / SAMPLES_FOLDER / sample.path.name, follow_symlinks=False)
         write_text(temporary / "CHANGES.md", write_changes(release))
         write_text(temporary / "README.md", write_card(release))
         check_fit(temporary, release.config.run.name, folder)

@@ -1,7 +1,6 @@
 """A few samples to look at: the original with its crop, what the latents hold, and the caption as passes see it."""
 
 import base64
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.files import sha256_bytes
 from trainer.data.buckets import Fit, Size
 from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.index import Index, read_raw_latents
@@ -22,7 +22,7 @@ from trainer.data.post import Post
 from trainer.data.shards import Row
 from trainer.data.sources import iterate_sources
 from trainer.model.latents import read_latent_scale, scale_latents
-from trainer.model.vae import decode_latents
+from trainer.model.vae import decode_latents, pixels_to_image
 from trainer.report.survey import Fits
 
 THUMBNAIL_SIDE = 320  # pixels, the longer one
@@ -94,9 +94,9 @@ def draw_original(post: Post, row: Row) -> tuple[Thumbnail | None, str]:
     size = thumbnail_size((row["original_width"], row["original_height"]))
     try:
         data = read_bytes(post.image)
-        if hashlib.sha256(data).hexdigest() != row["content_hash"]:
+        if sha256_bytes(data) != row["content_hash"]:
             return None, f"{post.origin}: the image is not the one any more that was encoded"
-        return make_thumbnail(read_pixels(data, Fit(size, size, 0, 0))), ""
+        return make_thumbnail(Image.fromarray(read_pixels(data, Fit(size, size, 0, 0)))), ""
     except BadImage as error:
         return None, str(error)
 
@@ -104,10 +104,8 @@ def draw_original(post: Post, row: Row) -> tuple[Thumbnail | None, str]:
 def draw_latents(vae: AutoencoderKL, raw_latents: np.ndarray) -> Thumbnail:
     """What the VAE makes of stored latents (4, H/8, W/8), as a thumbnail."""
     latents = scale_latents(torch.from_numpy(raw_latents).float(), read_latent_scale(vae.config))
-    pixels = decode_latents(vae, latents[None])[0].permute(1, 2, 0)  # (H, W, 3)
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    image = Image.fromarray(levels)
-    return make_thumbnail(np.asarray(image.resize(thumbnail_size(image.size), Image.Resampling.BOX)))
+    image = pixels_to_image(decode_latents(vae, latents[None])[0])
+    return make_thumbnail(image.resize(thumbnail_size(image.size), Image.Resampling.BOX))
 
 
 def thumbnail_size(size: Size) -> Size:
@@ -116,8 +114,8 @@ def thumbnail_size(size: Size) -> Size:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
-    """RGB uint8 (H, W, 3) as a JPEG file."""
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
+def make_thumbnail(image: Image.Image) -> Thumbnail:
+    """An RGB image as a JPEG file."""
+    buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size)

@@ -17,7 +17,7 @@ from trainer.config.schema import CaptionsConfig, Dtype, MemoryConfig, ModelConf
 from trainer.core.distributed import choose_device, describe_device
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
-from trainer.core.layout import GRID_FILE, SUMS_FILE
+from trainer.core.layout import GRID_FILE, SAMPLES_FOLDER, SUMS_FILE
 from trainer.data.tokens import load_tokenizers
 from trainer.model.base import (
     Base,
@@ -193,4 +193,4 @@ def default_folder(sources: Sequence[Source]) -> Path:
     folder = Path() if base.revision else base.path.parent
     if (folder / SUMS_FILE).exists():
         raise UserError(f"{folder} is a published folder, which its SHA256SUMS name whole: say where with --out DIR")
-    return folder / ("samples" if len(sources) == 1 else "comparison")
+    return folder / (SAMPLES_FOLDER if len(sources) == 1 else "comparison")

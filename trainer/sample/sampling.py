@@ -20,7 +20,7 @@ from trainer.core.rng import philox_key, rng
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 from trainer.model.diffusion import SCHEDULE, Prediction, write_scheduler
 from trainer.model.sdxl import SDXL, encode_prompts
-from trainer.model.vae import decode_latents
+from trainer.model.vae import decode_latents, pixels_to_image
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def draw_image(
             generator=torch.Generator().manual_seed(philox_key("sampler", *seed) & 0x7FFFFFFF),
         ).images  # fmt: skip
     # outside autocast: SDXL's own VAE overflows in fp16
-    pixels = decode_latents(model.pipeline.vae, latents.float())[0]  # (3, H, W) in [-1, 1]
-    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    return pixels_to_image(decode_latents(model.pipeline.vae, latents.float())[0])
 
 
 def encode_texts(model: LoadedModel, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,7 @@ And what it says: with which checkpoint a run begins, and what its work took in 
 import datetime
 import json
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,17 @@ def run_path(config: Config) -> Path:
     return Path(config.run.output_dir) / config.run.name
 
 
-@contextmanager
-def lock_run(path: Path, is_main_process: bool) -> Iterator[None]:
+def lock_run(path: Path, is_main_process: bool) -> AbstractContextManager[None]:
     """Hold the folder for the main process of one run.
 
     Raises:
         UserError: when another process trains into it.
     """
     if not is_main_process:
-        yield
-        return
+        return nullcontext()
     path.mkdir(parents=True, exist_ok=True)
-    with hold_lock(
-        path / RUN_LOCK_FILE, f"{path} is in use by another process; wait for it, or choose another run.name"
-    ):
-        yield
+    busy = f"{path} is in use by another process; wait for it, or choose another run.name"
+    return hold_lock(path / RUN_LOCK_FILE, busy)
 
 
 def read_run(path: Path) -> dict[str, Any]:
