@@ -1,10 +1,11 @@
-"""Train one stage: ``accelerate launch train.py --config configs/stage1_feature_alignment.yaml [key=value ...]``.
+"""Train one stage: ``accelerate launch train.py my.yaml [key=value ...]``.
 
 Starting the same command again continues from the newest checkpoint. With ``--check`` everything is read, loaded and
 refused as for a run, and it ends before the first step.
 """
 
-from trainer.config.load import config_parser, finish_command_line, load_config
+from trainer.config.command_line import config_parser, finish_command_line
+from trainer.config.load import load_config
 from trainer.core.errors import run_command
 
 

@@ -1,7 +1,7 @@
 """Posts and images -> shards of raw latents, and the index that training reads.
 
-    python scripts/build_shards.py --config configs/stage1_feature_alignment.yaml [key=value ...]
-    accelerate launch --num_processes 8 scripts/build_shards.py --config ...
+    python scripts/build_shards.py my.yaml [key=value ...]
+    accelerate launch --num_processes 8 scripts/build_shards.py my.yaml
 
 Started again after an interruption, with any number of processes, it keeps the shards that are complete and makes the
 rest. Started again with more posts, it encodes the new ones and adds them to the set.
@@ -9,7 +9,8 @@ rest. Started again with more posts, it encodes the new ones and adds them to th
 
 import os
 
-from trainer.config.load import load_config, parse_command_line
+from trainer.config.command_line import parse_command_line
+from trainer.config.load import load_config
 from trainer.core.errors import run_command
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     summary = prepare(config)
     if os.environ.get("RANK", "0") == "0":
         print(summary)
-        print("next: python scripts/inspect_shards.py or accelerate launch train.py, with the same --config")
+        print("next: python scripts/inspect_shards.py or accelerate launch train.py, with the same config")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Show what one step sees, without a model: one JSON line per sample.
 
-    python scripts/explain_step.py --config FILE [key=value ...] --step N
+    python scripts/explain_step.py my.yaml [key=value ...] --step N
 
 N counts from 0. The lines are the same whatever the number of processes and threads.
 """
 
 import json
 
-from trainer.config.load import config_parser, finish_command_line, load_config
+from trainer.config.command_line import config_parser, finish_command_line
+from trainer.config.load import load_config
 from trainer.core.errors import UserError, run_command
 
 

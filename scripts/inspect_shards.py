@@ -1,13 +1,14 @@
 """Look before you train: write one HTML page about a set of shards and what a config makes of it, and print a table.
 
-    python scripts/inspect_shards.py --config configs/stage1_feature_alignment.yaml [key=value ...] [--out FILE.html]
+    python scripts/inspect_shards.py my.yaml [key=value ...] [--out FILE.html]
 
 The page needs no network. Without --out it is report.html beside the shards; an earlier page is replaced.
 """
 
 from pathlib import Path
 
-from trainer.config.load import config_parser, finish_command_line, load_config
+from trainer.config.command_line import config_parser, finish_command_line
+from trainer.config.load import load_config
 from trainer.core.errors import run_command
 from trainer.core.files import home_path
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config.load import load_config, parse_command_line, resolved_values
+from trainer.config.command_line import parse_command_line
+from trainer.config.load import load_config, resolved_values
 from trainer.config.schema import Config, QualityRule, YearRule
 from trainer.core.errors import UserError
 
@@ -64,7 +65,7 @@ def test_all_problems_at_once_by_dotted_name(tmp_path: Path) -> None:
     text = """
 run: {nmae: tiny, stage: [3]}
 model: {pretrained: base, train_unet: "yes", attention: flash}
-data: {shards: shards, global_batch_size: "96", posts: posts.jsonl, micro_batch_size: 7}
+data: {shards: shards, global_batch_size: "96", posts: {a: posts.jsonl}, micro_batch_size: 7}
 captions: {ratings: none, quality: [{tag: good, min_scor: 1}]}
 optm: {unet_lr: 1e-6}
 schedule: {epochs: 1, max_steps: 1}
@@ -77,7 +78,7 @@ memory: on
         "captions.ratings": "must be a mapping, not 'none'",
         "data.global_batch_size": "must be a whole number, not '96'",
         "data.micro_batch_size": "7 does not divide data.bucket_batch_size 48",
-        "data.posts": "must be a list, not 'posts.jsonl'",
+        "data.posts": "must be a list, not {'a': 'posts.jsonl'}",
         "memory": "must be a section of key: value lines, not True",
         "model.attention": "must be one of sdpa, xformers, not 'flash'",
         "model.train_unet": "must be true or false, not 'yes'",
@@ -187,7 +188,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "cannot be read" in message_of([tmp_path])
 
 
-@pytest.mark.parametrize("word", ["captions.people=|||", "run.name=[a", "run.name={", "run.name='a", "run.seed=@1"])
+@pytest.mark.parametrize("word", ["captions.people=[|||]", "run.name=[a", "run.name={", "run.name='a", "run.seed=@1"])
 def test_a_word_that_is_no_yaml_is_named(minimal: Path, word: str) -> None:
     assert message_of([minimal], word).startswith(f"{word} is not key=value")
 
@@ -288,6 +289,9 @@ def test_what_is_written_loads_as_the_same_config(tmp_path: Path, minimal: Path,
         (["x.y=1", "--config", "a.yaml", "b.yaml", "z=-2"], ["a.yaml", "b.yaml"], ["x.y=1", "z=-2"]),
         (["--config", "a.yaml", "x=1", "b.yaml", "--config", "c.yaml", "u=http://h?a=b"],
          ["a.yaml", "b.yaml", "c.yaml"], ["x=1", "u=http://h?a=b"]),
+        (["a.yaml"], ["a.yaml"], []),
+        (["x=1", "a.yaml", "z=2", "b.yml"], ["a.yaml", "b.yml"], ["x=1", "z=2"]),
+        (["b.yaml", "--config", "a", "--config=c", "--conf=d"], ["b.yaml", "a", "c", "d"], []),
     ],
 )  # fmt: skip
 def test_command_lines(words: list[str], files: list[str], overrides: list[str]) -> None:
@@ -310,6 +314,7 @@ def test_of_two_words_for_one_key_the_last_wins(minimal: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [[], ["x=1"], ["--config"], ["--config", "run.seed=1"], ["stray", "--config", "a.yaml"],
+     ["stray"], ["a.yaml", "stray"], ["a.json"],
      ["--config", "a.yaml", "--x=1"], ["--config", "a.yaml", "--step", "1"]],
 )  # fmt: skip
 def test_command_lines_that_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.load import config_parser, finish_command_line, load_config, parse_command_line
+from trainer.config.command_line import config_parser, finish_command_line, parse_command_line
+from trainer.config.load import load_config
 from trainer.config.schema import Config, Place, QualityRule
 from trainer.core.errors import UserError
 
@@ -64,6 +65,44 @@ def test_nothing_and_quotes_mean_what_they_mean_in_yaml(minimal: Path) -> None:
     config = load_config([minimal], words)
     assert (config.publish.title, config.model.vae, config.publish.license_link) == (None, None, None)
     assert (config.publish.author, config.run.stage) == ("null", "a #1")
+
+
+LISTS = [  # a text where a list of text is wanted
+    ("data.posts", "my/posts.jsonl"), ("data.posts", "my pictures/posts, all.jsonl"), ("data.posts", "2024"),
+    ("captions.people", "1girl, solo"), ("captions.people", "|||"), ("filters.required_tags", "no"),
+    ("logging.trackers", "wandb"), ("publish.formats", "diffusers"), ("filters.ratings", "g"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text"), LISTS)
+def test_a_text_in_place_of_a_list_is_a_list_of_one(tmp_path: Path, minimal: Path, key: str, text: str) -> None:
+    section, name = key.split(".")
+    file = write(tmp_path / "one.yaml", f"{section}:\n  {name}: {text if '|' not in text else repr(text)}\n")
+    for files, words in (([file], []), ([], [f"{key}={text}"]), ([], [f"{key}='{text}'"]), ([], [f"{key}=['{text}']"])):
+        config = load_config([minimal, *files], words)
+        assert getattr(getattr(config, section), name) == [text], (files, words)
+        assert config.written[section][name] == [text]
+
+
+def test_lists_stay_lists(tmp_path: Path, minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ABT_TEXT", "posts.jsonl")
+    assert load_config([minimal], ["data.posts=[a b.jsonl,'c, d.jsonl', ~/e]"]).data.posts == [
+        "a b.jsonl", "c, d.jsonl", str(tmp_path / "e"),
+    ]  # fmt: skip
+    assert load_config([minimal], ["data.posts=~/a b"]).data.posts == [str(tmp_path / "a b")]
+    assert load_config([minimal], ["data.posts="]).data.posts is None
+    assert load_config([minimal], ["data.posts=null"]).data.posts is None
+    assert load_config([minimal], ["captions.people=[]"]).captions.people == []
+    # an interpolation may give either
+    words = ["data.posts=my/${oc.env:ABT_TEXT}", "captions.people=[a, b]", "filters.required_tags=${captions.people}"]
+    config = load_config([minimal], words)
+    assert config.data.posts == ["my/posts.jsonl"] and config.filters.required_tags == ["a", "b"]
+    assert config.written["data"]["posts"] == "my/${oc.env:ABT_TEXT}"
+    with pytest.raises(UserError, match=r"data\.posts\.0: must be text \(in quotes\), not None"):
+        load_config([minimal], ["data.posts=[null]"])
+    with pytest.raises(UserError, match=r"optim\.betas: must be a list, not '0\.9'"):
+        load_config([minimal], ["optim.betas='0.9'"])
 
 
 # --- paths

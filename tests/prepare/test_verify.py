@@ -341,6 +341,11 @@ def test_the_command(folder: Path, nothing_is_written: list) -> None:
     whole = verify(str(folder))
     assert whole.returncode == 0 and whole.stdout.count("\n") == 1 and "7 samples in 2 shards" in whole.stdout
     assert re.search(r"100%.*<00:00, .*B/s", whole.stderr)  # rate and time left
+    shards = f"data.shards={folder}"
+    by_config = verify("configs/stage1_feature_alignment.yaml", shards)
+    assert (by_config.returncode, by_config.stdout) == (0, whole.stdout)
+    for words in ([], [shards], [str(folder), shards], [str(folder), str(folder)]):
+        assert "usage: " in verify(*words).stderr
     flip(folder / FIRST, place_of(folder, "100")[0])
     nothing_is_written.append(snapshot(folder))
     damaged = verify(str(folder))

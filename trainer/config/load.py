@@ -1,10 +1,9 @@
-"""Read configs: YAML files, later over earlier, then ``key=value`` words; check them; build the dataclasses.
+"""Read configs: YAML files and what they extend, later over earlier, then ``key=value`` words; check; build.
 
 OmegaConf stops at the first unknown key and coerces silently ("12" to 12, a bare ``no`` to "False"), so keys
 and types are compared here first, and all problems are reported together.
 """
 
-import argparse
 import dataclasses
 import difflib
 import math
@@ -13,23 +12,24 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.extends import read_with_extended
 from trainer.config.retired import ONLY_VALUES, carry_over
 from trainer.config.rules import find_broken_rules
 from trainer.config.schema import Config
-from trainer.config.yaml_text import bare, field_types, is_place, read_override, read_yaml
+from trainer.config.yaml_text import bare, field_types, is_place, read_override, wrap_lists
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home, home_path
 
 KeyPath = tuple[str, ...]
 Layer = dict[str, Any]  # of a config: what one file, or one word, says
 SECTIONS = frozenset(field_types(Config))
+COMMAND_LINE = "the command line"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,43 +43,6 @@ class Problem:
         return f"{self.key}: {self.message}"
 
 
-def parse_command_line(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """``--config FILE...`` and ``key=value`` words, as every command that reads a config takes them."""
-    return finish_command_line(config_parser(description), words)
-
-
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of those words; a command adds its own options to it."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", action="append", nargs="+", required=True, metavar="FILE",
-                        help="YAML file; later ones override earlier ones")  # fmt: skip
-    return parser
-
-
-def finish_command_line(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse; ``key=value`` words may stand anywhere, even between files, and keep their order."""
-    given = sys.argv[1:] if words is None else list(words)
-    arguments, rest = parser.parse_known_args(given)
-    named = [word for group in arguments.config for word in group]
-    arguments.overrides = [word for word in given if is_override(word) and word in (*named, *rest)]
-    arguments.config = [word for word in named if word not in arguments.overrides]
-    if strange := [word for word in rest if word not in arguments.overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if not arguments.config:
-        parser.error("--config names no file")
-    return arguments
-
-
-def is_override(word: str) -> bool:
-    """Whether a word is ``key=value`` and not a config file whose name holds "="."""
-    key, equals, _ = word.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        return False
-    looks, lies_here = word.endswith((".yaml", ".yml")), home_path(word).is_file()
-    is_file = looks and lies_here if key.partition(".")[0] in SECTIONS else looks or lies_here
-    return not is_file
-
-
 def load_config(
     files: Sequence[str | Path], overrides: Sequence[str] = (), *, preparing: bool = False, values: Layer | None = None
 ) -> Config:
@@ -90,23 +53,47 @@ def load_config(
     Raises:
         UserError: with all problems, each by its dotted name.
     """
-    read = [values] if values else []
-    read += [read_yaml(home_path(str(file))) for file in files] + [read_override(word) for word in overrides]
-    layers, notes = zip(*map(carry_over, read), strict=True) if read else ((), ())
+    layers = [("the checkpoint", values)] if values else []
+    layers += [layer for file in files for layer in read_with_extended(home_path(str(file)))]
+    layers += [(COMMAND_LINE, read_override(word)) for word in overrides]
+    carried = [(where, *carry_over(layer)) for where, layer in layers]
     if os.environ.get("RANK", "0") == "0":
-        for note in dict.fromkeys(chain.from_iterable(notes)):
+        for note in dict.fromkeys(note for _, _, notes in carried for note in notes):
             print(f"note: {note}", file=sys.stderr)
+    layers = [(where, layer) for where, layer, _ in carried]
     try:
-        merged = OmegaConf.merge(*map(OmegaConf.create, layers))
-        written = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=False))
-        resolved = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        merged = OmegaConf.merge(*(OmegaConf.create(layer) for _, layer in layers))
+        written = cast(Layer, OmegaConf.to_container(merged, resolve=False))
+        resolved = wrap_lists(cast(Layer, OmegaConf.to_container(merged, resolve=True)), Config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+        key = error.full_key or "config"
+        raise UserError(f"{key}: {str(error).splitlines()[0]}{say_where(key, layers)}") from error
     if problems := sorted([*find_config_problems(resolved, preparing), *find_hidden_names(written)], key=str):
-        listed = "\n".join(f"  {problem}" for problem in problems)
+        listed = "\n".join(f"  {problem}{say_where(problem.key, layers)}" for problem in problems)
         raise UserError(f"{len(problems)} problem(s) in {', '.join(map(str, files)) or 'the config'}:\n{listed}")
     config = build_dataclass(Config, resolved)
     return dataclasses.replace(config, written=fill_in(written, dataclasses.asdict(config)))
+
+
+def say_where(key: str, layers: Sequence[tuple[str, Layer]]) -> str:
+    """In which of several files a key stands, for messages; nothing where there is one file, or the key in none."""
+    if len({where for where, _ in layers} - {COMMAND_LINE}) < 2:
+        return ""
+    # an entry that lacks something stands where its list does
+    known = re.match(r"(.*\.\d+)\.", key)
+    for sought in (key, known[1] if known else key):
+        if found := [where for where, layer in layers if holds_key(layer, sought.split("."))]:
+            return f" (in {found[-1]})" if found[-1] != COMMAND_LINE else f" (on {COMMAND_LINE})"
+    return ""
+
+
+def holds_key(value: Any, path: Sequence[str]) -> bool:
+    """Whether a layer says something about a dotted key."""
+    if not path:
+        return True
+    if isinstance(value, list):
+        return path[0].isdigit() and int(path[0]) < len(value) and holds_key(value[int(path[0])], path[1:])
+    return isinstance(value, dict) and path[0] in value and holds_key(value[path[0]], path[1:])
 
 
 def find_config_problems(resolved: dict[str, Any], preparing: bool = False) -> Iterator[Problem]:

@@ -33,28 +33,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} is not valid YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"config file {path} must hold sections (run:, model:, ...), not a list")
-    return restore_text(OmegaConf.to_container(loaded, resolve=False), node, Config)
+    return wrap_lists(restore_text(OmegaConf.to_container(loaded, resolve=False), node, Config), Config)
 
 
 def read_override(word: str) -> dict[str, Any]:
     """One ``key=value`` word as an unresolved mapping.
 
-    The value of a text field is text as it stands, unless it is in quotes, null, or a list or mapping in brackets; any
-    other field's value is YAML.
+    The value of a field of text, or of a list of text, is text as it stands, unless it is in quotes, null, or a list or
+    mapping in brackets; any other field's value is YAML.
     """
     key, _, text = word.partition("=")
     hint, text = hint_of(key), text.strip()
     try:
-        if is_text(hint) and text[:1] not in tuple("'\"[{"):
+        if (is_text(hint) or is_text(entry_hint(hint))) and text[:1] not in tuple("'\"[{"):
             value: Any = None if text in NULLS and not is_home(text, hint) else text
             for part in reversed(key.split(".")):
                 value = {part: value}
-            return value
+            return wrap_lists(value, Config)
         mapping = OmegaConf.from_dotlist([word])
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         for part in reversed(key.split(".")):
             node = yaml.MappingNode("", [(yaml.ScalarNode("", part), node)])
-        return restore_text(OmegaConf.to_container(mapping, resolve=False), node, Config)
+        return wrap_lists(restore_text(OmegaConf.to_container(mapping, resolve=False), node, Config), Config)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{word} is not key=value with a YAML value (text may need quotes): {reason}") from error
@@ -67,13 +67,29 @@ def restore_text(value: Any, node: yaml.Node | None, hint: Any) -> Any:
             return value
         changed = isinstance(value, bool | int | float) or (value is None and is_home(node.value, hint))
         return node.value if changed else value
-    hint = bare(hint)
-    if isinstance(value, list) and isinstance(node, yaml.SequenceNode) and typing.get_origin(hint) is list:
-        (inner,) = typing.get_args(hint)
+    inner, hint = entry_hint(hint), bare(hint)
+    if isinstance(value, list) and isinstance(node, yaml.SequenceNode) and inner is not None:
         return [restore_text(item, below, inner) for item, below in zip(value, node.value, strict=True)]
+    if is_text(inner) and value is not None:
+        return restore_text(value, node, inner)
     if isinstance(value, dict) and isinstance(node, yaml.MappingNode):
         nodes = nodes_by_key(node)
         return {key: restore_text(item, nodes.get(key), inner_hint(hint, key)) for key, item in value.items()}
+    return value
+
+
+def wrap_lists(value: Any, hint: Any) -> Any:
+    """``value`` with each text that stands for a list of text as a list of one; what an interpolation gives is awaited.
+
+    So a path needs no brackets, which zsh takes for a pattern.
+    """
+    inner, hint = entry_hint(hint), bare(hint)
+    if isinstance(value, str) and is_text(inner) and "${" not in value and value != "???":
+        return [value]
+    if isinstance(value, list) and inner is not None:
+        return [wrap_lists(item, inner) for item in value]
+    if isinstance(value, dict):
+        return {key: wrap_lists(item, inner_hint(hint, key)) for key, item in value.items()}
     return value
 
 
@@ -100,6 +116,12 @@ def inner_hint(hint: Any, key: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return field_types(hint).get(key)
     return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+
+
+def entry_hint(hint: Any) -> Any:
+    """The annotation of a list's entries; None of what is no list."""
+    hint = bare(hint)
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
 
 
 def field_types(section: Any) -> dict[str, Any]:

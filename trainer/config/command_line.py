@@ -1,0 +1,63 @@
+"""The words of a command that reads a config: files, ``key=value``, and ``--help-config``."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from trainer.config.extends import EXTENDS
+from trainer.config.load import SECTIONS
+from trainer.core.files import home_path
+
+YAML_ENDINGS = (".yaml", ".yml")
+
+
+def parse_command_line(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Config files and ``key=value`` words, as every command that reads a config takes them."""
+    return finish_command_line(config_parser(description), words)
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of those words; a command adds its own options to it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("words", nargs="*", metavar="FILE.yaml|key=value",
+                        help="config files, later over earlier, and values over them")  # fmt: skip
+    parser.add_argument("--config", action="append", nargs="+", default=[], metavar="FILE",
+                        help="config files by any name")  # fmt: skip
+    return parser
+
+
+def finish_command_line(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None, *, other: str | None = None
+) -> argparse.Namespace:
+    """Parse: ``config`` and ``overrides`` are the files and the ``key=value`` words, in the order that they stand in.
+
+    Words may stand anywhere, even between files. ``other`` is what a single word may name in place of a config; it is
+    then ``arguments.other``.
+    """
+    given = sys.argv[1:] if words is None else list(words)
+    arguments = parser.parse_intermixed_args(given)
+    named = [word for group in arguments.config for word in group]
+    in_order = [re.sub(r"^--c[a-z]*=", "", word) for word in given]  # --config=FILE is one word
+    arguments.overrides = [word for word in in_order if is_override(word) and word in (*named, *arguments.words)]
+    rest = [word for word in arguments.words if word not in arguments.overrides]
+    files = {word for word in (*named, *rest) if word in named or word.endswith(YAML_ENDINGS)}
+    arguments.config = [word for word in in_order if word in files and word not in arguments.overrides]
+    strange = [word for word in rest if word not in files]
+    alone = other is not None and len(strange) == 1 and not arguments.config and not arguments.overrides
+    arguments.other = strange.pop() if alone else None
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if not arguments.config and not alone:
+        parser.error(f"name a config file, such as my.yaml{f', or {other}' if other else ''}")
+    return arguments
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is ``key=value`` and not a config file whose name holds "="."""
+    key, equals, _ = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        return False
+    looks, lies_here = word.endswith(YAML_ENDINGS), home_path(word).is_file()
+    is_file = looks and lies_here if key.partition(".")[0] in (*SECTIONS, EXTENDS) else looks or lies_here
+    return not is_file
