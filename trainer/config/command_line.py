@@ -4,9 +4,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from trainer.config.extends import EXTENDS
 from trainer.config.load import SECTIONS
+from trainer.config.reference import explain_config
 from trainer.core.files import home_path
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -24,7 +26,17 @@ def config_parser(description: str) -> argparse.ArgumentParser:
                         help="config files, later over earlier, and values over them")  # fmt: skip
     parser.add_argument("--config", action="append", nargs="+", default=[], metavar="FILE",
                         help="config files by any name")  # fmt: skip
+    parser.add_argument("--help-config", action=HelpConfig, nargs="*", metavar="SECTION|SECTION.FIELD",
+                        help="show what a config may hold, with meaning and default, and exit")  # fmt: skip
     return parser
+
+
+class HelpConfig(argparse.Action):
+    """Print what a config may hold and exit, as --help does for the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: object = None) -> None:
+        print(explain_config(values))
+        parser.exit()
 
 
 def finish_command_line(

@@ -1,7 +1,8 @@
-"""The config's fields. Each is documented by the comment beside it; defaults are the recipe's where it fixes them.
+"""The config's fields. Each is documented by the comments before and beside it, which --help-config prints.
 
-``trainer.config.load`` reads, checks and merges configs; this file only says what there is, and beside each field
-whether it may change when a run resumes. A field that does not say so may not.
+Defaults are the recipe's where it fixes them. ``trainer.config.load`` reads, checks and merges configs; this file only
+says what there is, and beside each field whether it may change when a run resumes. A field that does not say so may
+not.
 """
 
 from dataclasses import MISSING, dataclass, field
@@ -35,6 +36,8 @@ def free_section(section: type) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """What the run is called, where it writes, and its seed."""
+
     name: str  # names the output folder, the tracker's run and the exported files
     stage: str = free()  # the recipe's stage, written to checkpoints and cards
     output_dir: Place = free("runs")  # everything a run writes lies under output_dir / name
@@ -44,24 +47,28 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The model that training starts from, and which of its parts are trained."""
+
     pretrained: Place = free()  # diffusers folder, .safetensors file, hub id, or a run's folder: its newest export
     revision: str | None = free(None)  # branch, tag or commit of a hub id
     vae: Place | None = free(None)  # a separate VAE: folder, single file or hub id
     vae_revision: str | None = free(None)  # branch, tag or commit of model.vae, where that is a hub id
     tokenizer: Place | None = free(None)  # folder or hub id with tokenizer/ and tokenizer_2/, if the model has none
-    train_unet: bool = True
-    train_text_encoder_1: bool = False
-    train_text_encoder_2: bool = False
-    attention: Literal["sdpa", "xformers"] = free("sdpa")
+    train_unet: bool = True  # the UNet learns, at optim.unet_lr
+    train_text_encoder_1: bool = False  # CLIP ViT-L learns, at optim.text_encoder_1_lr
+    train_text_encoder_2: bool = False  # OpenCLIP ViT-bigG learns, at optim.text_encoder_2_lr
+    attention: Literal["sdpa", "xformers"] = free("sdpa")  # sdpa: PyTorch's own, which needs nothing installed
     compile: bool = free(False)  # torch.compile of the UNet
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    kind: Literal["posts", "folder", "tars", "dataset", "kohya"]
+    """Where some of the posts and images come from."""
+
     # posts: a posts file, .jsonl, .json, .csv, .tsv or .parquet; folder: images with sidecars; tars: a webdataset tar
     # or a folder of them; dataset: a folder or hub id for the package datasets; kohya: a meta_*.json of sd-scripts
-    path: Place = free()
+    kind: Literal["posts", "folder", "tars", "dataset", "kohya"]
+    path: Place = free()  # the file or folder, or the hub id, as the kind says
     images: Place | None = free(None)  # posts and kohya: the folder of images, or of tars that hold them
     name: str | None = free(None)  # in the index's column `source` and in reports; null: the path's last part
     repeats: int = 1  # how often an image of it is seen in a pass
@@ -86,13 +93,15 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Posts and images, the shards that are made of them, and the sizes of batches."""
+
     shards: Place = free()  # folder of tar shards, index.arrow and manifest.json
-    posts: list[Place] | None = free(None)  # posts files, see SourceConfig; null: images has sidecars
+    posts: list[Place] | None = free(None)  # posts files, as of the kind posts of sources; null: images has sidecars
     images: Place | None = free(None)  # folder of images, found by the post's `file` or its id
     sources: list[SourceConfig] | None = None  # several sources of any kind, instead of posts and images
     samples_per_shard: int = 2000  # posts that become one shard; fewer samples where some are set aside or filtered
     max_bad_fraction: float = free(0.01)  # preparation stops above this share of images set aside
-    max_empty_captions: float = free(0.25)  # and above this share of posts with neither a caption nor tags
+    max_empty_captions: float = free(0.25)  # preparation stops above this share of posts without a caption or tags
     encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
@@ -104,21 +113,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """Which posts are prepared at all. A post that lacks what a filter asks about is removed by it."""
+    """Which posts are prepared at all. A post that lacks what a filter asks about is removed by it; null: no filter."""
 
     min_side: int | None = None  # pixels of the shorter side, read from the file
-    min_score: int | None = None
+    min_score: int | None = None  # posts of lower scores are removed
     ratings: list[str] | None = None  # only these of g, s, q, e
-    first_year: int | None = None  # of the upload
-    last_year: int | None = None
+    first_year: int | None = None  # of the upload; earlier posts are removed
+    last_year: int | None = None  # of the upload; later posts are removed
     required_tags: list[str] = field(default_factory=list)  # a post must have all of them
-    forbidden_tags: list[str] = field(default_factory=list)  # and none of these; "_" and " " are the same
+    forbidden_tags: list[str] = field(default_factory=list)  # a post must have none; "_" and " " are the same
     drop_duplicates: bool = False  # of images with the same bytes one is kept, rather one with a caption
 
 
 @dataclass(frozen=True)
 class QualityRule:
-    tag: str
+    """A tag from a post's score. Of several rules that hold the highest wins."""
+
+    tag: str  # the tag that the rule adds
     min_score: int | None = None  # the tag of scores from here up to the next rule's; null: all below
     above_percentile: float | None = None  # instead: scores above that of so many percent of the posts of its rating
     rating: Literal["g", "s", "q", "e", "none"] | None = None  # only posts of this rating, or without one; null: all
@@ -129,15 +140,17 @@ class ColumnRule:
     """A tag from a number among a post's other fields, such as an aesthetic score."""
 
     column: str  # the post's field; the index keeps it in `extra`
-    tag: str
+    tag: str  # the tag that the rule adds
     above: float | None = None  # the tag of values above this up to the next rule's of the column; null: all below
 
 
 @dataclass(frozen=True)
 class YearRule:
-    first: int
-    last: int
-    tag: str
+    """A tag from the year of a post's upload."""
+
+    first: int  # the first year of the tag
+    last: int  # the last year of the tag
+    tag: str  # the tag that the rule adds
 
 
 def default_quality() -> list[QualityRule]:
@@ -184,64 +197,75 @@ def default_people() -> list[str]:
 
 @dataclass(frozen=True)
 class CaptionsConfig:
+    """How tags become a caption. Nothing is encoded again when these change."""
+
     # tags before it are fixed, after it shuffled, after a second one fixed again; in a tag it is written with spaces
     keep_tokens_separator: str = "|||"
     keep_tokens: int = 0  # leading tags kept in place where a caption has no separator
-    shuffle: bool = True  # of the free part
+    shuffle: bool = True  # the free part, in every pass again
     tag_dropout: float = 0.0  # probability of each free tag to be left out
     caption_dropout: float = 0.0  # probability of a caption to be empty
-    quality: list[QualityRule] = field(default_factory=default_quality)
+    quality: list[QualityRule] = field(default_factory=default_quality)  # tags from scores
     # for quality rules by percentile: the set of shards, or the run, whose thresholds they take; null: those that the
     # base was trained with, else by the scores of this set
     thresholds_from: Place | None = free(None)
-    years: list[YearRule] = field(default_factory=default_years)
-    ratings: dict[str, str] = field(default_factory=default_ratings)
+    years: list[YearRule] = field(default_factory=default_years)  # tags from the year of the upload
+    ratings: dict[str, str] = field(default_factory=default_ratings)  # rating -> tags; one that is not listed adds none
     columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, after the quality tag
     people: list[str] = field(default_factory=default_people)  # tags that go to the front
     keep_underscore_max_length: int = 3  # tags up to this long keep their underscores: ^_^
-    max_token_length: Literal[75, 150, 225] = 225
+    max_token_length: Literal[75, 150, 225] = 225  # tokens that are read of a caption, in chunks of 75
 
 
 @dataclass(frozen=True)
 class BucketsConfig:
+    """The sizes to which images are resized and cropped. Another choice needs shards of its own."""
+
     base_resolution: int = 1024  # buckets have about this many pixels squared
-    min_side: int = 512
-    max_side: int = 2048
-    step: int = 64
+    min_side: int = 512  # pixels of a bucket's shorter side at least
+    max_side: int = 2048  # pixels of a bucket's longer side at most
+    step: int = 64  # sides are multiples of it; itself a multiple of 32
     upscale: bool = True  # enlarge images that are smaller than their bucket
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    prediction_type: PredictionType = "epsilon"
+    """What the UNet learns to predict, and from which noise."""
+
+    prediction_type: PredictionType = "epsilon"  # epsilon: the noise; v_prediction: see arXiv 2202.00512
     min_timestep: int = 0  # timesteps are uniform over min_timestep .. max_timestep - 1
-    max_timestep: int = NUM_TIMESTEPS
-    noise_offset: float = 0.0
-    min_snr_gamma: float | None = None
-    zero_terminal_snr: bool = False
+    max_timestep: int = NUM_TIMESTEPS  # see min_timestep
+    noise_offset: float = 0.0  # times a normal number for each channel, added to the noise; 0: none
+    min_snr_gamma: float | None = None  # weights of the loss by signal-to-noise, arXiv 2303.09556; null: none
+    zero_terminal_snr: bool = False  # the last timestep is pure noise, arXiv 2305.08891; needs v_prediction
     # train this although the base predicts something else, which is refused otherwise
     convert_prediction: bool = free(False)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: OptimizerName = "adamw"
-    unet_lr: float = 0.0  # above 0 exactly when the part is trained
-    text_encoder_1_lr: float = 0.0
-    text_encoder_2_lr: float = 0.0
-    betas: list[float] | None = field(default_factory=lambda: [0.9, 0.99])  # null with adafactor
-    eps: float | None = 1e-8  # null with adafactor
-    weight_decay: float = 0.1
+    """The optimizer and the learning rates."""
+
+    name: OptimizerName = "adamw"  # adamw8bit needs bitsandbytes and a GPU
+    unet_lr: float = 0.0  # learning rate of the UNet: above 0 exactly when model.train_unet
+    text_encoder_1_lr: float = 0.0  # learning rate of text encoder 1: above 0 exactly when model.train_text_encoder_1
+    text_encoder_2_lr: float = 0.0  # learning rate of text encoder 2: above 0 exactly when model.train_text_encoder_2
+    betas: list[float] | None = field(default_factory=lambda: [0.9, 0.99])  # of AdamW's moments; null with adafactor
+    eps: float | None = 1e-8  # of AdamW's denominator; null with adafactor
+    weight_decay: float = 0.1  # a step shrinks weights by the rate times this
     decay_norms_and_biases: bool = True  # as the original did; off: only matrices and convolutions decay
     max_grad_norm: float | None = 1.0  # global norm over all trained parts together; null: not clipped, as 3.0 was
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    epochs: int | None = field(default=None, metadata=LENGTH)  # exactly one of epochs and max_steps
-    max_steps: int | None = field(default=None, metadata=LENGTH)  # optimizer steps
-    lr: Literal["constant", "cosine", "cosine_restarts"] = "constant"
-    warmup_steps: int = 0  # optimizer steps
+    """How long the run is, and how the learning rate goes over it."""
+
+    # passes over the data; exactly one of epochs and max_steps is set
+    epochs: int | None = field(default=None, metadata=LENGTH)
+    max_steps: int | None = field(default=None, metadata=LENGTH)  # optimizer steps of the run
+    lr: Literal["constant", "cosine", "cosine_restarts"] = "constant"  # the rate's course after the warm-up
+    warmup_steps: int = 0  # optimizer steps over which the rate rises to its peak
     min_lr_ratio: float = 0.0  # the rate's floor as a share of its peak, for the cosine schedules
     num_cycles: int = 1  # cycles of cosine_restarts
     cycle_gamma: float = 1.0  # each restart's peak as a share of the one before
@@ -249,6 +273,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
+    """Number formats of the computation. fp16 as compute needs a GPU."""
+
     compute: Dtype = "fp16"  # autocast; trained weights are always fp32
     frozen: Dtype = "fp16"  # weights of parts that are not trained (none in stage 1)
     vae: Dtype = "fp32"  # SDXL's own VAE overflows in fp16
@@ -259,13 +285,17 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    gradient_checkpointing: bool = True
+    """What saves memory at the price of time."""
+
+    gradient_checkpointing: bool = True  # activations are computed again in the backward pass instead of kept
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000
-    keep_last: int = 2
+    """When checkpoints are written, which are kept, and from which a run begins."""
+
+    every_steps: int = 1000  # optimizer steps between checkpoints; one more is written at the end
+    keep_last: int = 2  # older ones are removed
     keep_every_steps: int | None = None  # checkpoints at multiples of it are never pruned
     resume: Place = "auto"  # auto: the newest of this run, if any; never; or a checkpoint, by path or step
     # another run's folder or checkpoint: this run begins with its weights, optimizer state and step, under other rates,
@@ -275,8 +305,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    every_steps: int = 10
-    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # beside metrics.jsonl
+    """What is written to metrics.jsonl and to trackers."""
+
+    every_steps: int = 10  # optimizer steps between lines
+    trackers: list[Literal["wandb", "tensorboard"]] = field(
+        default_factory=list
+    )  # where metrics go beside metrics.jsonl
     project: str = "anime-base-trainer"  # the trackers' project
 
 
@@ -288,24 +322,28 @@ NEGATIVE_PROMPT = (  # the card's
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    every_steps: int | None = None  # null: no samples while training
+    """Images that are drawn while training, by Euler ancestral."""
+
+    every_steps: int | None = None  # optimizer steps between samples; null: no samples while training
     prompts: list[str] = field(default_factory=list)  # one image each, always with the same noise
-    negative_prompt: str = NEGATIVE_PROMPT
-    num_inference_steps: int = 28
-    guidance_scale: float = 7.0
-    width: int | None = None  # null: buckets.base_resolution
-    height: int | None = None
+    negative_prompt: str = NEGATIVE_PROMPT  # what guidance pushes away from
+    num_inference_steps: int = 28  # steps of each image
+    guidance_scale: float = 7.0  # 1: no guidance
+    width: int | None = None  # pixels; null: buckets.base_resolution
+    height: int | None = None  # pixels; null: buckets.base_resolution
 
 
 @dataclass(frozen=True)
 class PublishConfig:
+    """The folder that scripts/publish.py makes of a run, and the export's formats."""
+
     repo_id: str | None = None  # owner/name on the Hub; only an upload needs it
     private: bool = True  # stays private on the Hub; false makes it public once what was uploaded is verified
     source_url: str | None = None  # where the corresponding source can be obtained, as the licence requires
-    title: str | None = None  # null: the run's name
-    author: str | None = None
-    formats: list[Format] = field(default_factory=lambda: ["single_file", "diffusers"])
-    dtype: Dtype = "fp16"
+    title: str | None = None  # what the model is called; null: the run's name
+    author: str | None = None  # who trained the model, for the card and the files
+    formats: list[Format] = field(default_factory=lambda: ["single_file", "diffusers"])  # what an export writes
+    dtype: Dtype = "fp16"  # number format of exported weights
     license_link: str | None = None  # what the card's header links to; null: the licence file in the folder
     card_template: Place | None = None  # a Jinja2 template instead of trainer/release/card.md; null: that one
 

@@ -1,0 +1,24 @@
+"""Write docs/config.md, the reference of every field of a config, from trainer/config/schema.py.
+
+    python scripts/write_config_reference.py
+
+A test checks that the page is what the schema says now.
+"""
+
+import argparse
+
+from trainer.config.extends import PROGRAM_FOLDER
+from trainer.config.reference import write_reference
+from trainer.core.errors import run_command
+from trainer.core.files import write_text
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="Write docs/config.md from trainer/config/schema.py.").parse_args()
+    page = PROGRAM_FOLDER / "docs/config.md"
+    write_text(page, write_reference())
+    print(f"written: {page}")
+
+
+if __name__ == "__main__":
+    run_command(main)
