@@ -11,7 +11,7 @@ import pytest
 from support.paths import REPOSITORY
 
 # A folder imports only from lower layers, never from one of its own layer. Inside a folder there is no cycle.
-LAYERS = ("core", "config", "model data", "sample report", "train prepare", "release")
+LAYERS = ("core", "config", "model data", "sample", "report", "train prepare", "release")
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 KNOW_ACCELERATE = {"train.loop", "train.launch", "train.progress"}
 OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}

@@ -12,9 +12,9 @@ from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import count_samples
 from trainer.model.lineage_rows import format_tree, list_stages, stage_rows
+from trainer.model.run_records import read_metrics, read_run
 from trainer.train.loop import train
-from trainer.train.metrics import read_metrics
-from trainer.train.run import read_run, run_path
+from trainer.train.run import run_path
 
 MakeConfig = Callable[..., Config]
 EVERY = ["checkpoint.every_steps=1", "checkpoint.keep_last=9"]

@@ -11,7 +11,7 @@ import pytest
 
 from support.paths import REPOSITORY
 from trainer.model.checkpoint import find_newest, read_train_state
-from trainer.train.metrics import read_metrics
+from trainer.model.run_records import read_metrics
 
 STAGES = {
     "1": [

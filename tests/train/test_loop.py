@@ -23,9 +23,9 @@ from trainer.data import loader
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.model.checkpoint import find_newest, read_train_state
+from trainer.model.run_records import read_metrics
 from trainer.train import loop
 from trainer.train.loop import train
-from trainer.train.metrics import read_metrics
 
 MakeConfig = Callable[..., Config]
 

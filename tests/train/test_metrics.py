@@ -18,10 +18,11 @@ from trainer.config.schema import Config, LoggingConfig
 from trainer.core.errors import UserError
 from trainer.data.plan import Plan
 from trainer.model.base import Base, find_base
+from trainer.model.run_records import read_metrics
 from trainer.sample.sampling import make_grid
 from trainer.train import metrics
 from trainer.train.launch import build_accelerator
-from trainer.train.metrics import MetricsFile, find_peak_flops, read_metrics, tracker_settings, training_flops
+from trainer.train.metrics import MetricsFile, find_peak_flops, tracker_settings, training_flops
 from trainer.train.progress import Progress, flatten_values
 from trainer.train.run import Resumed
 from trainer.train.step import StepResult

@@ -9,9 +9,9 @@ import torch
 
 from trainer.config.schema import Config
 from trainer.model.checkpoint import read_train_state
+from trainer.model.run_records import read_metrics
 from trainer.train import loop
 from trainer.train.loop import train
-from trainer.train.metrics import read_metrics
 
 STEPS = 8  # of 2 units; an epoch of the 24 drawings has 6 or 7 steps, so its border is in between
 STAGES = {

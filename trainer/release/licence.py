@@ -22,8 +22,9 @@ from trainer.model.exports import find_run
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
 from trainer.model.lineage_rows import list_stages
+from trainer.model.run_records import read_run
 from trainer.model.weights_file import LazyFile
-from trainer.train.run import locate_from_run, read_run
+from trainer.train.run import locate_from_run
 
 FAIPL, OPENRAIL = "faipl-1.0-sd", "openrail++"  # as the Hub's model cards name them
 KNOWN_WORDS = {

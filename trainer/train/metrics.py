@@ -51,20 +51,6 @@ class MetricsFile:
             self.file.flush()
 
 
-def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its metrics of the last attempt, from one line or several; torn lines are passed over."""
-    lines: dict[int, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        before = lines.get(line["step"], line)
-        if line["attempt"] >= before["attempt"]:
-            lines[line["step"]] = before | line if line["attempt"] == before["attempt"] else line
-    return lines
-
-
 def tracker_settings(trackers: Sequence[str], run_id: str, name: str, folder: Path, first: int) -> dict[str, Any]:
     """What Accelerate's ``init_trackers`` gets for each tracker of a run that has made ``first`` steps.
 

@@ -4,8 +4,6 @@ And what it says: with which checkpoint a run begins, and what its work took in 
 """
 
 import datetime
-import json
-import secrets
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from trainer.core.files import write_json, write_text
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE
 from trainer.core.locks import hold_lock
 from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
-from trainer.train.metrics import read_metrics
+from trainer.model.run_records import read_metrics, read_run
 
 
 def run_path(config: Config) -> Path:
@@ -37,14 +35,6 @@ def lock_run(path: Path, is_main_process: bool) -> AbstractContextManager[None]:
     path.mkdir(parents=True, exist_ok=True)
     busy = f"{path} is in use by another process; wait for it, or choose another run.name"
     return hold_lock(path / RUN_LOCK_FILE, busy)
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """run.json, or the beginning of one."""
-    file = path / RUN_FILE
-    if not file.exists():
-        return {"attempts": [], "tracker_run_id": secrets.token_hex(6)}
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""What a run writes down of itself, read again: run.json, and metrics.jsonl, of which damaged lines are passed over."""
+
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.core.layout import RUN_FILE
+
+MAX_COUNT = 2**53  # up to here a float holds every whole number
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """run.json, or the beginning of one."""
+    file = path / RUN_FILE
+    if not file.exists():
+        return {"attempts": [], "tracker_run_id": secrets.token_hex(6)}
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def parse_metrics(text: str | bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl, which has at least a step, an attempt and a time; None where it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    whole = is_count(line.get("step")) and is_count(line.get("attempt"))
+    return line if whole and isinstance(line.get("time"), int | float) else None
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 0 on, and none that only a damaged line can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file, in its order."""
+    with path.open("rb") as file:
+        for text in file:
+            if (line := parse_metrics(text)) is not None:
+                yield line
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
+    """Step -> its metrics of the last attempt, from one line or several."""
+    lines: dict[int, dict[str, Any]] = {}
+    for line in iterate_metrics(path):
+        before = lines.get(line["step"], line)
+        if line["attempt"] >= before["attempt"]:
+            lines[line["step"]] = before | line if line["attempt"] == before["attempt"] else line
+    return lines
