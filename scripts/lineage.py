@@ -1,28 +1,32 @@
 """Show what made a file, from the file alone: run, data, code and base, what made that base, back to the first one.
 
-    python scripts/lineage.py FILE [--config]
+    python scripts/lineage.py FILE_OR_RUN [--config]
 
-FILE is a single file, a diffusers folder, a checkpoint or a published folder. --config prints each stage's
-whole config.
+FILE is a single file, a diffusers folder, a checkpoint or a published folder; a run, by its name, folder or config,
+stands for its newest export, or else its newest checkpoint. --config prints each stage's whole config.
 """
 
 import argparse
+from pathlib import Path
 
-from trainer.core.errors import run_command
-from trainer.core.files import home_path
+from trainer.config.run_names import find_run_path, say_runs
+from trainer.core.errors import UserError, run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what made a file, from the file alone, back to the first base.")
     parser.add_argument(
-        "file", type=home_path, metavar="FILE", help="single file, diffusers folder, checkpoint or published folder"
+        "file", metavar="FILE_OR_RUN", help="single file, diffusers folder, checkpoint, published folder or run"
     )
     parser.add_argument("--config", action="store_true", help="print each stage's whole config too")
     arguments = parser.parse_args()
+    file = Path(find_run_path(arguments.file))
+    if not file.exists():
+        raise UserError(f"{arguments.file} does not exist, and no run is called so: {say_runs()}")
     from trainer.model.lineage import find_lineage
     from trainer.model.lineage_rows import format_tree
 
-    print(format_tree(find_lineage(arguments.file), arguments.config), end="")
+    print(format_tree(find_lineage(file), arguments.config), end="")
 
 
 if __name__ == "__main__":

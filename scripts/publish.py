@@ -1,10 +1,11 @@
 """A run -> the folder to publish: weights, model card, licence, configs, changes, sums; and with --upload, the Hub.
 
-    python scripts/publish.py runs/NAME publish.source_url=https://... [publish.key=value ...] [--license-file FILE]
-    python scripts/publish.py runs/NAME ... publish.repo_id=owner/name --upload
+    python scripts/publish.py NAME publish.source_url=https://... [publish.key=value ...] [--license-file FILE]
+    python scripts/publish.py NAME ... publish.repo_id=owner/name --upload
 
-The folder is RUN/published/NAME. It is checked against what the licences of the base and of the publication require;
-this is not legal advice. Nothing in it is overwritten, and nothing is sent without --upload.
+NAME is runs/NAME where no such path lies here; a config, such as my.yaml, stands for its run. The folder is
+RUN/published/NAME. It is checked against what the licences of the base and of the publication require; this is not
+legal advice. Nothing in it is overwritten, and nothing is sent without --upload.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.config.run_names import find_run_path
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
 from trainer.release.request import Request, read_publish_config
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 def main() -> None:
     arguments = parse()
     request = Request(
-        run=arguments.run, out=arguments.out, license_files=arguments.license_file, base=arguments.base,
-        acknowledged=arguments.acknowledge_base_terms, samples=arguments.samples,
-        full_precision=arguments.full_precision,
+        run=Path(find_run_path(arguments.run)), out=arguments.out,
+        license_files=arguments.license_file, base=arguments.base, acknowledged=arguments.acknowledge_base_terms,
+        samples=arguments.samples, full_precision=arguments.full_precision,
     )  # fmt: skip
     read_publish_config(request.run, arguments.overrides)  # what it refuses, it refuses at once
     from trainer.release.folder import check_published  # torch takes seconds to import
@@ -52,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Build the folder in which a run is published, and upload it with --upload."
     )
-    parser.add_argument("run", type=home_path, metavar="RUN", help="the run's folder")
+    parser.add_argument("run", metavar="RUN", help="the run's name, folder or config")
     parser.add_argument(
         "overrides", nargs="*", metavar="publish.key=value", help="instead of the values in the run's config.yaml"
     )

@@ -3,14 +3,15 @@
     python scripts/sample.py MODEL --prompts FILE [--all-sizes | --size 832x1216 ...] [--seed N]
     python scripts/sample.py MODEL --prompt "masterpiece, best quality, 1girl, solo" --compare MODEL_B
 
-MODEL is a diffusers folder, a single file, a run (its newest export) or a hub id. The defaults are the
-model card's settings. Nothing in the folder of images is overwritten.
+MODEL is a diffusers folder, a single file, a hub id or a run, by its name, folder or config, which stands for its
+newest export. The defaults are the model card's settings. Nothing in the folder of images is overwritten.
 """
 
 import argparse
 import dataclasses
 import sys
 
+from trainer.config.run_names import find_run_path
 from trainer.config.schema import SamplingConfig
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
@@ -32,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Draw images with a model. The defaults are the model card's settings."
     )
-    parser.add_argument("model", type=expand_home, metavar="MODEL", help="diffusers folder, single file, run or hub id")
+    parser.add_argument("model", metavar="MODEL", help="diffusers folder, single file, run or hub id")
     parser.add_argument(
         "--prompts", type=home_path, metavar="FILE", help="one prompt per line; empty and # lines are skipped"
     )
@@ -53,9 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", type=expand_home, metavar="DIR", help="folder or hub id with tokenizer/ and tokenizer_2/"
     )
-    parser.add_argument(
-        "--compare", type=expand_home, metavar="MODEL_B", help="draw everything with this model too, in a second column"
-    )
+    parser.add_argument("--compare", metavar="MODEL_B", help="draw everything with this model too, in a second column")
     return parser.parse_args()
 
 
@@ -76,7 +75,7 @@ def main() -> None:
         print(f"random seed of the first image: {seed}")
     from trainer.sample.drawing import default_folder, draw, find_source  # torch takes seconds to import
 
-    models = [arguments.model, *([arguments.compare] if arguments.compare else [])]
+    models = [find_run_path(model) for model in (arguments.model, arguments.compare) if model]
     sources = [find_source(model, arguments.tokenizer) for model in models]
     out = arguments.out or default_folder(sources)
     pictures = plan_pictures(prompts, sizes, seed)

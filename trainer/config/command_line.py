@@ -9,9 +9,8 @@ from typing import Any
 from trainer.config.extends import EXTENDS
 from trainer.config.load import SECTIONS
 from trainer.config.reference import explain_config
+from trainer.config.yaml_text import YAML_ENDINGS
 from trainer.core.files import home_path
-
-YAML_ENDINGS = (".yaml", ".yml")
 
 
 def parse_command_line(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:

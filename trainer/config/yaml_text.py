@@ -19,6 +19,7 @@ from trainer.core.errors import UserError
 
 UNIONS = (types.UnionType, typing.Union)  # of int | None, and of Literal[...] | None
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
+YAML_ENDINGS = (".yaml", ".yml")  # of config files
 NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to say nothing
 
 

@@ -93,4 +93,7 @@ def suggest_exports(reference: str, runs: Path) -> str:
         exports = of_step
     if exports:
         return f"; a run's folder stands for its newest export, and exported are: {', '.join(map(str, exports[-8:]))}"
-    return f"; no run in {runs} has an export yet: python scripts/export.py RUN makes one" if candidates else ""
+    if not candidates:
+        return ""
+    names = ", ".join(run.name for run in candidates[-8:])
+    return f"; no run in {runs} has an export yet: python scripts/export.py RUN makes one, and runs are: {names}"

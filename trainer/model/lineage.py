@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 import trainer
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.core.layout import LINEAGE_FILE, STATE_FILE
+from trainer.core.layout import CHECKPOINTS_FOLDER, LINEAGE_FILE, RUN_FILE, STATE_FILE
+from trainer.model.exports import list_exports
 
 LINEAGE_KEY = "trainer.lineage"  # metadata of a single file
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "pillow")
@@ -179,11 +180,16 @@ def read_lineage(path: Path) -> Lineage | None:
 def find_lineage(path: Path) -> Lineage:
     """The lineage of a single file, a diffusers folder or a checkpoint, or of what lies in a published folder.
 
+    A run has that of its newest export, or else of its newest checkpoint.
+
     Raises:
         UserError: when there is none, when the files in a folder say different things, or when it cannot be read.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
+    if (path / RUN_FILE).is_file():
+        checkpoints = sorted(state.parent for state in path.glob(f"{CHECKPOINTS_FOLDER}/step-*/{STATE_FILE}"))
+        path = [path, *checkpoints, *list_exports(path)][-1]
     if (lineage := read_lineage(path)) is not None:
         return lineage
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() else []
