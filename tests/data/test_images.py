@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import ExifTags, Image
 
 from trainer.data.buckets import Fit, Size
-from trainer.data.images import BadImage, has_frames, pixels_to_tensor, read_bytes, read_image_header, read_pixels
+from trainer.data.images import BadImage, has_frames, read_bytes, read_image_header, read_pixels
 from trainer.data.post import ImagePlace
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -187,13 +186,6 @@ def test_box_when_shrinking_lanczos_when_enlarging(tmp_path: Path) -> None:
     grown = read_pixels(read_file(path), Fit((96, 96), (100, 100), 2, 2))
     lanczos = np.asarray(Image.fromarray(noise).resize((100, 100), Image.Resampling.LANCZOS))[2:98, 2:98]
     assert np.array_equal(grown, lanczos)
-
-
-def test_tensor_range() -> None:
-    pixels = np.array([[[0, 255, 51]]], dtype=np.uint8).repeat(2, axis=1)  # (1, 2, 3)
-    tensor = pixels_to_tensor(pixels)
-    assert tensor.shape == (3, 1, 2) and tensor.dtype == torch.float32
-    assert torch.allclose(tensor[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
 
 
 def test_headers_are_read_without_decoding(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Pixels, raw latents, latents: the posterior's mean, both scalings, and weights that are not the config's."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from trainer.core.errors import UserError
 from trainer.model.latents import read_latent_scale, scale_latents
-from trainer.model.vae import build_vae, decode_latents, encode_raw_latents
+from trainer.model.vae import build_vae, decode_latents, encode_raw_latents, pixels_to_tensor
 
 LEVELS = {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
           "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4}  # fmt: skip
@@ -15,6 +16,13 @@ LEVELS = {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderB
 def make(**options: object) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(**{**LEVELS, "latent_channels": 4, **options})
+
+
+def test_tensor_range() -> None:
+    pixels = np.array([[[0, 255, 51]]], dtype=np.uint8).repeat(2, axis=1)  # (1, 2, 3)
+    tensor = pixels_to_tensor(pixels)
+    assert tensor.shape == (3, 1, 2) and tensor.dtype == torch.float32
+    assert torch.allclose(tensor[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
 
 
 def test_raw_latents_are_the_posteriors_mean() -> None:

@@ -1,18 +1,18 @@
 """Images looked at in processes of their own: in order, and whatever one of them does to its process."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from support.fatal_place import ExitingPath, KilledPath
 from support.posts_on_disk import BUCKETS, REPOSITORY, draw
 from trainer.config.schema import BucketsConfig
 from trainer.core.files import sha256_file
@@ -76,29 +76,15 @@ def test_an_image_that_is_too_large_is_set_aside_without_a_warning(
         assert "could be decompression bomb" in capfd.readouterr().err
 
 
-def fatal(name: str, do: Callable[[], object]) -> Callable[[Task], Outcome]:
-    """``look``, but for the images of this name, which end their process."""
-    real = decoders_module.look
-
-    def look(task: Task) -> Outcome:
-        if task.key in name.split():
-            do()
-        return real(task)
-
-    return look
-
-
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize(("how", "pause"), [("exit", 0), ("kill", 0), ("kill", 0.02)])
+@pytest.mark.parametrize(("kind", "pause"), [(ExitingPath, 0), (KilledPath, 0), (KilledPath, 0.02)])
 def test_an_image_that_kills_its_process_is_set_aside(
-    tasks: list[Task], processes: int, how: str, pause: float, monkeypatch: pytest.MonkeyPatch
+    tasks: list[Task], processes: int, kind: type[Path], pause: float
 ) -> None:
     """Also while the consumer is busy with something else, as the VAE is."""
-    # a module's function is pickled by its name: the forked process finds the same one there
-    end = (lambda: os._exit(1)) if how == "exit" else (lambda: os.kill(os.getpid(), signal.SIGKILL))
-    look = fatal("4 5 29", end)
-    look.__module__, look.__qualname__ = decoders_module.__name__, "look"
-    monkeypatch.setattr(decoders_module, "look", look)
+    expected = [sha256_file(task.place.path) for task in tasks]
+    for number in (4, 5, 29):
+        tasks[number] = replace(tasks[number], place=ImagePlace(kind(tasks[number].place.path)))
     outcomes = []
     with decoders(processes) as pool:
         for outcome in pool.look_at(tasks):
@@ -107,37 +93,69 @@ def test_an_image_that_kills_its_process_is_set_aside(
     dead = {number for number, outcome in enumerate(outcomes) if isinstance(outcome, Reject)}
     assert dead == {4, 5, 29}
     assert {outcomes[number].reason for number in dead} == {"killed_decoder"}  # type: ignore[union-attr]
-    expected = [sha256_file(task.place.path) for task in tasks]
     assert [text for number, text in enumerate(hashes(outcomes)) if number not in dead] == [
         text for number, text in enumerate(expected) if number not in dead
     ]
 
 
-def test_the_processes_end_with_their_parent(tmp_path: Path) -> None:
-    program = (
-        "import sys, time\n"
-        "from trainer.prepare.decode import decoders\n"
-        "with decoders(2) as pool:\n"
-        "    list(pool.look_at([]))\n"
-        "    children = [pool.pool.submit(__import__('os').getpid).result() for _ in range(2)]\n"
-        "    print(*[p for p in pool.pool._processes], flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+def start_program(*lines: str) -> subprocess.Popen[str]:
+    """A program of its own with two decoders, named ``pool``, and all of Python's warnings."""
+    begin = [
+        "import os, time",
+        "from pathlib import Path",
+        "from trainer.prepare.decode import decoders",
+        "with decoders(2) as pool:",
+    ]
+    program = "\n".join([*begin, *(f"    {line}" for line in lines)])
+    command = [sys.executable, "-W", "always", "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_the_processes_end_with_their_parent() -> None:
+    process = start_program(
+        "list(pool.look_at([]))",
+        "busy = [pool.pool.submit(time.sleep, 0.5) for _ in range(2)]",
+        "print(*[each for each in pool.pool._processes], flush=True)",
+        "time.sleep(60)",
     )
     assert process.stdout is not None
     children = [int(word) for word in process.stdout.readline().split()]
     assert len(children) == 2
     process.kill()
-    process.wait()
+    process.communicate()
     deadline = time.monotonic() + 30
     while any(is_running(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(is_running(child) for child in children)
+
+
+def test_the_processes_are_forked_from_one_without_threads() -> None:
+    """A fork of a process that has threads may wait for ever; Python warns of it from 3.12 on."""
+    process = start_program(
+        "import threading",
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+        "forked_from = pool.pool.submit(os.getppid).result()",
+        "print(*(len(os.listdir(f'/proc/{each}/task')) > 1 for each in (os.getpid(), forked_from)))",
+    )
+    assert process.communicate() == ("True False\n", "")
+
+
+def test_the_processes_do_not_load_pytorch() -> None:
+    """It would cost each of them seconds and hundreds of megabytes."""
+    process = start_program(
+        "import torch",
+        "child = pool.pool.submit(os.getpid).result()",
+        "print(*('libtorch' in Path(f'/proc/{each}/maps').read_text() for each in (os.getpid(), child)))",
+    )
+    assert process.communicate() == ("True False\n", "")
+
+
+def test_the_script_that_the_processes_run_again_does_not_import_pytorch() -> None:
+    again = "import runpy, sys; runpy.run_path('scripts/build_shards.py', run_name='__mp_main__'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    modules = done.stdout.split()
+    assert "trainer.config.load" in modules and "torch" not in modules
 
 
 def is_running(process: int) -> bool:

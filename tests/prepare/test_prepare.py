@@ -36,9 +36,10 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.data.buckets import fit_image
-from trainer.data.images import pixels_to_tensor, read_bytes, read_pixels
+from trainer.data.images import read_bytes, read_pixels
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.post import ImagePlace
+from trainer.model.vae import pixels_to_tensor
 from trainer.prepare import encode as encoding
 from trainer.prepare import prepare as prepare_module
 from trainer.prepare.prepare import Summary

@@ -6,11 +6,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 from support.posts_on_disk import run
 from trainer.config.schema import Config
+from trainer.prepare.decode import start_pool
 
 
 def add_posts(folder: Path, *posts: dict[str, Any]) -> None:
@@ -20,9 +22,13 @@ def add_posts(folder: Path, *posts: dict[str, Any]) -> None:
 
 def fork(work: Callable[[], object], **environment: str) -> int:
     """Start ``work`` in a process of its own, with everything imported already; its id."""
+    start_pool(
+        1
+    ).shutdown()  # starts what decoders are forked from, which only the process that started it may wait for
     child = os.fork()
     if child:
         return child
+    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     try:
         os.environ |= environment
         work()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_run_writes_what_the_design_says(make_config: MakeConfig, capsys: pyte
     assert state["index_fingerprint"] and state["base"]["sha256"] and state["lineage"]["step"] == 3
     run = json.loads((folder / "run.json").read_text())
     assert run["base"] == state["base"] and run["attempts"][0]["first_step"] == 0
-    assert run["attempts"][0]["versions"]["torch"] == torch.__version__ and run["attempts"][0]["processes"] == 1
+    assert run["attempts"][0]["versions"]["torch"] == metadata.version("torch") and run["attempts"][0]["processes"] == 1
     assert run["attempts"][0]["code"]["version"] and run["attempts"][0]["device"]
     assert "3/3" in capsys.readouterr().err  # the bar
     train(config)

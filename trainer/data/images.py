@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from trainer.data.buckets import Fit, Size
@@ -192,11 +191,6 @@ def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
         rgb = rgb.resize(fit.resized, Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS)
     width, height = fit.bucket
     return np.asarray(rgb.crop((fit.left, fit.top, fit.left + width, fit.top + height)))  # (H, W, 3)
-
-
-def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -45,6 +46,11 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, 4, H/8, W/8) -> pixels, fp32 (B, 3, H, W), in [-1, 1] but for the decoder's overshoot."""
     raw_latents = unscale_latents(latents, read_latent_scale(vae.config))
     return vae.decode(raw_latents.to(vae.device, vae.dtype)).sample.float()
+
+
+def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 def pixels_to_image(pixels: torch.Tensor) -> Image.Image:

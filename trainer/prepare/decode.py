@@ -1,13 +1,12 @@
 """Images looked at ahead of the VAE, in processes of their own, and handed back in order.
 
 What is wrong with one image is an outcome, not an error: it is set aside, even where it kills the process that decodes
-it.
+it. The processes import this module, and therefore nothing here imports PyTorch.
 """
 
 import os
 import signal
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, parent_process
 
 import numpy as np
 from PIL import Image
@@ -29,6 +28,8 @@ from trainer.data.post import ImagePlace
 from trainer.data.sources.records import Reject
 
 AHEAD = 4  # images that each process has ready or in work
+# in order; the last is what build_shards.py imports, which each process runs again under another name
+PRELOADED = ["trainer.prepare.single_thread", __name__, "trainer.config.load"]
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ def look(task: Task) -> Outcome:
 @contextmanager
 def decoders(processes: int) -> Iterator["Decoders"]:
     """Processes that look at images; with 0 the calling one does."""
-    with warnings.catch_warnings():
-        # the processes inherit it when they are forked: such an image is set aside, which says more
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", module="PIL")  # damaged metadata around an image that is good or set aside
-        with closing(Decoders(processes)) as pool:
-            yield pool
+    with warnings.catch_warnings(), closing(Decoders(processes)) as pool:
+        silence_pillow()
+        yield pool
+
+
+def silence_pillow() -> None:
+    """Pillow's warnings: what is wrong with an image is its outcome, which says more."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module="PIL")  # damaged metadata around an image that is good or set aside
 
 
 class Decoders:
@@ -151,17 +155,31 @@ def settle(task: Task, future: Future[Outcome]) -> Outcome:
 
 
 def start_pool(processes: int) -> ProcessPoolExecutor:
-    """Forked, so that they start at once; they never touch the accelerator."""
-    return ProcessPoolExecutor(processes, get_context("fork"), initializer=begin_process, initargs=(os.getpid(),))
+    """Forked from a process of their own that has no threads: a fork of this one could inherit a lock that is held.
+
+    That process imports what they need once, so that they start at once; it ends after this one.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGINT]
+    )  # which the new process inherits: stopping is the parent's
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return ProcessPoolExecutor(processes, context, initializer=begin_process)
 
 
-def begin_process(parent: int) -> None:
+def begin_process() -> None:
     """Leave stopping to the parent, and end when it does, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    silence_pillow()
+    parent = parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -17,10 +17,9 @@ from diffusers import AutoencoderKL
 from trainer.config.schema import BucketsConfig
 from trainer.core.layout import done_name
 from trainer.data.buckets import Size
-from trainer.data.images import pixels_to_tensor
 from trainer.data.shards import Row, ShardWriter
 from trainer.data.sources.records import Reject
-from trainer.model.vae import encode_raw_latents
+from trainer.model.vae import encode_raw_latents, pixels_to_tensor
 from trainer.prepare.decode import Decoded, Decoders, Filtered, Outcome, Task, Unchanged
 from trainer.prepare.inputs import STAT_FIELDS, describe_reject, read_place
 from trainer.prepare.work import LATENTS_SCHEMA, DoneChunk, Work, write_done
