@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config.extends import EXTENDS
 from trainer.config.load import SECTIONS
+from trainer.config.other_names import explain_unknown, own_keys
 from trainer.config.reference import explain_config
 from trainer.config.yaml_text import YAML_ENDINGS
 from trainer.core.files import home_path
@@ -47,7 +48,7 @@ def finish_command_line(
     then ``arguments.other``.
     """
     given = sys.argv[1:] if words is None else list(words)
-    arguments = parser.parse_intermixed_args(given)
+    arguments, unknown = parser.parse_known_intermixed_args(given)
     named = [word for group in arguments.config for word in group]
     in_order = [re.sub(r"^--c[a-z]*=", "", word) for word in given]  # --config=FILE is one word
     arguments.overrides = [word for word in in_order if is_override(word) and word in (*named, *arguments.words)]
@@ -57,11 +58,23 @@ def finish_command_line(
     strange = [word for word in rest if word not in files]
     alone = other is not None and len(strange) == 1 and not arguments.config and not arguments.overrides
     arguments.other = strange.pop() if alone else None
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if strange or unknown:
+        parser.error(explain_strange([word for word in in_order if word in (*strange, *unknown)]))
     if not arguments.config and not alone:
         parser.error(f"name a config file, such as my.yaml{f', or {other}' if other else ''}")
     return arguments
+
+
+def explain_strange(words: list[str]) -> str:
+    """The message for words that no command has: what those of other programs are called here."""
+    lines = [f"unrecognized arguments: {' '.join(words)}"]
+    for word in words:
+        name = word.lstrip("-").partition("=")[0]
+        if name in own_keys():
+            lines.append(f"  {word}: write {name}=value, without dashes")
+        elif hint := explain_unknown(name.rpartition(".")[2], ()):
+            lines.append(f"  {word}: unknown word{hint}")
+    return "\n".join([*lines, "a field of a config is set as section.field=value; --help-config shows all"])
 
 
 def is_override(word: str) -> bool:

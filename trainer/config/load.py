@@ -5,7 +5,6 @@ and types are compared here first, and all problems are reported together.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.extends import read_with_extended
+from trainer.config.other_names import explain_unknown
 from trainer.config.retired import ONLY_VALUES, carry_over
 from trainer.config.rules import find_broken_rules
 from trainer.config.schema import Config
@@ -156,8 +156,7 @@ def check_section(value: Any, section: Any, path: KeyPath) -> Iterator[Problem]:
         if only := ONLY_VALUES.get(".".join((*path, str(name)))):
             yield Problem(".".join((*path, str(name))), f"can only be {only}, which needs not be said: leave it out")
         elif name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            yield Problem(".".join((*path, str(name))), "unknown key" + (f", did you mean {near[0]}?" if near else ""))
+            yield Problem(".".join((*path, str(name))), f"unknown key{explain_unknown(str(name), hints)}")
     for item in dataclasses.fields(section):
         if item.name not in hints:
             continue

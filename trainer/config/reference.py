@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from trainer.config import schema
+from trainer.config.other_names import explain_unknown
 from trainer.config.schema import FREE, Config
 from trainer.config.yaml_text import UNIONS, bare, entry_hint, field_types, is_place
 from trainer.core.errors import UserError
@@ -164,14 +165,11 @@ def explain_name(name: str, sections: list[SectionHelp]) -> list[str]:
         entries = [section for section in sections if section.is_entry and section.key in [one.key for one in found]]
         return [*map(explain_field, found), *(part for section in entries for part in explain_section(section))]
     names = [*(section.key for section in sections), *(field.key for field in fields)]
-    near = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(
-        name.rpartition(".")[2], [key.rpartition(".")[2] for key in names], n=1
-    )
-    hint = f", did you mean {near[0]}?" if near else "."
-    raise UserError(
-        f"--help-config {name}: no section or field is called so{hint} "
-        f"Sections are: {', '.join(section.key for section in sections if not section.is_entry)}"
-    )
+    hint = explain_unknown(name.rpartition(".")[2], ())
+    if not hint and (near := difflib.get_close_matches(name, names, n=1)):
+        hint = f", did you mean {near[0]}?"
+    listed = ", ".join(section.key for section in sections if not section.is_entry)
+    raise UserError(f"--help-config {name}: no section or field is called so{hint}\n  sections are: {listed}")
 
 
 def explain_section(section: SectionHelp) -> list[str]:
