@@ -19,12 +19,13 @@ def main() -> None:
     arguments = finish_command_line(parser)
     config = load_config(arguments.config, arguments.overrides)
     from trainer.core.layout import PAGE_FILE
-    from trainer.report.report import check_page_path, make_report, summarise, write_page
+    from trainer.report.data_page import DATA_GENERATOR, make_report, render_data, summarise
+    from trainer.report.pages import check_page_path, write_html
 
     path = arguments.out or Path(config.data.shards) / PAGE_FILE
-    check_page_path(path)  # before the work
+    check_page_path(path, DATA_GENERATOR)  # before the work
     report = make_report(config)
-    write_page(report, path)
+    write_html(path, render_data(report), DATA_GENERATOR)
     print(summarise(report))
     print(f"page: {path}")
 

@@ -13,7 +13,7 @@ from trainer.data.post import ImagePlace, Note, Post
 from trainer.data.sources.records import Item, Remark
 from trainer.prepare import prepare
 from trainer.prepare.remarks import EXAMPLES_OF_A_KIND
-from trainer.report.report import make_report, render, summarise
+from trainer.report.data_page import make_report, render_data, summarise
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_remarks_reach_manifest_terminal_and_page(
                         "detail": "see the formats"}  # fmt: skip
     assert lines[1]["key"] == "0" and lines[1]["detail"] == "score 'x0'"
     report = make_report(replace(config, schedule=replace(config.schedule, max_steps=1)), progress=False)
-    page, table = render(report), summarise(report)
+    page, table = render_data(report), summarise(report)
     assert "25 unreadable score (a)" in table and "5 file of no known kind: .mp4 (b)" in table
     assert "Noted in a" in page and "unreadable score" in page and "Noted in b" in page
 

@@ -1,15 +1,10 @@
 """Look before you train: what a set of shards holds and what a run will make of it, as a page and as a short table."""
 
 from dataclasses import replace
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from trainer.config.schema import Config
-from trainer.core.errors import UserError
-from trainer.core.files import write_text
 from trainer.core.layout import NOTES_FILE, QUARANTINE_FILE
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
@@ -30,6 +25,7 @@ from trainer.report.facts import (
     view_range,
     walk_run,
 )
+from trainer.report.pages import percent, render
 from trainer.report.survey import (
     choose_rows,
     count_finished,
@@ -42,7 +38,7 @@ from trainer.report.survey import (
 )
 from trainer.report.thresholds import find_thresholds
 
-GENERATOR = "anime-base-trainer inspect_shards"  # by this a page is known as ours
+DATA_GENERATOR = "anime-base-trainer inspect_shards"  # by this a page is known as ours
 TOP_TAGS = 40  # of each category
 SAMPLES = 12
 MAX_TOKENIZED = 20_000  # captions: a million would take many minutes
@@ -89,60 +85,20 @@ def make_report(config: Config, progress: bool = True) -> Report:
     )
 
 
-def check_page_path(path: Path) -> None:
-    """Refuse to write over anything but an earlier page of ours.
-
-    Raises:
-        UserError: naming the path.
-    """
-    if path.is_file():
-        with path.open("rb") as file:
-            if GENERATOR.encode() in file.read(1000):
-                return
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} is there and is not a page of scripts/inspect_shards.py: name another with --out")
-
-
-def write_page(report: Report, path: Path) -> None:
-    """Write the page, whole or not at all.
-
-    Raises:
-        UserError: when something else lies there, or nothing can be written.
-    """
-    check_page_path(path)
-    try:
-        write_text(path, render(report))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another place with --out") from error
-
-
-def render(report: Report) -> str:
+def render_data(report: Report) -> str:
     """The page as HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "percentile": np.percentile}
-    environment.filters["number"] = lambda value, digits=0: f"{value:,.{digits}f}"
-    template = environment.from_string(files("trainer.report").joinpath("template.html").read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        "data.html",
         report=report,
         views=view_range(report.run.views),
         views_table=count_views(report.run.views),
         crops=trim_counts(count_in_ranges(report.fits.cropped, CROP_RANGES)),
         factors=trim_counts(count_in_ranges(report.fits.factors, FACTOR_RANGES)),
-        generator=GENERATOR,
+        generator=DATA_GENERATOR,
         finished=FINISHED,
         quarantine_file=QUARANTINE_FILE,
         notes_file=NOTES_FILE,
     )
-
-
-def percent(part: float, whole: float) -> str:
-    """A share, with enough digits to differ from none and from all."""
-    if not whole:
-        return "-"
-    share = 100 * part / whole
-    if 0 < share < 0.05 or 99.95 < share < 100:
-        return f"{share:.3f}%"
-    return f"{share:.1f}%"
 
 
 def summarise(report: Report) -> str:

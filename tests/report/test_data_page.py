@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import trainer.report.report as report_module
+import trainer.report.data_page as report_module
 from support.paths import REPOSITORY
 from support.posts_on_disk import rows_to_table
 from trainer.config.schema import CaptionsConfig, Config
@@ -27,9 +27,10 @@ from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import ShardWriter, write_index
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers
+from trainer.report.data_page import DATA_GENERATOR, make_report, render_data, summarise
 from trainer.report.examples import thumbnail_size
 from trainer.report.facts import Report, count_in_ranges, walk_run
-from trainer.report.report import make_report, percent, render, summarise, write_page
+from trainer.report.pages import environment, percent, write_html
 from trainer.report.survey import (
     choose_rows,
     count_finished,
@@ -110,7 +111,7 @@ def tiny(tiny_settings: list[str]) -> Report:
 
 @pytest.fixture(scope="module")
 def tiny_page(tiny: Report) -> Reader:
-    return Reader(render(tiny))
+    return Reader(render_data(tiny))
 
 
 def posts_of(report: Report) -> list[dict[str, Any]]:
@@ -208,10 +209,20 @@ def test_the_page_fetches_nothing(tiny: Report, tiny_page: Reader) -> None:
     for tag, value in references:
         assert value.startswith("data:image/jpeg;base64,") if tag == "image" else value.removeprefix("#") in anchors
     assert not [name for _, name, _ in tiny_page.attributes if name.startswith("on")]
-    page = render(tiny)
+    page = render_data(tiny)
     assert not re.search(r"url\(|@import|https?:", page)
     assert page.startswith("<!doctype html>") and page.isascii() is False and 'charset="utf-8"' in page
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
+
+
+def test_a_bar_shows_the_share_beside_it(tiny: Report) -> None:
+    shown = re.findall(
+        r'<td class="n">([\d.]+)%</td>\s*<td><svg class="bar.*?class="fill" width="([\d.]+)"', render_data(tiny), re.S
+    )
+    assert len(shown) > 60 and len({share for share, _ in shown}) > 5
+    assert all(float(width) == pytest.approx(float(share), abs=0.051) for share, width in shown)
+    unknown = environment().get_template("pieces.html").module.bars("a", [("b", 3)], 0, "c")
+    assert "-" in unknown and "svg" not in unknown  # of a whole that is not known
 
 
 def test_samples_are_shown(tiny: Report, tiny_page: Reader) -> None:
@@ -229,7 +240,7 @@ def test_samples_are_shown(tiny: Report, tiny_page: Reader) -> None:
 
 def test_the_same_set_gives_the_same_page(tiny: Report, make_config: MakeConfig) -> None:
     again = make_report(make_config("schedule.max_steps=null", "schedule.epochs=3"), progress=False)
-    assert render(again) == render(tiny)
+    assert render_data(again) == render_data(tiny)
 
 
 def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -242,7 +253,7 @@ def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> Non
     counts = {"inputs": 7, "samples": 6, "set_aside": {HOSTILE: 1}, "notes": {}}
     folder = write_set(tmp_path / "<u>shards", rows, counts=counts)
     words = [f"data.shards={folder}", f"captions.ratings={{g: {json.dumps(HOSTILE)}}}"]
-    page = Reader(render(make_report(make_config(*words), progress=False)))
+    page = Reader(render_data(make_report(make_config(*words), progress=False)))
     assert not set(page.tags) & {"script", "u"} and page.tags.count("b") == 11 + 18  # facts, and captions' passes
     assert "i" not in page.tags or "<i>free</i>" in page.text
     for text in (HOSTILE, "<b>key0</b>", "<u>shards", "<i>free</i>"):
@@ -255,7 +266,7 @@ def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> Non
 def test_a_set_of_finished_captions_without_rules(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [row(str(number), caption="a cat, a mat") for number in range(4)])
     words = [f"data.shards={folder}", "captions.ratings={}", "captions.quality=[]", "captions.years=[]"]
-    page = Reader(render(make_report(make_config(*words), progress=False)))
+    page = Reader(render_data(make_report(make_config(*words), progress=False)))
     assert "The rules do not touch the 4 images that bring a finished caption." in page.text
     assert "No image gets a tag of" not in page.text
     assert page.rows.count(["tag", "images", "share", ""]) == 4  # of the captions; three of rules, which are empty
@@ -265,7 +276,7 @@ def test_a_set_of_finished_captions_without_rules(make_config: MakeConfig, tmp_p
 def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     words = [f"model.pretrained={tmp_path / 'nowhere'}", f"data.images={tmp_path / 'gone'}"]
     report = make_report(make_config(*words), progress=False)
-    page = Reader(render(report))
+    page = Reader(render_data(report))
     assert report.lengths is None and "image" not in page.tags
     assert f"Left out: no thumbnails of latents and no caption lengths: model.pretrained: {tmp_path}" in page.text
     assert page.text.count("No original: data.images: ") == 12 and "Unknown, because the tokenizer" in page.text
@@ -279,7 +290,7 @@ def test_latents_of_another_vae_are_not_drawn(make_config: MakeConfig, tmp_path:
         "no thumbnails of latents: the latents were made by another VAE than the one that this config names"
     ]
     assert report.lengths is not None and report.lengths.tokens.tolist() == [0] * 4
-    assert "4 are empty" in Reader(render(report)).text
+    assert "4 are empty" in Reader(render_data(report)).text
 
 
 def test_an_image_that_changed_is_not_shown(make_config: MakeConfig, tiny_settings: list[str], tmp_path: Path) -> None:
@@ -388,24 +399,24 @@ def test_only_some_captions_of_a_large_set_are_tokenized(
     monkeypatch.setattr(report_module, "MAX_TOKENIZED", 10)
     report = make_report(make_config(), progress=False)
     assert report.lengths is not None and len(report.lengths.tokens) == 10
-    assert "10 captions drawn at random" in Reader(render(report)).text
+    assert "10 captions drawn at random" in Reader(render_data(report)).text
     assert "(10 captions looked at)" in summarise(report)
 
 
 def test_only_a_page_of_ours_is_written_over(tiny: Report, tmp_path: Path) -> None:
     page = tmp_path / "new" / "page.html"
-    write_page(tiny, page)
+    write_html(page, render_data(tiny), DATA_GENERATOR)
     first = page.read_text(encoding="utf-8")
-    write_page(tiny, page)
+    write_html(page, render_data(tiny), DATA_GENERATOR)
     assert page.read_text(encoding="utf-8") == first and list(page.parent.iterdir()) == [page]
     notes = tmp_path / "notes.html"
     notes.write_text("<html>mine</html>")
     for path in (notes, tmp_path):
-        with pytest.raises(UserError, match="is not a page of scripts/inspect_shards"):
-            write_page(tiny, path)
+        with pytest.raises(UserError, match="is no page of inspect_shards"):
+            write_html(path, "mine", DATA_GENERATOR)
     assert notes.read_text() == "<html>mine</html>"
     with pytest.raises(UserError, match="cannot be written"):
-        write_page(tiny, notes / "page.html")
+        write_html(notes / "page.html", "mine", DATA_GENERATOR)
 
 
 def test_the_command(tiny_settings: list[str], tiny: Report, tmp_path: Path) -> None:
