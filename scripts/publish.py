@@ -4,8 +4,9 @@
     python scripts/publish.py NAME ... publish.repo_id=owner/name --upload
 
 NAME is runs/NAME where no such path lies here; a config, such as my.yaml, stands for its run. The folder is
-RUN/published/NAME. It is checked against what the licences of the base and of the publication require; this is not
-legal advice. Nothing in it is overwritten, and nothing is sent without --upload.
+RUN/published/NAME, or has the repository's name where publish.repo_id gives one. It is checked against what the
+licences of the base and of the publication require; this is not legal advice. Nothing in it is overwritten, and nothing
+is sent without --upload.
 """
 
 from __future__ import annotations

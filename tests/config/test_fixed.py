@@ -37,6 +37,7 @@ FREE_WORDS = [
     "data.micro_batch_size=1", "data.loader_threads=9", "data.decode_processes=9", "data.prefetch_factor=3",
     "schedule.epochs=3", "memory.gradient_checkpointing=false",
     "checkpoint.every_steps=7", "logging.every_steps=1", "sampling.num_inference_steps=3", "publish.title=t",
+    "publish.base_only=true", "publish.notes=n", "publish.acknowledgements=a",
 ]  # fmt: skip
 FIXED_WORDS = {
     "run.seed=2": "run.seed: 42 in the checkpoint, 2 now",

@@ -150,6 +150,8 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     *[([f"publish.{name}='{address}'"], f"publish.{name}", "must be an https address without a name or")
       for name in ("source_url", "license_link")
       for address in ("example.org", "http://example.org", "https://me:secret@example.org", "https://a.b/c d")],
+    *[([f"publish.{name}='see <script>'"], f"publish.{name}", "holds '<script>', which pages neither run nor show")
+      for name in ("notes", "acknowledgements")],
 ]  # fmt: skip
 
 

@@ -3,65 +3,24 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from markupsafe import Markup
 
+from support.card_release import COMMIT, make_release, rows, section
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.core.errors import UserError
-from trainer.model.lineage import Lineage
-from trainer.model.lineage_rows import complete_stage
-from trainer.release.card import Release, cell, describe_release, describe_use, write_card, write_changes
-from trainer.release.licence import FAIPL, OPENRAIL, Terms
+from trainer.release.card import Release, describe_release, describe_use, write_card, write_changes
+from trainer.release.licence import FAIPL, Terms
+from trainer.release.markdown import cell
 from trainer.sample.pictures import Sample
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def make_stage(place: int, name: str, base: dict[str, Any], step: int, images: int, **work: Any) -> Lineage:
-    config = load_config([REPOSITORY / f"configs/{name}.yaml"])
-    lineage = {
-        "run": config.run.name, "stage": config.run.stage, "step": step, "images": images, "base": base,
-        "samples_seen": step * config.data.global_batch_size, "index_fingerprint": f"fingerprint{place}",
-        "written_at": "2024-01-10T00:00:00+00:00", "config": config.written,
-        "code": {"version": "0.2.0", "commit": COMMIT, "dirty": place == 2}, **work,
-    }  # fmt: skip
-    return complete_stage(lineage)
-
-
-def make_release(*words: str, **changes: Any) -> Release:
-    first = {"reference": "Linaqruf/animagine-xl-2.0", "revision": "c0ffee", "sha256": "ab", "lineage": None}
-    stage1 = make_stage(1, "stage1_feature_alignment", first, 132_499, 1_271_990, hours=504.0, hardware=["2 x A100"])
-    second = {"reference": "export/stage1", "revision": None, "sha256": "cd", "lineage": stage1}
-    stage2 = make_stage(2, "stage2_refine_unet", second, 521, 2_500)
-    source = "publish.source_url=https://example.org/source"
-    config = load_config([REPOSITORY / "configs/stage2_refine_unet.yaml"], [source, *words])
-    release = Release(
-        config=config, stages=[stage1, stage2], terms=Terms("Linaqruf/animagine-xl-2.0", OPENRAIL),
-        license_files={"LICENSE.md": "FAIPL", "LICENSE-base.md": "Open RAIL"}, acknowledged=None, samples=[],
-        base_id=None, weights="stage2_refine_unet.safetensors", full_precision=None,
-    )  # fmt: skip
-    return dataclasses.replace(release, **changes)
-
 
 SAMPLES = [
     Sample(Path("a.png"), "1girl, |||, <b>", "lowres", {"steps": 28, "seed": 1}),
     Sample(Path("b.png"), "line\nbreak: 'quotes' \"too\"", "", {}),
 ]
-
-
-def section(card: str, title: str) -> str:
-    found = re.search(rf"^## {title}$(.*?)(?=^## |\Z)", card, flags=re.DOTALL | re.MULTILINE)
-    assert found, title
-    return found[1]
-
-
-def rows(text: str) -> dict[str, list[str]]:
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
-    return {line[0].strip(): [part.strip() for part in line[1:]] for line in lines}
 
 
 def test_the_hub_reads_the_header() -> None:
@@ -77,18 +36,15 @@ def test_the_hub_reads_the_header() -> None:
 
 
 def test_knobs_of_the_header() -> None:
-    card = write_card(make_release("publish.license_link=https://example.org/licence", "publish.title='My: model'",
-                                   "publish.author=A. N. Other", "publish.repo_id=owner/name"))  # fmt: skip
+    words = ["publish.license_link=https://example.org/licence", "publish.title='My: model'"]
+    card = write_card(make_release(*words, "publish.author=A. N. Other", "publish.repo_id=owner/name"))
     assert ModelCard(card).data.to_dict()["license_link"] == "https://example.org/licence"
     assert "\n# My: model\n" in card and "**Developed by**: A. N. Other" in card
-    assert "from_pretrained(name, torch_dtype=torch.float16)" in card
-    plain = [
-        "publish.license_link=https://example.org/licence",
-        "publish.title='My: model'",
-        "publish.author=A. N. Other",
-    ]
-    assert write_card(make_release(*plain)) == card  # a folder built before its repository had a name can be uploaded
-    assert "torch.bfloat16" in write_card(make_release("publish.dtype=bf16"))
+    assert '\nmodel = "owner/name"  # or the path' in card and "OWNER/NAME" not in card
+    bare = write_card(make_release())
+    assert '\nmodel = "OWNER/NAME"  # put in this repository\'s name, or the path' in bare and "owner/name" not in bare
+    assert "**Developed by**: not recorded" in bare and "\n# stage2_refine_unet\n" in bare
+    assert "torch.bfloat16 if device" in write_card(make_release("publish.dtype=bf16"))
     assert "from_pretrained" not in write_card(make_release("publish.formats=[single_file]"))
 
 
@@ -106,12 +62,14 @@ def test_tables_of_tags_are_the_rules() -> None:
     tags = rows(section(write_card(make_release()), "Special tags"))
     assert tags["masterpiece"] == ["151 and above"] and tags["best quality"] == ["100 to 150"]
     assert tags["low quality"] == ["-5 to -1"] and tags["worst quality"] == ["below -5"]
-    assert tags["questionable"] == ["rating: questionable, nsfw"]
+    assert tags["rating: questionable, nsfw"] == ["questionable"]
     assert tags["newest"] == ["2022 to 2023"] and len(tags) == 7 + 4 + 5 + 3 + 1  # heads, and one row of dashes
+    headings = re.findall(r"^#### (.*)", write_card(make_release()), flags=re.MULTILINE)
+    assert headings == ["Quality modifiers", "Rating modifiers", "Year modifiers"]
     own = ["captions.quality=[{tag: fine, min_score: 10}, {tag: plain}]", "captions.years=[]", "captions.ratings={}"]
     tags = rows(section(write_card(make_release(*own)), "Special tags"))
     assert tags["fine"] == ["10 and above"] and tags["plain"] == ["below 10"] and len(tags) == 4
-    assert "|" not in section(write_card(make_release("captions.quality=[]", *own[1:])), "Special tags")
+    assert "Special tags" not in write_card(make_release("captions.quality=[]", *own[1:]))
 
 
 def test_tables_of_tags_by_percentile_rating_and_column() -> None:
@@ -121,9 +79,9 @@ def test_tables_of_tags_by_percentile_rating_and_column() -> None:
     assert tags["masterpiece"] == ["above that of 95% of the posts of its rating"]
     assert tags["best quality"] == ["above that of 85%, up to 95% of the posts of its rating"]
     assert tags["worst quality"] == ["up to 10% of the posts of its rating"]
-    assert tags["very aesthetic"] == ["aesthetic_score", "above 0.71"]
-    assert tags["very displeasing"] == ["aesthetic_score", "the rest"]
-    assert tags["explicit"] == ["explicit, nsfw"] and tags["recent"] == ["2018 to 2020"]
+    assert tags["very aesthetic"] == ["aesthetic_score above 0.71"]
+    assert tags["very displeasing"] == ["aesthetic_score, the rest"]
+    assert tags["explicit, nsfw"] == ["explicit"] and tags["recent"] == ["2018 to 2020"]
     rules = "{tag: fine, min_score: 5, rating: g}, {tag: poor, rating: none}, {tag: good, min_score: 9}"
     tags = rows(section(write_card(make_release(f"captions.quality=[{rules}]")), "Special tags"))
     assert tags["fine"] == ["5 and above", "general"] and tags["poor"] == ["all", "none"]
@@ -133,35 +91,53 @@ def test_tables_of_tags_by_percentile_rating_and_column() -> None:
 def test_prompts_are_shown_as_they_are_and_only_tags_that_there_are() -> None:
     sample = Sample(Path("a.png"), "saber \\(fate\\), ^_^, *x*, a\\|b", "[x]", {})
     card = write_card(make_release("captions.years=[]", samples=[sample]))
-    assert r"saber \\(fate\\), ^\_^, \*x\*, a\\\|b" in section(card, "Samples") and r"\[x\]" in section(card, "Samples")
+    assert "```\nsaber \\(fate\\), ^_^, *x*, a\\|b\n```" in card and "\n```\n[x]\n```\n" in card
+    assert "| saber (fate), ^\\_^, \\*x\\*, a\\|b |\n" in card
     prompt = "\nmasterpiece, best quality, 1girl, character, series, everything else, rating: general\n"
-    assert prompt in section(card, "Prompts")
-    bare = section(write_card(make_release("captions.ratings={}", "captions.quality=[]")), "Prompts")
-    assert "\n1girl, character, series, everything else, year tag\n" in bare and "careful" not in bare
+    assert prompt.strip() in " ".join(section(card, "Tag ordering").split())
+    bare = section(write_card(make_release("captions.ratings={}", "captions.quality=[]")), "Usage guidelines")
+    assert "\n1girl, character, series, everything else,\nyear tag\n" in bare and "careful" not in bare
+    assert "By custom" not in bare
 
 
 def test_the_caution_about_quality_tags_is_in_the_captions_own_tags() -> None:
-    said = section(write_card(make_release()), "Prompts")
-    assert "careful with `masterpiece`, `best quality`" in said
+    said = section(write_card(make_release()), "Usage guidelines")
+    assert "careful with `masterpiece`, `best quality`**" in said
     assert "Put `rating: general` into the prompt, and `nsfw`, `rating: sensitive` into the negative prompt." in said
     files = [REPOSITORY / f"configs/{name}.yaml" for name in ("stage2_refine_unet", "captions_3_1")]
-    said = section(write_card(dataclasses.replace(make_release(), config=load_config(files))), "Prompts")
+    said = section(write_card(dataclasses.replace(make_release(), config=load_config(files))), "Usage guidelines")
     assert "Put `safe` into the prompt, and `nsfw`, `sensitive` into the negative prompt." in said
-    said = section(write_card(make_release("captions.ratings={q: nsfw, e: nsfw}")), "Prompts")
+    said = section(write_card(make_release("captions.ratings={q: nsfw, e: nsfw}")), "Usage guidelines")
     assert "Put `nsfw` into the negative prompt." in said
 
 
 def test_settings_and_sizes_are_the_configs() -> None:
-    card = write_card(make_release("sampling.guidance_scale=5.5", "sampling.num_inference_steps=20"))
-    settings = rows(section(card, "Recommended settings"))
-    assert settings["steps"] == ["20"] and settings["guidance scale"] == ["5.5"]
-    assert "lowres" in settings["negative prompt"][0] and "up to 225" in settings["tokens"][0]
+    words = ["sampling.guidance_scale=5.5", "sampling.num_inference_steps=20", "sampling.width=null"]
+    card = write_card(make_release(*words))
+    settings = section(card, "Recommended settings")
+    assert "\nEuler ancestral (Euler a), 20 steps, guidance scale 5.5, 1024 x 1216, prompts of up to 225" in settings
+    negative = re.search(r"Negative prompt:\n\n```\n(.*?)\n```", settings, flags=re.DOTALL)
+    assert negative and " ".join(negative[1].split()) == make_release().config.sampling.negative_prompt
+    assert max(map(len, negative[1].splitlines())) <= 42  # a phone's
     sizes = section(card, "Sizes")
     assert len(re.findall(r"\d+ x \d+", sizes)) == 33 + 1 and "832 x 1216" in sizes and "1536 x 640" in sizes
+    assert "No negative prompt." in section(
+        write_card(make_release("sampling.negative_prompt=''")), "Recommended settings"
+    )
+
+
+def tables_of_training(release: Release) -> list[dict[str, list[str]]]:
+    """One table a stage, of two columns."""
+    stages = re.findall(r"<details>\n<summary>Hyper.*?</details>", write_card(release), flags=re.DOTALL)
+    tables = [rows(stage) for stage in stages]
+    assert all(len(values) == 1 for table in tables for values in table.values())
+    return tables
 
 
 def test_training_is_told_stage_by_stage() -> None:
-    table = rows(section(write_card(make_release()), "Training"))
+    release = make_release()
+    first, second = tables_of_training(release)
+    table = {name: [*first[name], *second[name]] for name in first.keys() & second.keys()}
     assert table["images"] == ["1,271,990", "2,500"] and table["optimizer steps"] == ["132,499", "521"]
     assert table["samples per step"] == ["96", "48"]
     assert table["epochs (samples seen / images)"] == ["10.00", "10.00"]
@@ -170,29 +146,41 @@ def test_training_is_told_stage_by_stage() -> None:
     assert table["noise offset"] == ["none", "0.0357"]
     assert table["hardware"] == ["2 x A100", "not recorded"] and table["hours (wall clock)"] == ["504", "not recorded"]
     assert table["index fingerprint"] == ["`fingerprint1`", "`fingerprint2`"]
-    assert table["code"][1] == f"0.2.0, commit `{COMMIT}` with changes that were not committed"
-    assert table["optimizer"][0] == "adamw, betas [0.9, 0.99], weight decay 0.1" and table["gradient norm"][0] == "1.0"
-    release = make_release()
+    assert table["code"][1] == f"0.2.0, commit `{COMMIT[:12]}…` with changes that were not committed"
+    assert (
+        table["optimizer"][0] == r"adamw, betas \[0.9, 0.99\], weight decay 0.1" and table["gradient norm"][0] == "1.0"
+    )
+    assert "- **1, feature alignment**: 132,499 steps of 96 samples over 1,271,990 images; trained" in write_card(
+        release
+    )
     original = {"name": "adafactor", "betas": None, "weight_decay": 0.0, "max_grad_norm": None}
     release.stages[0]["config"]["optim"] |= original
-    table = rows(section(write_card(release), "Training"))
-    assert table["optimizer"][0] == "adafactor, weight decay 0.0" and table["gradient norm"][0] == "not clipped"
+    table = tables_of_training(release)[0]
+    assert table["optimizer"] == ["adafactor, weight decay 0.0"] and table["gradient norm"] == ["not clipped"]
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "in 1 stage and"), (2, "in 2 stages and"), (3, "in 3 stages and")])
+def test_any_number_of_stages(count: int, said: str) -> None:
+    release = make_release()
+    stages = [*release.stages, dict(release.stages[1], stage="3, *aesthetic*")][:count]
+    card = write_card(dataclasses.replace(release, stages=stages))
+    assert said in card and card.count("<summary>Hyperparameters of ") == count
+    assert ("Hyperparameters of the stage<" in card) == (count == 1)
+    assert (r"| 3, \*aesthetic\* |  |" in card) == (count == 3)
+
+
+def test_a_fork_says_what_it_branched_off() -> None:
+    release = make_release()
+    release.stages[1] |= {"fork": {"run": "other_run", "step": 7, "samples_seen": 9, "lineage": None}}
+    assert tables_of_training(release)[1]["run"] == ["stage2_refine_unet, forked from other_run at step 7"]
 
 
 def test_an_interpolation_stays_one_and_an_older_run_lacks_fields() -> None:
     release = make_release()
     release.stages[1]["config"]["optim"]["unet_lr"] = "${oc.env:SECRET_RATE}"
     del release.stages[1]["config"]["diffusion"]["min_snr_gamma"]
-    table = rows(section(write_card(release), "Training"))
-    assert table["learning rates"][1] == "${oc.env:SECRET_RATE}" and table["min-SNR gamma"][1] == "off"
-
-
-def test_samples_are_told_with_their_settings() -> None:
-    card = write_card(make_release(samples=SAMPLES))
-    table = rows(section(card, "Samples"))
-    assert table["![a](samples/a.png)"] == ["1girl, \\|\\|\\|, &lt;b>", "lowres", "steps 28, seed 1"]
-    assert table["![b](samples/b.png)"][0] == "line break: 'quotes' \"too\""
-    assert "## Samples" not in write_card(make_release())
+    table = tables_of_training(release)[1]
+    assert table["learning rates"] == ["${oc.env:SECRET_RATE}"] and table["min-SNR gamma"] == ["off"]
 
 
 def test_the_licence_in_plain_words() -> None:
@@ -256,6 +244,37 @@ def test_a_template_of_the_users(tmp_path: Path) -> None:
     assert write_card(make_release(card_template=shipped)) == write_card(make_release())
 
 
+EARLIER = """---
+{{ header | safe -}}
+---
+# {{ title }} {{ prediction }} {{ vae or "own" }} {{ weights }} {{ full_precision or "no fp32" }} {{ torch_dtype }}
+[FAIPL]({{ license_link }}) {{ acknowledged or "-" }} {{ openrail }} {{ sdxl_shapes }}
+{{ config.publish.author or "?" }}
+{% for stage in stages %}
+{{ stage.name }} {{ stage.config_file }} {{ stage.base }} {{ stage.rows["hours (wall clock)"] }}
+{% endfor %}
+{{ people | codes }} {{ best | codes }} {{ example | join(", ") | safe }} 
+{{ caution.general | codes }} {{ caution.unsafe | codes }}
+{{ sizes | join(", ") }} {{ quality.by_rating }} {{ quality.rows[0] | map("cell") | join(" ") }}
+{{ ratings[0] | join(" ") }}
+{% for sample in samples %}
+| ![{{ sample.name }}]({{ sample.file }}) | {{ sample.prompt | plain }} |
+{{- sample.negative_prompt | plain }} | {{ sample.settings }} |
+{% endfor %}
+{% for name, what in license_files.items() %}
+{{ name }}: {{ what }}
+{% endfor %}
+"""  # all that a template could read in version 0.2, and its three filters
+
+
+def test_a_template_of_an_older_version_still_renders(tmp_path: Path) -> None:
+    card = write_card(make_release(samples=SAMPLES, card_template=write_template(tmp_path, EARLIER)))
+    assert ModelCard(card).data.to_dict()["license_name"] == FAIPL
+    assert "2, refine UNet configs/2-stage2_refine_unet.yaml export/stage1, SHA-256 `cd` not recorded" in card
+    assert "| ![a](samples/a.png) | 1girl, \\|\\|\\|, &lt;b> |lowres | 28 steps, seed 1 |" in card
+    assert "masterpiece 151 and above\ngeneral rating: general" in card and "LICENSE-base.md: Open RAIL" in card
+
+
 def test_a_templates_head_names_all_that_it_may_read() -> None:
     head = (REPOSITORY / "trainer/release/card.md").read_text(encoding="utf-8").partition("#}")[0]
     names = [*describe_release(make_release()), *describe_use(make_release())]
@@ -301,5 +320,5 @@ def test_a_template_is_given_values_only() -> None:
 
 
 def test_without_tags_of_people_none_are_named() -> None:
-    said = section(write_card(make_release("captions.people=[]")), "Prompts")
+    said = section(write_card(make_release("captions.people=[]")), "Usage guidelines")
     assert "captions: characters, series" in said and "who" not in said

@@ -24,13 +24,15 @@ from trainer.config.schema import PublishConfig
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import read_lineage
+from trainer.model.weights_file import LazyFile
 from trainer.release import licence
-from trainer.release.artefacts import read_sums
+from trainer.release.artefacts import check_stamp, read_sums
 from trainer.release.export import export
 from trainer.release.folder import check_fit, check_published
 from trainer.release.publish import Request, publish, read_publish_config
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
+LISTED = {"modelspec.usage_hint", "modelspec.tags"}  # of a published file, not of an export
 
 
 def test_the_folder_holds_what_it_should_and_no_more(run: Path, request_of: Request) -> None:
@@ -40,7 +42,8 @@ def test_the_folder_holds_what_it_should_and_no_more(run: Path, request_of: Requ
     assert folder == run / "published/stage2" and len(release.samples) == 1
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {name for name in names if "/" not in name} == {
-        "README.md", "LICENSE.md", "CHANGES.md", "SHA256SUMS", "lineage.json", "model_index.json", "stage2.safetensors",
+        "README.md", "LICENSE.md", "CHANGES.md", "SHA256SUMS", "lineage.json", "model_index.json",
+        "stage2-fp16.safetensors",
     }  # fmt: skip
     assert {name.split("/")[0] for name in names if "/" in name} == {
         "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "configs", "samples",
@@ -50,7 +53,7 @@ def test_the_folder_holds_what_it_should_and_no_more(run: Path, request_of: Requ
     }  # fmt: skip
     assert (folder / "LICENSE.md").read_text() == "# A *stand-in*\n"
     card = (folder / "README.md").read_text()
-    assert "| 2 x A100 |" in card and "| 1.5 |" in card and "not recorded" in card and OURS in card
+    assert "| hardware | 2 x A100 |" in card and "| 1.5 |" in card and "not recorded" in card and OURS in card
     done = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder)
     assert done.returncode == 0 and read_sums(folder / "SHA256SUMS").keys() == names - {"SHA256SUMS"}
     assert [path.name for path in folder.parent.iterdir()] == ["stage2"]  # no leftovers
@@ -63,7 +66,7 @@ def test_a_stranger_opens_it(request_of: Request, tmp_path: Path) -> None:
     for loaded in (
         StableDiffusionXLPipeline.from_pretrained(moved, local_files_only=True, torch_dtype=torch.float32),
         StableDiffusionXLPipeline.from_single_file(
-            str(moved / "stage2.safetensors"), config=str(moved), local_files_only=True, torch_dtype=torch.float32
+            str(moved / "stage2-fp16.safetensors"), config=str(moved), local_files_only=True, torch_dtype=torch.float32
         ),
     ):
         loaded.set_progress_bar_config(disable=True)
@@ -78,7 +81,7 @@ def test_it_answers_where_it_comes_from(run: Path, request_of: Request, tiny_bas
     newest = find_newest(run)
     assert newest is not None
     state = read_train_state(newest)
-    for made in (read_lineage(folder), read_lineage(folder / "stage2.safetensors")):
+    for made in (read_lineage(folder), read_lineage(folder / "stage2-fp16.safetensors")):
         assert made is not None
         assert made["step"] == 30 and made["index_fingerprint"] == "ab12" and made["code"]["version"]
         assert made["base"]["sha256"] == state["base"]["sha256"]
@@ -146,13 +149,15 @@ def test_knobs(run: Path, request_of: Request, tmp_path: Path) -> None:
     words = [SOURCE, "publish.title=My model", "publish.dtype=bf16", "publish.formats=[single_file]"]
     folder, release = publish(change(request_of, out=tmp_path / "a", full_precision=True), words)
     assert {path.name for path in folder.iterdir() if path.suffix == ".safetensors"} == {
-        "stage2.safetensors", "stage2-fp32.safetensors",
+        "my-model-bf16.safetensors", "my-model-fp32.safetensors",
     }  # fmt: skip
-    assert not (folder / "unet").exists() and release.full_precision == "stage2-fp32.safetensors"
-    assert {tensor.dtype for tensor in load_file(folder / "stage2.safetensors").values()} == {
+    assert not (folder / "unet").exists() and release.full_precision == "my-model-fp32.safetensors"
+    assert {tensor.dtype for tensor in load_file(folder / "my-model-bf16.safetensors").values()} == {
         torch.bfloat16, torch.int64, torch.float32,
     } - {torch.float32} | {torch.int64}  # fmt: skip
-    assert "stage2-fp32.safetensors" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "[`my-model-fp32.safetensors`](my-model-fp32.safetensors)" in card and "`my-model-bf16.safetensors`" in card
+    check_published(folder, release.config)
     with pytest.raises(UserError, match=r"--full-precision has no effect: publish\.dtype is fp32"):
         publish(change(request_of, full_precision=True), [SOURCE, "publish.dtype=fp32"])
     with pytest.raises(UserError, match=r"optim\.unet_lr=1 has no effect on a run that is made"):
@@ -184,7 +189,9 @@ def test_the_cards_template(run: Path, request_of: Request, tmp_path: Path) -> N
 def test_an_export_that_lies_there_is_published_as_it_is(run: Path, request_of: Request, tmp_path: Path) -> None:
     file, diffusers = export(run)
     folder, _ = publish(change(request_of, out=tmp_path / "a"), [SOURCE])
-    assert (folder / "stage2.safetensors").read_bytes() == file.read_bytes()
+    said, exported = (LazyFile(path).metadata for path in (folder / "stage2-fp16.safetensors", file))
+    assert {key for key in said.keys() | exported.keys() if said.get(key) != exported.get(key)} == LISTED
+    check_stamp(folder / "stage2-fp16.safetensors")
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (folder / weights).read_bytes() == (diffusers / weights).read_bytes()
     # without checkpoint and base it is all there is
@@ -221,12 +228,13 @@ def test_sums_name_the_files_of_their_export_and_no_others(run: Path) -> None:
 def test_an_export_without_sums_is_built_again(run: Path, request_of: Request, tmp_path: Path) -> None:
     """As version 0.2 left it, or an export that was interrupted; a damaged one does no harm then."""
     file, diffusers = export(run)
-    whole, weights = file.read_bytes(), diffusers / "unet/diffusion_pytorch_model.safetensors"
+    whole, _ = publish(change(request_of, out=tmp_path / "whole"), [SOURCE])
+    weights = diffusers / "unet/diffusion_pytorch_model.safetensors"
     file.with_suffix(".sha256").unlink()
     for path in (file, weights):
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     folder, _ = publish(change(request_of, out=tmp_path / "built"), [SOURCE])
-    assert (folder / "stage2.safetensors").read_bytes() == whole
+    assert (folder / "SHA256SUMS").read_bytes() == (whole / "SHA256SUMS").read_bytes()
 
 
 def test_an_export_without_sums_and_checkpoint_is_proven_by_its_stamp(
@@ -343,7 +351,11 @@ def test_a_path_within_a_config_stops_the_publication(run: Path, request_of: Req
         publish(request_of, [SOURCE])
     told = str(caught.value)
     assert told.startswith(f"{run / 'published/stage2'} is not fit") and told.count("/home/someone/notes/x") == 1
-    for place in ("configs/2-stage2.yaml line", "lineage.json config.run.stage", "stage2.safetensors trainer.lineage."):
+    for place in (
+        "configs/2-stage2.yaml line",
+        "lineage.json config.run.stage",
+        "stage2-fp16.safetensors trainer.lineage.",
+    ):
         assert f" {place}" in told
     assert "change it there, in train_state.json, move RUN/export away" in told
 
@@ -357,7 +369,7 @@ def test_only_files_on_the_list_are_published(tmp_path: Path, name: str) -> None
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=f"{name} is not a file that is published"):
-        check_fit(tmp_path, "stage2")
+        check_fit(tmp_path, ["stage2.safetensors"])
 
 
 def test_a_folder_changed_since_is_not_uploaded(run: Path, request_of: Request) -> None:
@@ -401,7 +413,7 @@ def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, 
         assert sent.returncode == 0 and f"uploaded and verified: {hub.url}/owner/name (private" in sent.stdout, (
             sent.stderr
         )
-        folder, repo = run / "published/stage2", hub.repos["owner/name"]
+        folder, repo = run / "published/name", hub.repos["owner/name"]  # whose card names the repository
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         assert repo.private and len(repo.commits) == 2 and repo.files.keys() - {".gitattributes"} == files.keys()
         assert all(repo.files[name] == path.read_bytes() for name, path in files.items())

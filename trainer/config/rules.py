@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import assert_never
 
+from trainer.config.free_text import find_unfit
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
 
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
@@ -292,3 +293,6 @@ def publish_rules(config: Config) -> Iterator[Broken]:
         address = getattr(publish, name)
         if address is not None and not re.fullmatch(r"https://[^\s/@]+\.[^\s@<>|()]+", address):
             yield (f"publish.{name}",), "must be an https address without a name or password in it"
+    for name in ("notes", "acknowledgements"):
+        if (text := getattr(publish, name)) is not None and (reason := find_unfit(text)):
+            yield (f"publish.{name}",), f"{reason}: the rest of the card would suffer"

@@ -337,15 +337,18 @@ class SamplingConfig:
 class PublishConfig:
     """The folder that scripts/publish.py makes of a run, and the export's formats."""
 
-    repo_id: str | None = None  # owner/name on the Hub; only an upload needs it
+    repo_id: str | None = None  # owner/name on the Hub, for the card's script; an upload needs it
     private: bool = True  # stays private on the Hub; false makes it public once what was uploaded is verified
     source_url: str | None = None  # where the corresponding source can be obtained, as the licence requires
-    title: str | None = None  # what the model is called; null: the run's name
+    title: str | None = None  # what the model and its files are called; null: the run's name, for files repo_id's
     author: str | None = None  # who trained the model, for the card and the files
     formats: list[Format] = field(default_factory=lambda: ["single_file", "diffusers"])  # what an export writes
     dtype: Dtype = "fp16"  # number format of exported weights
     license_link: str | None = None  # what the card's header links to; null: the licence file in the folder
     card_template: Place | None = None  # a Jinja2 template instead of trainer/release/card.md; null: that one
+    base_only: bool = False  # the card says that it is a base to build on, and not for inference
+    notes: str | None = None  # Markdown of your own, for a section of the card
+    acknowledgements: str | None = None  # Markdown too: whom you thank
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ ABSOLUTE = re.compile(r"(file://)?(~[\w.-]*(/|$)|[/\\]|[A-Za-z]:[\\/])")
 DEFAULT = re.compile(r"(\$\{oc\.env:\w+,\s*['\"]?)([^${}'\"]+)")  # of an interpolation
 USERS = {"home", "users", "media"}  # folders in which each user has one
 # sections and fields of the config that are prose, prompts or tags, in which a slash makes no path
-PROSE = {"captions", "sampling", "filters", "stage", "title", "author", "prompt", "prompts", "negative_prompt", "tags"}
+PROSE = {
+    "captions", "sampling", "filters", "stage", "title", "author", "notes", "acknowledgements", "prompt", "prompts",
+    "negative_prompt", "tags",
+}  # fmt: skip
 PATHS_IN_PROSE = {"thresholds_from"}  # of captions
 
 Lineage = dict[str, Any]

@@ -5,32 +5,30 @@ template of the user's may read. It is sandboxed, and all that it prints is esca
 """
 
 import math
-import re
-import traceback
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from trainer.config.load import resolved_values
 from trainer.config.schema import CaptionsConfig, Config
-from trainer.core.errors import UserError
 from trainer.data.buckets import list_buckets
 from trainer.model.diffusion import spell
+from trainer.model.hub import HUB_ID
 from trainer.model.lineage import Lineage, shorten_paths
 from trainer.model.lineage_rows import identifier, stage_rows, words
 from trainer.model.sdxl import DTYPES
+from trainer.release.gallery import caption_of, line_of_all, settings_line
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
+from trainer.release.markdown import cell, plain, render_markdown, spans
 from trainer.sample.pictures import Sample
 
 RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 TEMPLATES = Path(str(resources.files("trainer.release")))
+HUB_TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-xl", "safetensors", "diffusers", "anime"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Release:
     weights: str | None  # the single file, if there is one
     full_precision: str | None  # the fp32 file, if it is in the folder
     sdxl_shapes: bool = True  # other programs read the single file only then
+    vae_upcast: bool = True  # diffusers decodes in fp32, because the VAE's config says so
     card_template: Path | None = None  # publish.card_template as it is found from here
 
     @property
@@ -86,8 +85,10 @@ def describe_release(release: Release) -> dict[str, Any]:
     return {
         "config": resolved_values(release.config),
         "title": release.title,
+        "repository": publish.repo_id,
         "prediction": spell(release.config.diffusion.prediction_type).card,
         "vae": shorten_paths(release.config.written["model"]["vae"]),
+        "vae_upcast": release.vae_upcast,
         "weights": release.weights,
         "full_precision": release.full_precision,
         "sdxl_shapes": release.sdxl_shapes,
@@ -110,10 +111,10 @@ def describe_release(release: Release) -> dict[str, Any]:
 
 def describe_use(release: Release) -> dict[str, Any]:
     """What a template may read of how the model is prompted, as plain values; and the card's header."""
-    captions, buckets = release.config.captions, release.config.buckets
+    captions, buckets, sampling = release.config.captions, release.config.buckets, release.config.sampling
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
-    best = list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]  # the highest
-    general, year = captions.ratings.get("g"), ["year tag"] if captions.years else []
+    best, general = best_tags(captions), captions.ratings.get("g")
+    year = ["year tag"] if captions.years else []
     return {
         "header": yaml.safe_dump(build_header(release), sort_keys=False, allow_unicode=True, width=120),
         "people": [tag for tag in captions.people[:1] + captions.people[6:8] if tag],
@@ -121,18 +122,51 @@ def describe_use(release: Release) -> dict[str, Any]:
         "example": [*best, "1girl", "character", "series", "everything else", *year, *([general] if general else [])],
         "caution": caution(captions),
         "sizes": [f"{width} x {height}" for width, height in sides],
-        "samples": [
-            {
-                "name": sample.path.stem,
-                "file": f"samples/{sample.path.name}",
-                "prompt": sample.prompt,
-                "negative_prompt": sample.negative_prompt,
-                "settings": ", ".join(f"{key} {value}" for key, value in sample.settings.items()),
-            }
-            for sample in release.samples
-        ],
+        "prompt": choose_prompt(release),
+        "width": sampling.width or buckets.base_resolution,
+        "height": sampling.height or buckets.base_resolution,
+        "samples": describe_samples(release),
+        "samples_line": line_of_all(release.samples),
         **describe_tags(captions),
     }
+
+
+def describe_samples(release: Release) -> list[dict[str, str]]:
+    """What a template may read of each sample."""
+    special = special_tags(release.config.captions)
+    return [
+        {
+            "name": sample.path.stem,
+            "file": f"samples/{sample.path.name}",
+            "caption": caption_of(sample.prompt, special),
+            "prompt": sample.prompt,
+            "negative_prompt": sample.negative_prompt,
+            "settings": settings_line(sample.settings),
+        }
+        for sample in release.samples
+    ]
+
+
+def choose_prompt(release: Release) -> str:
+    """A prompt to begin with, in the captions' order: a sample's, or one of the config's, with the best tags first."""
+    captions = release.config.captions
+    best, people, general = best_tags(captions), captions.people[:1], captions.ratings.get("g")
+    prompts = [sample.prompt for sample in release.samples] + release.config.sampling.prompts
+    prompts.append(", ".join([*people, "solo", "smile", *([general] if general else [])]))
+    begin = ", ".join(best)
+    return next((text for text in prompts if text.startswith(begin)), f"{begin}, {prompts[0]}")
+
+
+def best_tags(captions: CaptionsConfig) -> list[str]:
+    """The two tags of the highest scores; fewer where there are no more."""
+    return list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]
+
+
+def special_tags(captions: CaptionsConfig) -> list[str]:
+    """All tags of quality, rating, years and numbers, of which none says what is in an image."""
+    ratings = [tag for tags in captions.ratings.values() for tag in tags.split(", ")]
+    quality, years = [rule.tag for rule in captions.quality], [rule.tag for rule in captions.years]
+    return quality + years + [rule.tag for rule in captions.columns] + ratings
 
 
 def build_header(release: Release) -> dict[str, Any]:
@@ -144,7 +178,7 @@ def build_header(release: Release) -> dict[str, Any]:
         "language": ["en"],
         "pipeline_tag": "text-to-image",
         "library_name": "diffusers",
-        "tags": ["text-to-image", "stable-diffusion", "stable-diffusion-xl", "safetensors", "diffusers", "anime"],
+        "tags": HUB_TAGS,
     }
     if release.base_model is not None:
         header |= {"base_model": release.base_model, "base_model_relation": "finetune"}
@@ -162,10 +196,13 @@ def build_header(release: Release) -> dict[str, Any]:
 
 def link_base(base: dict[str, Any]) -> Markup:
     """A base by name, commit and hash; linked where the Hub knows it."""
-    name, revision = cell(words(base["reference"])), base["revision"]
+    reference, revision = words(base["reference"]), base["revision"]
+    name = cell(plain(reference))
+    if revision is not None and HUB_ID.fullmatch(reference):
+        name = Markup(f"[{name}](https://huggingface.co/{reference})")
     if revision is not None:
-        name = Markup(f"[{name}](https://huggingface.co/{name}), commit {cell(identifier(revision))}")
-    return Markup(f"{name}, SHA-256 {cell(identifier(base['sha256']))}")
+        name = Markup(f"{name}, commit {cell(spans(identifier(revision)))}")
+    return Markup(f"{name}, SHA-256 {cell(spans(identifier(base['sha256'])))}")
 
 
 def caution(captions: CaptionsConfig) -> dict[str, list[str]]:
@@ -208,47 +245,3 @@ def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
             rows.append([tag, scores, RATING_WORDS.get(str(rating), str(rating or "all"))])
             higher = limit
     return rows
-
-
-def cell(value: object) -> Markup:
-    """Text that breaks neither a table nor the page: no line breaks, bars, or tags; what is marked as safe stays."""
-    if isinstance(value, Markup):
-        return value
-    return Markup(" ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;"))
-
-
-def plain(text: str) -> str:
-    """Text that Markdown shows as it is: prompts are full of its signs, as in ``saber \\(fate\\)`` and ``^_^``."""
-    return re.sub(r"([\\`*_\[\]])", r"\\\1", text)
-
-
-def codes(words: Sequence[str]) -> Markup:
-    """Words as code, with commas between them."""
-    return Markup(", ".join(f"`{word}`" for word in words))
-
-
-def render_markdown(template: Path, data: Mapping[str, Any]) -> str:
-    """The text of a Jinja2 template with ``data``, which must be plain values: of an object, a template sees methods.
-
-    Raises:
-        UserError: for a template that cannot be read or that fails, naming the file and the line.
-    """
-    # autoescape leaves what is Markup as it is, and finalize makes everything that is printed Markup
-    environment = ImmutableSandboxedEnvironment(
-        autoescape=True, finalize=cell, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {"cell": cell, "plain": plain, "codes": codes}
-    try:
-        return environment.from_string(template.read_text(encoding="utf-8")).render(data)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the template {template} cannot be read: {error}") from error
-    except Exception as error:  # a template may raise whatever Python does, an AttributeError of a filter too
-        raise UserError(f"the template {template} fails in line {find_line(error)}: {error}") from error
-
-
-def find_line(error: Exception) -> int | None:
-    """The line of a template in which it failed, or cannot be parsed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-    return lines[-1] if lines else getattr(error, "lineno", None)

@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from trainer.config.schema import Config
+from trainer.config.schema import Config, Dtype
 from trainer.core.errors import UserError
 from trainer.core.layout import SUMS_FILE
+from trainer.model.sdxl import DTYPES
 from trainer.model.weights_file import read_frame
 from trainer.release.artefacts import find_changed, hash_files, read_sums
+from trainer.release.gallery import THUMBNAIL_PREFIX
 from trainer.sample.pictures import SAMPLE_CHUNKS, read_chunks
 
 ALLOWED = (
@@ -49,6 +52,8 @@ SECRETS = {
         r"|(?<!\w)[A-Za-z]:(?:\\{1,4}[\w.-]{2,}|/[\w.-]{2,}/[\w.-]{2,})|(?<![\w\\:])\\{2,4}[\w.-]{2,}\\{1,2}[\w.$-]{2,}"
     ),
 }
+THUMBNAIL = re.compile(rf"{THUMBNAIL_PREFIX}[A-Za-z0-9+/=]+")  # pixels, in which anything may be read
+MAX_STEM = 80
 ADDRESS = re.compile(r"https?://[^\s\"'<>`|)\]}]+")  # paths in it are the web's
 FOLDER_REMEDY = (
     "a text that the training wrote (lineage.json, configs/, the weights' headers) stands in the checkpoint: change it "
@@ -57,15 +62,33 @@ FOLDER_REMEDY = (
 )
 
 
-def check_fit(folder: Path, run: str, named: Path | None = None) -> None:
+def weights_file_name(config: Config, dtype: Dtype) -> str:
+    """What a published single file is called: by the title, the repository or the run, the first that there is."""
+    publish = config.publish
+    decomposed = unicodedata.normalize("NFKD", (publish.title or "").lower())
+    title = re.sub(r"[^a-z0-9._]+", "-", decomposed.encode("ascii", "ignore").decode())
+    repository = (publish.repo_id or "").rpartition("/")[2]
+    stems = (stem[:MAX_STEM].strip("-._") for stem in (title, repository))
+    return f"{next((stem for stem in stems if stem), config.run.name)}-{dtype}.safetensors"
+
+
+def weights_file_names(config: Config) -> set[str]:
+    """The names that single files of a published folder may have, those of version 0.2 included."""
+    old = {f"{config.run.name}.safetensors", f"{config.run.name}-fp32.safetensors"}
+    return old | {weights_file_name(config, dtype) for dtype in DTYPES}
+
+
+def check_fit(folder: Path, weights: Collection[str], named: Path | None = None) -> None:
     """Refuse a folder that holds anything but what is published, before it gets its name and before an upload.
 
-    ``named``: what messages call it, while it has another name.
+    Args:
+        weights: names that single files may have.
+        named: what messages call the folder, while it has another name.
 
     Raises:
         UserError: naming all files that do not belong there, links, or texts with secrets or paths in them.
     """
-    allowed = re.compile(rf"{ALLOWED}|{re.escape(run)}(-fp32)?\.safetensors")
+    allowed = re.compile(ALLOWED)
     problems: list[str] = []
     found: dict[tuple[str, str], list[str]] = {}  # the same text stands in several files: it is reported once
     for path in sorted(folder.rglob("*")):
@@ -74,7 +97,7 @@ def check_fit(folder: Path, run: str, named: Path | None = None) -> None:
             problems.append(f"{name} is a link")
         elif path.is_dir():
             continue
-        elif not path.is_file() or not allowed.fullmatch(name):
+        elif not path.is_file() or not (name in weights or allowed.fullmatch(name)):
             problems.append(f"{name} is not a file that is published")
         else:
             if path.suffix == ".png" and (strange := read_chunks(path).keys() - SAMPLE_CHUNKS):
@@ -98,7 +121,7 @@ def check_published(folder: Path, config: Config) -> None:
     Raises:
         UserError: when a file is missing, added or changed, or does not belong there.
     """
-    check_fit(folder, config.run.name)
+    check_fit(folder, weights_file_names(config))
     found = hash_files(folder)
     found.pop(SUMS_FILE, None)
     if wrong := find_changed(read_sums(folder / SUMS_FILE), found):
@@ -122,7 +145,8 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
         with path.open("rb") as file:
             header = read_frame(file)
         for key, value in header.pop("__metadata__", {}).items():
-            yield from texts_of(parse(value), key)
+            if not THUMBNAIL.fullmatch(value):
+                yield from texts_of(parse(value), key)
         yield "tensor names", "\n".join(header)
     elif path.suffix == ".png":
         for key, value in read_chunks(path).items():

@@ -16,16 +16,17 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SAMPLES_FOLDER, SUMS_FILE, export_name
-from trainer.model.base import find_base
+from trainer.model.base import find_base, read_config
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
 from trainer.model.sdxl import DTYPES
 from trainer.release.artefacts import check_export, copy_with_metadata, hash_files, put_whole, split_sums, write_sums
 from trainer.release.card import Release, stage_config_file, write_card, write_changes
-from trainer.release.export import build_export, has_sdxl_shapes, publish_entries, write_formats, write_single_file
-from trainer.release.folder import check_fit
+from trainer.release.export import Export, build_export, has_sdxl_shapes, write_formats, write_single_file
+from trainer.release.folder import check_fit, weights_file_name, weights_file_names
 from trainer.release.licence import FAIPL, OPENRAIL, Terms, find_refusals, find_terms, read_licence_files, recognise
+from trainer.release.modelspec import listing_entries
 from trainer.release.request import Request, read_publish_config
 from trainer.sample.pictures import Sample, read_samples
 from trainer.train.run import locate_from_run
@@ -76,7 +77,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
         acknowledged=request.acknowledged,
         base_id=request.base if request.base and not Path(request.base).expanduser().exists() else None,
         samples=read_samples(request.samples or request.run / EXPORT_FOLDER / SAMPLES_FOLDER),
-        weights=f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else None,
+        weights=weights_file_name(config, config.publish.dtype) if "single_file" in config.publish.formats else None,
         full_precision=name_full_precision(config, weights, request.full_precision),
         card_template=Path(locate_from_run(request.run, template)) if template else None,
     )
@@ -84,7 +85,8 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     if request.samples and not release.samples:
         raise UserError(f"--samples {request.samples} holds no PNG")
     check_samples(release.samples, weights, config.run.name)
-    folder = request.out or request.run / PUBLISHED_FOLDER / config.run.name
+    name = (config.publish.repo_id or config.run.name).rpartition("/")[2]
+    folder = request.out or request.run / PUBLISHED_FOLDER / name
     if not folder.name or folder.name == "..":
         raise UserError(f"--out {folder} is a folder that exists: name a new one")
     return build_folder(folder, release, weights, {name: text for name, (_, text) in licences.items()}), release
@@ -114,10 +116,10 @@ def name_full_precision(config: Config, weights: Weights, wanted: bool) -> str |
     if config.publish.dtype == "fp32":
         if wanted:
             raise UserError("--full-precision has no effect: publish.dtype is fp32")
-        return f"{config.run.name}.safetensors" if "single_file" in config.publish.formats else "unet"
+        return weights_file_name(config, "fp32") if "single_file" in config.publish.formats else "unet"
     if wanted and weights.checkpoint is None:
         raise UserError("--full-precision needs the run's checkpoint, and only the export is there")
-    return f"{config.run.name}-fp32.safetensors" if wanted else None
+    return weights_file_name(config, "fp32") if wanted else None
 
 
 def choose_weights(run: Path, config: Config) -> Weights:
@@ -192,9 +194,9 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
     needed = sum(file.stat().st_size for path in copied for file in (path, *path.rglob("*")) if file.is_file())
     with put_whole(folder, needed) as temporary:
         write_weights(temporary, release, weights)
-        if release.weights:
-            shapes = has_sdxl_shapes(find_base(str(temporary / release.weights)))
-            release = dataclasses.replace(release, sdxl_shapes=shapes)
+        written = find_base(str(temporary / release.weights if release.weights else temporary))
+        upcast = read_config(written, "vae").get("force_upcast", True)
+        release = dataclasses.replace(release, sdxl_shapes=has_sdxl_shapes(written), vae_upcast=bool(upcast))
         write_json(temporary / LINEAGE_FILE, weights.lineage)
         for place, made in enumerate(release.stages):
             settings = yaml.safe_dump(made["config"], sort_keys=False, allow_unicode=True, width=120)
@@ -206,7 +208,7 @@ def build_folder(folder: Path, release: Release, weights: Weights, licences: dic
             shutil.copyfile(sample.path, temporary / SAMPLES_FOLDER / sample.path.name, follow_symlinks=False)
         write_text(temporary / "CHANGES.md", write_changes(release))
         write_text(temporary / "README.md", write_card(release))
-        check_fit(temporary, release.config.run.name, folder)
+        check_fit(temporary, weights_file_names(release.config), folder)
         write_sums(temporary / SUMS_FILE, hash_files(temporary))
     return folder
 
@@ -225,17 +227,24 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
             copy_folder(path, folder)
         else:
             folder.mkdir(exist_ok=True)
-            copy_with_metadata(path, folder / str(release.weights), publish_entries(config))
+            copy_with_metadata(path, folder / str(release.weights), listing_entries(release))
     if checkpoint is None or (weights.exported and not fp32):
         return
     verify_checkpoint(checkpoint)
     state, run = read_train_state(checkpoint), checkpoint.parent.parent
     if not weights.exported:
-        made = build_export(checkpoint, state, config, config.publish.dtype, run)
+        made = list_export(build_export(checkpoint, state, config, config.publish.dtype, run), release)
         write_formats(made, sorted(config.publish.formats), folder / str(release.weights), folder)
     if fp32:
         single = dataclasses.replace(config, publish=dataclasses.replace(config.publish, formats=["single_file"]))
-        write_single_file(folder / fp32, build_export(checkpoint, state, single, "fp32", run))
+        made = list_export(build_export(checkpoint, state, single, "fp32", run), release)
+        write_single_file(folder / fp32, made)
+
+
+def list_export(made: Export, release: Release) -> Export:
+    """An export with the entries of a published file in its metadata."""
+    said = made.metadata | listing_entries(release)
+    return dataclasses.replace(made, metadata={key: text for key, text in said.items() if text is not None})
 
 
 def copy_folder(source: Path, target: Path) -> None:

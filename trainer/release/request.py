@@ -15,7 +15,7 @@ class Request:
     """What the command line says beside the config."""
 
     run: Path
-    out: Path | None = None  # instead of RUN/published/<run's name>
+    out: Path | None = None  # instead of RUN/published/<the repository's name, or the run's>
     license_files: Sequence[Path] = ()
     acknowledged: str | None = None  # what the publisher says of the base's terms
     base: str | None = None  # where the first base of the lineage lies now
