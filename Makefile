@@ -1,6 +1,9 @@
 # make demo: the whole two-stage run on real drawings, on the CPU.  make test: all checks but the slow ones.
-PYTHON ?= python3.11
+# make setup: the environment, in .venv, with the newest Python of 3.11 to 3.13 that is here, or make setup PYTHON=...
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# "yes" where there is an NVIDIA GPU; make setup CUDA=yes installs for one that is elsewhere, CUDA= for none
+CUDA ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || test -d /proc/driver/nvidia; then echo yes; fi)
 TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2 train.py
 STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml model.pretrained=demo_run/tiny_base \
@@ -21,16 +24,26 @@ setup-dev: .venv/installed-dev
 
 # torch first and by its exact version: the CPU build where one is offered, the CUDA build on a CUDA machine
 .venv/installed: constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@sh scripts/make_venv.sh "$(PYTHON)"
+	@echo "installing PyTorch: seconds for a build of the CPU, minutes and 3 GB of downloads for one with CUDA"
+	@$(PIP) torch==2.13.0
+	@echo "installing the other libraries"
+	@$(PIP) --constraint constraints.txt --editable .
+	@$(if $(CUDA),$(INSTALL_FOR_CUDA),echo "no NVIDIA GPU is here: without bitsandbytes and xformers")
+	@touch $@
+	@echo "done: .venv; next: make demo, or . .venv/bin/activate for the commands of the README"
+
+# neither is needed but for optim.name=adamw8bit and model.attention=xformers, which say so themselves
+INSTALL_FOR_CUDA = for package in bitsandbytes xformers; do \
+	echo "installing $$package for the NVIDIA GPU"; \
+	$(PIP) --constraint constraints.txt $$package || echo "note: $$package could not be installed; all else works without it"; \
+	done
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,wandb,tensorboard]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 # for CLIP's vocabulary, which its wheel holds and a test reads; its dependencies are not needed, and bring torchvision
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps open_clip_torch
-	touch $@
+	@$(PIP) --constraint constraints.txt --no-deps open_clip_torch
+	@touch $@
 
 demo: .venv/installed
 	test -d demo_run/tiny_base || $(BIN)/python scripts/make_tiny_base.py demo_run/tiny_base

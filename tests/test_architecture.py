@@ -14,7 +14,7 @@ from support.paths import REPOSITORY
 LAYERS = ("core", "config", "model data", "sample", "report", "train prepare", "release")
 LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders.split()}
 KNOW_ACCELERATE = {"train.loop", "train.launch", "train.progress"}
-OPTIONAL = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
+ONLY_FOR_SOME_RUNS = {"wandb", "bitsandbytes", "xformers", "tensorboard", "webdataset", "datasets"}
 MAX_LINES = {"trainer": 320, "scripts": 400, "tests": 450}
 ONE_THING = {  # why a file may be longer
     "schema.py": 450,  # every field of the config, each with its comment
@@ -148,10 +148,10 @@ def test_only_a_few_modules_know_accelerate() -> None:
     assert knowing == {f"trainer.{name}" for name in KNOW_ACCELERATE}
 
 
-def test_optional_packages_are_imported_where_they_are_needed() -> None:
+def test_packages_that_few_runs_need_are_imported_where_they_are_needed() -> None:
     for path in sources("trainer", "scripts"):
         early = {module.split(".")[0] for module in imported_at_module_level(parse(path))}
-        assert not early & OPTIONAL, path
+        assert not early & ONLY_FOR_SOME_RUNS, path
 
 
 # --- nothing executable is ever loaded

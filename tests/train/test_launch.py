@@ -30,10 +30,10 @@ def hide(monkeypatch: pytest.MonkeyPatch, packages: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "absent", "said"),
     [
-        (["logging.trackers=[wandb]"], ["wandb"], "logging.trackers: wandb needs a package that is not installed: pip "
-         "install --constraint constraints.txt wandb"),
+        (["logging.trackers=[wandb]"], ["wandb"], "logging.trackers: wandb needs a package that is not installed: make "
+         "setup brings it, and so does pip install --constraint constraints.txt wandb"),
         (["logging.trackers=[wandb,tensorboard]"], ["tensorboard", "tensorboardX"], "constraints.txt tensorboard"),
-        (["optim.name=adamw8bit"], ["bitsandbytes"], "optim.name: adamw8bit needs .* bitsandbytes"),
+        (["optim.name=adamw8bit"], ["bitsandbytes"], "adamw8bit needs .* where there is an NVIDIA GPU, .*bitsandbytes"),
         (["model.attention=xformers"], ["xformers"], "model.attention: xformers needs .* xformers"),
     ],
 )  # fmt: skip

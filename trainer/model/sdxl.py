@@ -230,6 +230,7 @@ def use_attention(unet: Any, attention: str) -> None:
         xformers.ops.memory_efficient_attention(probe, probe, probe)
     except Exception as error:
         raise UserError(
-            f"model.attention: xformers does not work here ({shorten(str(error))}); use sdpa, or install the cuda extra"
+            f"model.attention: xformers does not work here ({shorten(str(error))}); use sdpa, or, on a machine with an "
+            "NVIDIA GPU, pip install --constraint constraints.txt xformers"
         ) from error
     unet.enable_xformers_memory_efficient_attention()

@@ -82,6 +82,7 @@ class RunInputs:
         return self.resumed.fork if self.resumed else None
 
 
+FOR_CUDA = ("bitsandbytes", "xformers")
 OTHER_MODES = {  # environment variable -> what it switches on; accelerate launch sets them, from its own config too
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -140,7 +141,9 @@ def check_installed(config: Config) -> None:
     needed += [("model.attention: xformers", "xformers")] if config.model.attention == "xformers" else []
     stands_for = {"tensorboard": ("tensorboard", "tensorboardX")}
     absent = [
-        f"{what} needs a package that is not installed: pip install --constraint constraints.txt {package}"
+        f"{what} needs a package that is not installed: make setup brings it"
+        f"{' where there is an NVIDIA GPU' if package in FOR_CUDA else ''}, and so does pip install --constraint "
+        f"constraints.txt {package}"
         for what, package in needed
         if not any(find_spec(name) for name in stands_for.get(package, (package,)))
     ]

@@ -21,7 +21,10 @@ from trainer.data.sources.posts_files import plain_value
 from trainer.data.sources.record_files import ROWS_AT_A_TIME
 from trainer.data.sources.records import BadRecord, Reject, check_columns, read_captioned, reject
 
-NOT_INSTALLED = "the package datasets is not installed: pip install --constraint constraints.txt datasets"
+NOT_INSTALLED = (
+    "the package datasets is not installed: make setup brings it, and so does pip install --constraint constraints.txt "
+    "datasets"
+)
 
 
 def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
