@@ -14,7 +14,7 @@ from torch import nn
 from trainer.config.schema import Config, OptimConfig
 from trainer.core.errors import UserError
 from trainer.core.layout import checkpoint_name
-from trainer.model.checkpoint import list_checkpoints, step_of, verify_checkpoint
+from trainer.model.checkpoint import list_checkpoints, measure_checkpoint, step_of, verify_checkpoint
 from trainer.train import save
 from trainer.train.loop import train
 from trainer.train.metrics import MetricsFile
@@ -23,7 +23,6 @@ from trainer.train.save import (
     OVERHEAD,
     count_more_checkpoints,
     estimate_size,
-    measure_checkpoint,
     retain_checkpoints,
     save_checkpoint,
 )

@@ -27,6 +27,7 @@ OLD_STORE_FILE = "store.arrow"  # what was encoded, in unfinished folders of ver
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+RUN_PAGE_FILE = "index.html"
 RUN_LOCK_FILE = ".lock"
 CHECKPOINTS_FOLDER = "checkpoints"
 SAMPLES_FOLDER = "samples"

@@ -54,6 +54,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def measure_checkpoint(path: Path) -> int:
+    """Bytes of a checkpoint that lies there."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
 def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "") -> Path:
     """The complete checkpoint that somebody means.
 

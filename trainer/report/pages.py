@@ -104,6 +104,14 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def short_figure(value: float) -> str:
+    """A round number for the edge of a drawing: 65.5k, 10M."""
+    for letter, scale in (("M", 1e6), ("k", 1e3)):
+        if max(scale, 1e4) <= abs(value) < 1e9:
+            return f"{value / scale:g}{letter}"
+    return figure(value)
+
+
 def describe_seconds(seconds: float) -> str:
     """A time span in its two largest units: 2 d 4 h, 3 h 20 min, 12 min 5 s, 0.4 s."""
     if seconds < 10:

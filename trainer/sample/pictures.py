@@ -48,6 +48,8 @@ SYNTAX = (  # of other programs
 )
 PLAIN = re.compile("|".join(SYNTAX))
 MAX_SHOWN_WORDS = 8
+SHEET_COLUMNS = 4  # of the samples while training
+SHEET_PROMPTS, SHEET_SIZE = "prompts", "size"  # text chunks of their file: a JSON list, and WIDTHxHEIGHT of an image
 GRID_PIXELS = 64_000_000  # a larger grid is shrunk: Pillow takes files of more than 89 million pixels for bombs
 
 
@@ -220,6 +222,42 @@ def write_png(path: Path, image: Image.Image, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         chunks.add_text(name, text)  # as iTXt in UTF-8 where Latin-1 does not do
     write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Images of one size in rows, each with room for its label below."""
+
+    image: tuple[int, int]  # (width, height)
+    count: int
+    columns: int
+    margin: int = 8  # pixels
+
+    @property
+    def letters(self) -> int:
+        """The height of the labels' letters in pixels, larger below large images."""
+        return max(10, self.image[0] // 50)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """(width, height) from one image to the next; three lines of 10 pixels take 40."""
+        return self.image[0] + self.margin, self.image[1] + 4 * self.letters + self.margin
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the whole."""
+        rows = -(-self.count // self.columns)
+        return self.columns * self.cell[0] + self.margin, rows * self.cell[1] + self.margin
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The left and upper edge of an image."""
+        row, column = divmod(number, self.columns)
+        return self.margin + column * self.cell[0], self.margin + row * self.cell[1]
+
+
+def lay_out_sheet(size: tuple[int, int], count: int) -> GridLayout:
+    """The samples of a step while training."""
+    return GridLayout(size, count, min(SHEET_COLUMNS, count))
 
 
 def grid_scale(sizes: Sequence[tuple[int, int]], columns: int) -> float:

@@ -21,6 +21,7 @@ from trainer.data.tokens import TextTokenizer, tokenize_captions
 from trainer.model.diffusion import SCHEDULE, Prediction, write_scheduler
 from trainer.model.sdxl import SDXL, encode_prompts
 from trainer.model.vae import decode_latents, pixels_to_image
+from trainer.sample.pictures import GridLayout
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def make_grid(images: list[Image.Image], labels: list[str], columns: int) -> Image.Image:
     """Images in rows of ``columns``, each with its label below, shortened to three lines, larger below large images."""
     width, height = max(image.width for image in images), max(image.height for image in images)
-    letters = max(10, width // 50)  # pixels; three lines of 10 take 40
-    margin, text_height = 8, 4 * letters
-    rows = -(-len(images) // columns)
-    cell = (width + margin, height + text_height + margin)
-    grid = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(letters)
+    layout = GridLayout((width, height), len(images), columns)
+    grid = Image.new("RGB", layout.size, "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(layout.letters)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left, top = margin + number % columns * cell[0], margin + number // columns * cell[1]
+        left, top = layout.place(number)
         grid.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-        lines = textwrap.wrap(label, max(8, width * 10 // (6 * letters)), max_lines=3, placeholder="...")
+        lines = textwrap.wrap(label, max(8, width * 10 // (6 * layout.letters)), max_lines=3, placeholder="...")
         draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", spacing=1, font=font)
     return grid

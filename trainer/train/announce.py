@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from trainer.core.disk import format_bytes, free_bytes
-from trainer.core.layout import CHECKPOINTS_FOLDER
+from trainer.core.layout import CHECKPOINTS_FOLDER, RUN_PAGE_FILE
 from trainer.data.plan import Plan
-from trainer.model.checkpoint import find_newest, list_checkpoints, step_of
+from trainer.model.checkpoint import find_newest, list_checkpoints, measure_checkpoint, step_of
 from trainer.model.sdxl import trained_parameters
 from trainer.train.launch import RunInputs
 from trainer.train.run import run_path
-from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers, measure_checkpoint
+from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers
 
 MAX_NAMED = 4  # buckets
 
@@ -41,11 +41,18 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
         f"{config.precision.compute} over fp32 weights, on {inputs.accelerator.device.type}",
         "checkpoints": f"every {keep.every_steps:,} steps and at the end, the last {keep.keep_last}{milestones} kept, "
         f"about {format_bytes(size)} each",
+        "page": f"{run_path(config) / RUN_PAGE_FILE}, rewritten as the run goes on",
     }
     lines = [f"{config.run.name}, stage {config.run.stage}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
-    warnings = [*warn_of_data(plan, inputs.facts["images"], data.global_batch_size, last)]
-    warnings += warn_of_disk(inputs, size)
-    return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
+    return "\n".join(lines + [f"warning: {warning}" for warning in find_warnings(inputs, sdxl)])
+
+
+def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
+    """What somebody should know before the first step, and could still change."""
+    data, resumed = inputs.config.data, inputs.resumed
+    size = measure_checkpoint(resumed.folder) if resumed else estimate_size(sdxl, inputs.config.optim.name)
+    of_data = warn_of_data(inputs.data.plan, inputs.facts["images"], data.global_batch_size, inputs.last)
+    return [*of_data, *warn_of_disk(inputs, size)]
 
 
 def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 Progress is one integer, the step. Errors come before harm: all that can be refused is refused before the first step.
 """
 
+import json
 import signal
 import threading
 from collections.abc import Generator, Iterator
@@ -16,7 +17,6 @@ from torch.optim import Optimizer
 
 from trainer.config.schema import Config
 from trainer.core.distributed import describe_device
-from trainer.core.files import write_file
 from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
 from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
@@ -24,9 +24,11 @@ from trainer.model.diffusion import alphas_cumprod, trained_prediction
 from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
+from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
-from trainer.train.announce import describe_end, describe_last, describe_start
+from trainer.train.announce import describe_end, describe_last, describe_start, find_warnings
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
+from trainer.train.live_page import LivePage
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.progress import Progress
@@ -59,7 +61,7 @@ def train(config: Config, check: bool = False) -> None:
             return
         run = build_run(inputs, model, sdxl, optimizer)
         pending: StepResult | None = None
-        with run.progress, closing(start_loading(run)) as batches:
+        with run.progress, run.page, closing(start_loading(run)) as batches:
             for step in range(first, last):
                 set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
                 result = step_once(run, batches, step, stop_requested.is_set())
@@ -67,14 +69,16 @@ def train(config: Config, check: bool = False) -> None:
                 stopping = pending is not None and run.progress.read(pending)
                 pending, made = result, step + 1
                 done = made == last
-                if due(made, config.checkpoint.every_steps) or done or stopping:
+                saving = due(made, config.checkpoint.every_steps) or done or stopping
+                if saving:
                     stopping = run.progress.read(pending) or stopping
                     pending = None
                     with run.progress.timed("checkpoint"):
                         save(run, made)
-                if due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
+                if sampling := due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
                     with run.progress.timed("sample"):
                         sample(run, made)
+                run.page.update(made, at_once=bool(saving or sampling))
                 if stopping:
                     break
         say(inputs, describe_end(inputs, made, run.progress.seconds, run.progress.skipped["all"]))
@@ -100,6 +104,7 @@ class Run:
     optimizer: Optimizer
     objective: Objective
     progress: Progress
+    page: LivePage
     tracker_run_id: str
 
 
@@ -123,7 +128,8 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -
     if accelerator.is_main_process:
         attempt, tracker_run_id = begin_attempt(
             config, inputs.facts, inputs.resumed.tracker_run_id if inputs.resumed else None,
-            first_step=inputs.first, processes=accelerator.num_processes, device=device, **inputs.software,
+            first_step=inputs.first, last_step=inputs.last, processes=accelerator.num_processes, device=device,
+            **inputs.software,
         )  # fmt: skip
     peak = find_peak_flops(device, config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
@@ -132,7 +138,8 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -
     progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
-    return Run(inputs, model, sdxl, optimizer, objective, progress, tracker_run_id)
+    page = LivePage(inputs, find_warnings(inputs, sdxl))
+    return Run(inputs, model, sdxl, optimizer, objective, progress, page, tracker_run_id)
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
@@ -211,9 +218,10 @@ def sample(run: Run, made: int) -> None:
     }
     images = dict(sorted(gather_object(list(own.items()))))
     if accelerator.is_main_process:
-        grid = make_grid(list(images.values()), sampling.prompts, columns=min(4, len(images)))
-        target = run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png"
-        write_file(target, lambda path: grid.save(path, format="PNG"))
+        columns = lay_out_sheet(size, len(images)).columns
+        grid = make_grid(list(images.values()), sampling.prompts, columns=columns)
+        texts = {SHEET_PROMPTS: json.dumps(sampling.prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
+        write_png(run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png", grid, texts)
         run.progress.show_samples(grid, made)
     accelerator.wait_for_everyone()
 

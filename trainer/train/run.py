@@ -82,7 +82,7 @@ def begin_attempt(config: Config, facts: dict[str, Any], tracker_run_id: str | N
 
     The config is written with its interpolations as the user wrote them, so that no secret gets into a file.
     ``tracker_run_id`` is the resumed checkpoint's; ``noted`` is what else is written down of the attempt: its
-    first_step, processes, device and software. Only the main process calls this.
+    first_step, last_step (of the whole run), processes, device and software. Only the main process calls this.
     """
     path = run_path(config)
     run = read_run(path)

@@ -73,11 +73,6 @@ def estimate_size(model: nn.Module, optimizer: OptimizerName) -> int:
     )
 
 
-def measure_checkpoint(path: Path) -> int:
-    """Bytes of a checkpoint that lies there."""
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
 def count_more_checkpoints(
     existing: Sequence[int], coming: Sequence[int], keep_last: int, keep_every: int | None
 ) -> int:
