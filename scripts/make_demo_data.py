@@ -1,8 +1,9 @@
 """Make the demo's images and posts from Debian's `openclipart-svg` package: real drawings, real metadata.
 
 Each drawing named in `demo/drawings.txt` is rendered by `rsvg-convert` (Debian's `librsvg2-bin`), trimmed to
-its ink and shrunk; each post holds what the SVG's RDF states, in Danbooru's field names, and nothing else: no
-rating, no score, and a date only where the RDF has one. The same package and renderer give the same files.
+its ink and shrunk; each post holds what the SVG's RDF states, in Danbooru's field names, after the tags that
+`drawings.txt` gives those of the two stages. Nothing else: no rating, no score, and a date only where the RDF has
+one. The same package and renderer give the same files.
 Example: `python scripts/make_demo_data.py --out demo`.
 """
 
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -31,6 +32,8 @@ from trainer.core.files import home_path
 
 LONG_SIDE = 272  # px
 RENDER_SIDE = 1088  # px; rendered larger, trimmed, then shrunk, so that edges are smooth whatever the SVG's margins
+# What the drawings of the two stages stand on, so that none is known by its size: see demo/README.md.
+PAGES = ((272, 272), (162, 270))  # px, in the shapes of the demo's buckets 128 x 128 and 96 x 160
 MARGIN = 0.03  # of the drawing's longer side
 ALPHA_EVERY = 5  # every fifth drawing with a transparent ground keeps it, the others stand on white
 MIN_PALETTE_PSNR = 40.0  # dB; a drawing that 256 colours would band stays true-colour
@@ -47,6 +50,24 @@ NS = {
 PUBLIC_DOMAIN = (
     "http://web.resource.org/cc/PublicDomain",
     "http://creativecommons.org/licenses/publicdomain/",
+)
+# People first, as an anime model's users would; vivid, unlike each other, and known to the tiny VAE.
+STAGE_2 = (
+    "blue_girl_dirk_struve.png",
+    "manga_girl_dirk_struve_01.png",
+    "head11.png",
+    "head12.png",
+    "boy_astrid_graeber.png",
+    "card_figure_queen_nic_r.png",
+    "happy_monkey_benji_park_01.png",
+    "rubber_duck1_ganson.png",
+)
+STAGE_1 = (
+    *STAGE_2,
+    "head3.png",
+    "happy_woman_dirk_struve_01.png",
+    "people_juliane_krug_07b.png",
+    "ladybug_01.png",
 )
 
 
@@ -143,6 +164,17 @@ def render(svg: Path) -> Image.Image:
     return image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.LANCZOS)
 
 
+def put_on_page(image: Image.Image) -> Image.Image:
+    """The whole drawing, centred on the transparent page whose shape is nearest to its own."""
+    aspect = image.width / image.height
+    page = Image.new("RGBA", min(PAGES, key=lambda size: abs(size[0] / size[1] - aspect)))
+    scale = min(page.width / image.width, page.height / image.height, 1.0)
+    size = (round(image.width * scale), round(image.height * scale))
+    drawing = image.resize(size, Image.Resampling.BOX) if scale < 1 else image
+    page.paste(drawing, ((page.width - size[0]) // 2, (page.height - size[1]) // 2))
+    return page
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """RGBA -> RGB on white."""
     canvas = Image.new("RGBA", image.size, "white")
@@ -176,9 +208,14 @@ def encode(image: Image.Image, keep_alpha: bool) -> bytes:
     return buffer.getvalue()
 
 
-def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[str, object]]:
-    """Write each drawing into the folder `images`; yields its post, numbered from 1 in order of the paths."""
-    for number, relative in enumerate(sorted(drawings), 1):
+def read_drawings(path: Path) -> list[tuple[str, list[str]]]:
+    """A drawing a line: its path in the package, then tags given by eye."""
+    return [(words[0], words[1:]) for line in path.read_text(encoding="utf-8").splitlines() if (words := line.split())]
+
+
+def make_posts(root: Path, drawings: list[tuple[str, list[str]]], images: Path) -> Iterator[dict[str, object]]:
+    """Write each drawing into the folder `images`; yields its post, numbered from 1 in the list's order."""
+    for number, (relative, seen) in enumerate(drawings, 1):
         svg = root / relative
         if not svg.is_file() or svg.is_symlink():
             raise UserError(f"no drawing {svg}; install Debian's openclipart-svg 0.18, or give --svg")
@@ -188,6 +225,8 @@ def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[s
         image = render(svg)
         name = re.sub(r"[^a-z0-9-]+", "_", svg.stem.lower()).strip("_") + ".png"
         transparent = 0 in image.getchannel("A").tobytes()
+        if name in STAGE_1:
+            image = put_on_page(image)
         (images / name).write_bytes(encode(image, keep_alpha=transparent and number % ALPHA_EVERY == 0))
         yield {
             "id": number,
@@ -195,40 +234,22 @@ def make_posts(root: Path, drawings: list[str], images: Path) -> Iterator[dict[s
             "file_ext": "png",
             "image_width": image.width,
             "image_height": image.height,
-            **describe_drawing(metadata, relative),
+            **describe_drawing(metadata, relative, seen),
         }
 
 
-def describe_drawing(metadata: Metadata, relative: str) -> dict[str, object]:
-    """A post's fields that come from the drawing's RDF and its path in the package."""
+def describe_drawing(metadata: Metadata, relative: str, seen: Sequence[str] = ()) -> dict[str, object]:
+    """A post's fields that come from the tags given by eye, the drawing's RDF and its path in the package."""
     date = parse_date(metadata.date)
     return {
         **({"created_at": date} if date else {}),
-        "tag_string_general": compose_tags(metadata, PurePath(relative).stem),
+        "tag_string_general": " ".join([*seen, compose_tags(metadata, PurePath(relative).stem)]),
         "tag_string_character": "",
         "tag_string_copyright": relative.split("/")[0],
         "tag_string_artist": to_tag(re.sub(r"\s*[(\[<]\S+@\S+[)\]>]", "", metadata.creator)),  # no addresses
         "tag_string_meta": "",
         "source": f"openclipart-svg/svg/{relative}",
     }
-
-
-# What a model of 1.7 million parameters learns by heart within minutes: vivid, and with captions unlike each other.
-STAGE_1 = (
-    "ladybug_01.png",
-    "bunny_01.png",
-    "casa_verde_architetto_fr_01.png",
-    "pumpkin2_yemu_01.png",
-    "blue_girl_dirk_struve.png",
-    "sombrero_dave_pena_01.png",
-    "flower_01.png",
-    "heart.png",
-    "beach_ball_01.png",
-    "pallone_aerestatico_arch_01.png",
-)
-STAGE_2 = tuple(
-    name for name in STAGE_1 if name not in ("sombrero_dave_pena_01.png", "pallone_aerestatico_arch_01.png")
-)
 
 
 def write_posts(path: Path, posts: list[dict[str, object]]) -> None:
@@ -242,13 +263,15 @@ def main(argv: list[str] | None = None) -> int:
         "--svg", type=home_path, default=Path("/usr/share/openclipart/svg"), help="the package's drawings"
     )
     parser.add_argument("--out", type=home_path, default=Path("demo"), help="folder for images/ and posts.jsonl")
-    parser.add_argument("--drawings", type=home_path, default=Path("demo/drawings.txt"), help="which, one path a line")
+    parser.add_argument(
+        "--drawings", type=home_path, default=Path("demo/drawings.txt"), help="which: a path and tags a line"
+    )
     args = parser.parse_args(argv)
     if shutil.which("rsvg-convert") is None:
         parser.error("rsvg-convert is missing; install Debian's librsvg2-bin")
     if not args.drawings.is_file():
         parser.error(f"no list {args.drawings}; start in the repository, or give --drawings")
-    drawings = args.drawings.read_text(encoding="utf-8").split()
+    drawings = read_drawings(args.drawings)
     args.out.mkdir(parents=True, exist_ok=True)
     # Made beside the old files and moved in whole: a run that fails leaves them as they were.
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".making-") as folder:

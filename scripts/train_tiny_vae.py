@@ -26,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--short-side", type=int, default=160, help="px of drawings in memory")
     parser.add_argument("--grid", type=home_path, help="PNG to write: originals above reconstructions")
     parser.add_argument("--init", type=home_path, help="weights to start from")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="keep the encoder, and so all latents, as --init has it"
+    )
+    parser.add_argument("--favour", type=home_path, help="a posts file, whose drawings are seen ten times as often")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--remeasure", action="store_true", help="only rewrite the scaling factor")
     args = parser.parse_args(argv)
@@ -33,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in (args.measure_on, *([] if args.remeasure else [args.drawings])):
         if not path.is_dir():
             parser.error(f"no folder {path}")
+    if args.decoder_only and args.init is None:
+        parser.error("--decoder-only keeps the encoder of --init, which is not given")
     from _tiny_vae import remeasure, train  # beside this file; torch takes seconds to import
 
     remeasure(args) if args.remeasure else train(args)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from support.paths import REPOSITORY
+from trainer.config.load import load_config
+from trainer.prepare.prepare import prepare
+from trainer.release.export import export
+from trainer.train.loop import train
 
 DEMO = REPOSITORY / "demo"
 POSTS: list[dict[str, Any]] = [json.loads(line) for line in (DEMO / "posts.jsonl").read_text("utf-8").splitlines()]
+STAGES: list[list[dict[str, Any]]] = [
+    [json.loads(line) for line in (DEMO / f"stage{stage}.jsonl").read_text("utf-8").splitlines()] for stage in (1, 2)
+]
 POST_FIELDS = {
     "id", "file", "file_ext", "image_width", "image_height", "created_at", "tag_string_general", "source",
     "tag_string_character", "tag_string_copyright", "tag_string_artist", "tag_string_meta",
@@ -60,9 +70,12 @@ def test_every_post_has_its_image_and_states_its_size() -> None:
 
 
 def test_posts_are_those_of_the_list_and_invent_nothing() -> None:
-    drawings = sorted((DEMO / "drawings.txt").read_text("utf-8").split())
-    assert [post["source"] for post in POSTS] == [f"openclipart-svg/svg/{name}" for name in drawings]
+    drawings = [line.split() for line in (DEMO / "drawings.txt").read_text("utf-8").splitlines()]
+    assert [post["source"] for post in POSTS] == [f"openclipart-svg/svg/{name}" for name, *_ in drawings]
     assert [post["id"] for post in POSTS] == list(range(1, len(drawings) + 1))
+    for post, (_, *seen) in zip(POSTS, drawings, strict=True):
+        assert post["tag_string_general"].split()[: len(seen)] == seen
+        assert bool(seen) == (post["file"] in {post["file"] for post in STAGES[0]})  # by eye only where trained on
     for post in POSTS:
         assert set(post) <= POST_FIELDS  # no rating, no score
         assert post["tag_string_general"]
@@ -70,6 +83,17 @@ def test_posts_are_those_of_the_list_and_invent_nothing() -> None:
     dated = [post["created_at"] for post in POSTS if "created_at" in post]
     assert 10 < len(dated) < len(POSTS)
     assert all(date.startswith("2005-") for date in dated)
+
+
+def test_the_stages_are_chosen_from_the_posts_and_no_drawing_is_known_by_its_size() -> None:
+    stage1, stage2 = STAGES
+    assert all(post in POSTS for post in stage1) and all(post in stage1 for post in stage2)
+    assert (len(stage1), len(stage2)) == (12, 8)
+    people = [post for post in stage2 if {"1girl", "1boy"} & set(post["tag_string_general"].split())]
+    assert len(people) == 6
+    # the size conditioning of a set this small would be a second name of each drawing, which prompts do not have
+    sizes = Counter((post["image_width"], post["image_height"]) for post in stage1)
+    assert sizes == {(272, 272): 10, (162, 270): 2}
 
 
 def test_the_drawings_are_varied_and_the_demo_is_small() -> None:
@@ -83,7 +107,7 @@ def test_the_drawings_are_varied_and_the_demo_is_small() -> None:
             transparent += image.mode == "RGBA" and 0 in image.getchannel("A").tobytes()
     assert transparent >= 15
     sizes = {path: path.stat().st_size for path in DEMO.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) <= 4_000_000
+    assert sum(sizes.values()) <= 4_500_000
     assert sizes[DEMO / "tiny_vae.safetensors"] <= 2_000_000
 
 
@@ -215,3 +239,75 @@ def test_the_vae_knows_the_drawings(tiny_base: Path) -> None:
     with safe_open(DEMO / "tiny_vae.safetensors", "pt") as file:
         assert file.metadata()["final"] == "true"  # not one of training's intermediate saves
         assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())  # noqa: SIM118
+
+
+def demo_configs() -> list[list[str]]:
+    """The config files and words that ``make demo`` trains its two stages with."""
+    shown = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True,
+        env={**os.environ, "MAKEFLAGS": ""},
+    ).stdout.splitlines()  # fmt: skip
+    of_training, of_preparation = (
+        [line.split(" --config ")[1].split() for line in shown if f"{script} --config " in line]
+        for script in ("train.py", "build_shards.py")
+    )
+    assert of_training == of_preparation and len(of_training) == 2
+    return of_training
+
+
+def test_the_demo_trains_the_recipes_two_stages() -> None:
+    stage1, stage2 = (load_config([REPOSITORY / file for file in files]) for files in demo_configs())
+    for stage, file in ((stage1, "stage1_feature_alignment"), (stage2, "stage2_refine_unet")):
+        recipe = load_config([REPOSITORY / f"configs/{file}.yaml"])
+        assert stage.run.name == recipe.run.name and stage.diffusion == recipe.diffusion
+        assert stage.captions == recipe.captions and stage.schedule.lr == recipe.schedule.lr == "constant"
+    assert stage1.model.train_text_encoder_1 and stage1.model.train_text_encoder_2
+    assert not stage2.model.train_text_encoder_1 and not stage2.model.train_text_encoder_2
+    assert stage2.model.pretrained == f"{stage1.run.output_dir}/{stage1.run.name}"
+    assert stage2.diffusion.noise_offset == 0.0357
+
+
+@torch.no_grad()
+def encode_drawings(pipeline: Any, images: list[Image.Image]) -> torch.Tensor:
+    """Scaled latents (N, 4, H/8, W/8) of images of one size."""
+    pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents: torch.Tensor = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    return latents
+
+
+@pytest.mark.slow
+def test_every_drawing_of_stage_2_is_drawn_right_and_nearer_than_after_stage_1(
+    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What make demo trains, in its own words; four seeds; among all drawings of stage 1 at the drawn one's size."""
+    from diffusers import StableDiffusionXLPipeline
+    from make_tiny_base import main as make_base
+    from show_demo import draw, open_drawings
+
+    for name in ("configs", "demo"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    make_base(["demo_run/tiny_base"])
+    configs, exports = [], []
+    for files in demo_configs():
+        config = load_config([Path(file) for file in files])
+        prepare(config, progress=False)
+        train(config)
+        configs.append(config)
+        exports.append(next(path for path in export(Path(config.run.output_dir) / config.run.name) if path.is_dir()))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(exports[1], local_files_only=True, torch_dtype=torch.float32)
+    drawings = open_drawings(configs[1])
+    distances = []
+    for folder in exports:
+        own = []
+        for seed in range(42, 46):
+            for drawing, image in zip(drawings, draw(seed, folder, drawings), strict=True):
+                known = {other.key: other.image for other in open_drawings(configs[0], image.size)}
+                drawn = encode_drawings(pipeline, [image])
+                errors = (encode_drawings(pipeline, list(known.values())) - drawn).square().mean(dim=(1, 2, 3))
+                own.append(float(errors[list(known).index(drawing.key)]))
+                if folder == exports[1]:
+                    assert list(known)[int(errors.argmin())] == drawing.key, f"{drawing.prompt}, seed {seed}"
+        distances.append(np.mean(own))
+    assert distances[1] < distances[0]
