@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CUDA ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || test -d /proc/driver/nvidia; then echo yes; fi)
 TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2 train.py
-STAGE1 := --config configs/stage1_feature_alignment.yaml configs/demo.yaml configs/demo_stage1.yaml
-STAGE2 := --config configs/stage2_refine_unet.yaml configs/demo.yaml configs/demo_stage2.yaml
+STAGE1 := configs/demo_stage1.yaml
+STAGE2 := configs/demo_stage2.yaml
 
 # the licence's text is not part of this repository: make demo LICENSE_FILE=faipl-1.0-sd.md builds the published folder
 PUBLISH := $(BIN)/python scripts/publish.py demo_run/runs/stage2_refine_unet

@@ -241,22 +241,22 @@ def test_the_vae_knows_the_drawings(tiny_base: Path) -> None:
         assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())  # noqa: SIM118
 
 
-def demo_configs() -> list[list[str]]:
-    """The config files and words that ``make demo`` trains its two stages with."""
+def demo_configs() -> list[Path]:
+    """The configs that ``make demo`` prepares and trains its two stages with."""
     shown = subprocess.run(
         ["make", "--dry-run", "demo"], cwd=REPOSITORY, capture_output=True, text=True, check=True,
         env={**os.environ, "MAKEFLAGS": ""},
     ).stdout.splitlines()  # fmt: skip
-    of_training, of_preparation = (
-        [line.split(" --config ")[1].split() for line in shown if f"{script} --config " in line]
+    trained, prepared = (
+        [line.split(f"{script} ")[1] for line in shown if f"{script} " in line]
         for script in ("train.py", "build_shards.py")
     )
-    assert of_training == of_preparation and len(of_training) == 2
-    return of_training
+    assert trained == prepared and len(trained) == 2
+    return [Path(file) for file in trained]
 
 
 def test_the_demo_trains_the_recipes_two_stages() -> None:
-    stage1, stage2 = (load_config([REPOSITORY / file for file in files]) for files in demo_configs())
+    stage1, stage2 = (load_config([REPOSITORY / file]) for file in demo_configs())
     for stage, file in ((stage1, "stage1_feature_alignment"), (stage2, "stage2_refine_unet")):
         recipe = load_config([REPOSITORY / f"configs/{file}.yaml"])
         assert stage.run.name == recipe.run.name and stage.diffusion == recipe.diffusion
@@ -290,8 +290,8 @@ def test_every_drawing_of_stage_2_is_drawn_right_and_nearer_than_after_stage_1(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     make_base(["demo_run/tiny_base"])
     configs, exports = [], []
-    for files in demo_configs():
-        config = load_config([Path(file) for file in files])
+    for file in demo_configs():
+        config = load_config([file])
         prepare(config, progress=False)
         train(config)
         configs.append(config)
