@@ -28,6 +28,7 @@ REFUSED = {  # what each command refuses by looking at its words and configs alo
     "scripts/lineage.py": [],
     "scripts/make_demo_data.py": ["--drawings", "gone.txt"],
     "scripts/make_tiny_base.py": ["base", "--posts", "gone.jsonl"],
+    "scripts/new_run.py": ["my.txt", "--data", "pics", "--model", "base"],
     "scripts/publish.py": ["run", "publish.dtype=fp8"],
     "scripts/sample.py": ["model", "--prompt", "1girl", "--guidance", "0"],
     "scripts/show_demo.py": [],

@@ -290,7 +290,7 @@ def test_a_hub_id_becomes_its_snapshot(folder, monkeypatch, tmp_path):
     asked = {}
 
     class Api:
-        def model_info(self, repository, revision):
+        def model_info(self, repository, revision, timeout=None):
             files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
             siblings = [type("File", (), {"rfilename": name})() for name in files]
             return type("Info", (), {"siblings": siblings})()

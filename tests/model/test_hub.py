@@ -15,7 +15,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
     """A hub whose every repository has files of these names, and no way to download one."""
 
     class Api:
-        def model_info(self, repository: str, revision: str | None) -> Any:
+        def model_info(self, repository: str, revision: str | None, timeout: float | None = None) -> Any:
             return type("Info", (), {"siblings": [type("File", (), {"rfilename": name})() for name in names]})()
 
     monkeypatch.setattr(hub, "HfApi", Api)

@@ -62,7 +62,7 @@ def test_of_a_hub_id_only_the_vae_is_fetched(tmp_path: Path, monkeypatch: pytest
     folder = make_base(tmp_path / "base")
 
     class Api:
-        def model_info(self, repository: str, revision: str | None) -> Any:
+        def model_info(self, repository: str, revision: str | None, timeout: float | None = None) -> Any:
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             return type("Info", (), {"siblings": [type("File", (), {"rfilename": name})() for name in names]})()
 

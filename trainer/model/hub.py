@@ -41,13 +41,7 @@ def fetch(
     if not HUB_ID.fullmatch(reference) or Path(reference).suffix in {".safetensors", *PICKLED}:
         raise UserError(f"{key}: {reference} does not exist, and is not a hub id (owner/name) either{hint}")
     try:
-        names = [file.rfilename for file in HfApi().model_info(reference, revision=revision).siblings or []]
-        if "unet" in folders and MODEL_INDEX_FILE not in names:
-            files = sorted(name for name in names if name.endswith(".safetensors"))
-            has = f"it holds {', '.join(files[:6])}: download one and name the file" if files else "it holds no weights"
-            raise UserError(
-                f"{key}: {reference} is not a model in diffusers layout (model_index.json is missing); {has}"
-            )
+        names = list_hub_files(reference, revision, key, folders)
         return Path(snapshot_download(reference, revision=revision, allow_patterns=choose_files(names, folders)))
     except HUB_ERRORS as error:
         reason = shorten(str(error))
@@ -62,6 +56,25 @@ def fetch(
             f"not be fetched from the hub: {reason}"
         )
     return cached
+
+
+def list_hub_files(
+    reference: str, revision: str | None, key: str, folders: Sequence[str] = tuple(STEMS), timeout: float | None = None
+) -> list[str]:
+    """The names of a hub id's files; the hub is asked, for ``timeout`` seconds at most, and nothing is fetched.
+
+    Raises:
+        UserError: when it is no model in diffusers' layout, where a whole one is wanted.
+        HUB_ERRORS: when the hub has no such model, or cannot be asked.
+    """
+    names = [
+        file.rfilename for file in HfApi().model_info(reference, revision=revision, timeout=timeout).siblings or []
+    ]
+    if "unet" in folders and MODEL_INDEX_FILE not in names:
+        files = sorted(name for name in names if name.endswith(".safetensors"))
+        has = f"it holds {', '.join(files[:6])}: download one and name the file" if files else "it holds no weights"
+        raise UserError(f"{key}: {reference} is not a model in diffusers layout (model_index.json is missing); {has}")
+    return names
 
 
 def find_absent(snapshot: Path, folders: Sequence[str]) -> list[str]:
