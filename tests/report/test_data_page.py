@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import trainer.report.data_page as report_module
+from support.html_reader import Reader
 from support.paths import REPOSITORY
 from support.posts_on_disk import rows_to_table
 from trainer.config.schema import CaptionsConfig, Config
@@ -43,45 +43,6 @@ from trainer.report.survey import (
 HOSTILE = "<script>alert('1')</script>&\"x\""
 
 MakeConfig = Callable[..., Config]
-
-
-class Reader(HTMLParser):
-    """Tags in their order, attributes, table rows as lists of cells, and all text outside <style>."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.open: list[str] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.feed(page)
-        self.text = " ".join(self.text.split())
-        assert self.open == [], "a tag is not closed"
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attributes]
-        if tag not in ("meta", "wbr"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attributes]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.text += data
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
 
 
 def row(key: str, **more: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Look before you train: what a set holds and what a run makes of it."""
+"""Pages: what a set holds and what a run makes of it, what a run has done, runs side by side."""
