@@ -1,6 +1,7 @@
 """A headless Chromium, driven over the pipe of its DevTools protocol: what a person would see, click and type."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -108,10 +109,16 @@ def browse(profile: Path) -> Iterator[Page]:
     """A browser with a fresh profile in a folder of the test's own."""
     assert CHROMIUM is not None
     (its_in, our_out), (our_in, its_out) = os.pipe(), os.pipe()
-    words = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
-    command = ["sh", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "sh", *words]
+
+    def take_pipes() -> None:
+        """The browser reads from 3 and writes to 4, of which either may be the other's number here."""
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (its_in, its_out)]
+        for number, end in zip((3, 4), ends, strict=True):
+            os.dup2(end, number)
+
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, pass_fds=(its_in, its_out), stdout=quiet, stderr=quiet)
+    process = subprocess.Popen(command, close_fds=False, preexec_fn=take_pipes, stdout=quiet, stderr=quiet)
     os.close(its_in)
     os.close(its_out)
     try:
