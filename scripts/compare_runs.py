@@ -16,7 +16,8 @@ from trainer.core.files import home_path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put runs side by side, as a page and as a short table.")
-    parser.add_argument("runs", nargs="+", type=find_run_path, metavar="RUN", help="a run's folder, name or config")
+    parser.add_argument("run", type=find_run_path, metavar="RUN", help="a run's folder, name or config")
+    parser.add_argument("others", nargs="+", type=find_run_path, metavar="RUN", help="those beside it")
     parser.add_argument("--out", type=home_path, default=Path("compare.html"), metavar="FILE.html",
                         help="default: compare.html here")  # fmt: skip
     arguments = parser.parse_args()
@@ -24,7 +25,7 @@ def main() -> None:
     from trainer.report.pages import check_page_path, write_html
 
     check_page_path(arguments.out, COMPARISON_GENERATOR)  # before the work
-    runs = read_runs([Path(run) for run in arguments.runs])
+    runs = read_runs([Path(run) for run in (arguments.run, *arguments.others)])
     write_html(arguments.out, render_comparison(runs, arguments.out), COMPARISON_GENERATOR)
     print(summarise_runs(runs))
     print(f"page: {arguments.out}")
