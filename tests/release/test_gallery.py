@@ -77,6 +77,26 @@ def test_a_sample_says_its_negative_prompt_once() -> None:
     assert "No negative prompt." in write_card(make_release(samples=[make_sample("a.png")]))
 
 
+@pytest.mark.parametrize(
+    ("words", "size", "said"),
+    [
+        ([], "640x1536", "640 x 1536"),  # a sample's
+        ([], "640x99999", "832 x 1216"),
+        ([], "7x9", "832 x 1216"),
+        ([], None, "832 x 1216"),  # drawn while training
+        (["sampling.prompts=[]", "sampling.every_steps=null"], None, "832 x 1216"),  # one of the sizes
+        (["sampling.prompts=[]", "sampling.every_steps=null", "sampling.width=800"], None, "1024 x 1024"),
+        (["sampling.prompts=[]", "sampling.every_steps=null", "buckets={base_resolution: 128, min_side: 64, "
+          "max_side: 256, step: 32, upscale: true}"], None, "128 x 128"),  # as the demo has it
+    ],
+)  # fmt: skip
+def test_the_size_to_begin_with_is_one_that_the_model_knows(words: list[str], size: str | None, said: str) -> None:
+    samples = [make_sample("a.png", size=size)] if size else []
+    card = write_card(make_release(*words, samples=samples))
+    width, _, height = said.partition(" x ")
+    assert f", {said}, prompts of up to" in card and f"    width={width},\n    height={height},\n" in card
+
+
 # --- the author's own words
 
 

@@ -62,7 +62,7 @@ def test_what_lists_of_models_show(run: Path, request_of: Request, tmp_path: Pat
     for path in (folder / "stage2-fp16.safetensors", folder / "stage2-fp32.safetensors"):
         said = LazyFile(path).metadata
         assert said["modelspec.usage_hint"].startswith("Prompt with tags: masterpiece, best quality, 1girl, character,")
-        assert "Negative prompt: nsfw, lowres" in said["modelspec.usage_hint"]
+        assert len(said["modelspec.usage_hint"]) < 250  # it "should be short"
         assert said["modelspec.usage_hint"].endswith("28 steps, guidance 7. A base to build on, not for inference.")
         assert said["modelspec.tags"] == "anime, text-to-image, stable-diffusion, stable-diffusion-xl"
         assert "modelspec.thumbnail" not in said

@@ -18,7 +18,10 @@ from trainer.sample.drawing import find_source, load_source
 from trainer.sample.sampling import encode_texts
 
 __all__ = ["parts", "request_of", "run", "stages", "stand_in"]  # fixtures
-SAMPLING = {"width": 64, "height": 96, "num_inference_steps": 2, "negative_prompt": 'bad, "quoted", love live!'}
+SAMPLING = {
+    "every_steps": 10, "prompts": ["1girl, smile, rating: general"], "width": 64, "height": 96,
+    "num_inference_steps": 2, "negative_prompt": 'bad, "quoted", love live!',
+}  # fmt: skip
 LONG = "masterpiece, best quality, 1girl, love live!, " + "bird, cat, " * 60 + "love live!"
 
 
@@ -51,7 +54,7 @@ def test_the_script_runs_as_it_stands(published: Path) -> None:
     first, second = scripts_of(published / "README.md")
     assert first.splitlines()[3] == 'model = "owner/my-model"  # or the path of a folder with these files'
     names = execute(first, {})
-    assert names["prompt"].startswith("masterpiece, best quality, 1girl")
+    assert names["prompt"] == "masterpiece, best quality, 1girl, smile, rating: general"
     assert names["negative_prompt"] == SAMPLING["negative_prompt"]
     with Image.open("image.png") as image:
         assert image.size == (64, 96)

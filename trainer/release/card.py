@@ -5,6 +5,8 @@ template of the user's may read. It is sandboxed, and all that it prints is esca
 """
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,6 +30,7 @@ from trainer.sample.pictures import Sample
 
 RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 TEMPLATES = Path(str(resources.files("trainer.release")))
+SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
 HUB_TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-xl", "safetensors", "diffusers", "anime"]
 
 
@@ -111,10 +114,10 @@ def describe_release(release: Release) -> dict[str, Any]:
 
 def describe_use(release: Release) -> dict[str, Any]:
     """What a template may read of how the model is prompted, as plain values; and the card's header."""
-    captions, buckets, sampling = release.config.captions, release.config.buckets, release.config.sampling
+    captions, buckets = release.config.captions, release.config.buckets
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
     best, general = best_tags(captions), captions.ratings.get("g")
-    year = ["year tag"] if captions.years else []
+    year, (width, height) = ["year tag"] if captions.years else [], choose_size(release, sides)
     return {
         "header": yaml.safe_dump(build_header(release), sort_keys=False, allow_unicode=True, width=120),
         "people": [tag for tag in captions.people[:1] + captions.people[6:8] if tag],
@@ -123,8 +126,8 @@ def describe_use(release: Release) -> dict[str, Any]:
         "caution": caution(captions),
         "sizes": [f"{width} x {height}" for width, height in sides],
         "prompt": choose_prompt(release),
-        "width": sampling.width or buckets.base_resolution,
-        "height": sampling.height or buckets.base_resolution,
+        "width": width,
+        "height": height,
         "samples": describe_samples(release),
         "samples_line": line_of_all(release.samples),
         **describe_tags(captions),
@@ -155,6 +158,18 @@ def choose_prompt(release: Release) -> str:
     prompts.append(", ".join([*people, "solo", "smile", *([general] if general else [])]))
     begin = ", ".join(best)
     return next((text for text in prompts if text.startswith(begin)), f"{begin}, {prompts[0]}")
+
+
+def choose_size(release: Release, sides: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(width, height) to begin with: the first sample's, or the config's where it was drawn or is one of ``sides``."""
+    buckets, sampling = release.config.buckets, release.config.sampling
+    if release.samples and (match := SIZE.fullmatch(str(release.samples[0].settings.get("size")))):
+        width, height = int(match[1]), int(match[2])
+        if max(width, height) <= buckets.max_side and width % 8 == height % 8 == 0:
+            return width, height
+    square = buckets.base_resolution
+    size = sampling.width or square, sampling.height or square
+    return size if sampling.prompts or size in sides else (square, square)
 
 
 def best_tags(captions: CaptionsConfig) -> list[str]:

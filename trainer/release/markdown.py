@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from trainer.core.errors import UserError
 
-PHONE_COLUMNS = 42  # of code on a screen of 390 pixels
+PHONE_COLUMNS = 40  # of code on a screen of 390 pixels
 CODE_COLUMNS = 76
 
 

@@ -25,10 +25,10 @@ def listing_entries(release: Release) -> dict[str, str | None]:
 def usage_hint(release: Release) -> str:
     """How to prompt and with which settings, in two or three short sentences."""
     sampling = release.config.sampling
-    parts = [f"Prompt with tags: {', '.join(describe_use(release)['example'])}."]
-    if sampling.negative_prompt and sampling.guidance_scale > 1:
-        parts.append(f"Negative prompt: {sampling.negative_prompt}.")
-    parts.append(f"Euler ancestral, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}.")
+    parts = [
+        f"Prompt with tags: {', '.join(describe_use(release)['example'])}.",
+        f"Euler ancestral, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}.",
+    ]
     if release.config.publish.base_only:
         parts.append("A base to build on, not for inference.")
     return " ".join(parts)
