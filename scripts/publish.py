@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from trainer.config.run_names import find_run_path
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
-from trainer.release.request import Request, read_publish_config
+from trainer.release.request import Request, read_publish_config, remark_on_card
 
 if TYPE_CHECKING:
     from trainer.release.card import Release
@@ -94,6 +94,8 @@ def report_result(folder: Path, release: Release, request: Request) -> None:
         way = "--base names one too" if request.base else "if it is on the Hub, --base owner/name says so"
         print("  no base_model in the card's header: the run found its base in a folder; CHANGES.md has its hash; "
               + way)  # fmt: skip
+    for remark in remark_on_card(release.config.publish):
+        print(f"  {remark}")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,25 @@ def test_a_cell_breaks_no_table() -> None:
 
 
 def test_v_prediction_is_said() -> None:
-    assert "predicts v\n" in write_card(make_release("diffusion.prediction_type=v_prediction"))
+    card = write_card(make_release("diffusion.prediction_type=v_prediction"))
+    assert "predicts v\n" in card and "a tensor in it, `v_pred`, that it predicts v.\n" in card
+    assert "v_pred" not in write_card(make_release())
+
+
+@pytest.mark.parametrize(
+    ("upcast", "said"), [(True, "asks for fp32, in which diffusers"), (False, "lets it run in fp16.")]
+)
+def test_what_the_vaes_config_says(upcast: bool, said: str) -> None:
+    card = write_card(make_release("model.vae=null", vae_upcast=upcast))
+    assert f"The VAE in these files is the base's own; its config {said}" in card
+
+
+@pytest.mark.parametrize("form", ["single_file", "diffusers"])
+def test_one_format_alone(form: str) -> None:
+    weights = "a-fp16.safetensors" if form == "single_file" else None
+    card = write_card(make_release(f"publish.formats=[{form}]", weights=weights))
+    assert ("ComfyUI" in card) == (form == "single_file") and ("```python" in card) == (form == "diffusers")
+    assert "ComfyUI" not in write_card(make_release(sdxl_shapes=False))
 
 
 # --- a template of the user's

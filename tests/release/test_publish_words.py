@@ -151,6 +151,15 @@ def test_what_was_given_is_not_asked_for(told: Callable[..., str], tiny_base: Pa
     assert "--base owner/name" not in printed and "--base names one too" in printed
 
 
+def test_what_the_card_says_for_you_is_told(told: Callable[..., str], tiny_base: Path) -> None:
+    printed = told()
+    assert "does not call it a base to build on: publish.base_only=true does" in printed
+    assert "names no repository: publish.repo_id=owner/name builds a folder whose card does" in printed
+    printed = told("publish.base_only=true", "publish.repo_id=owner/name", "--out", str(tiny_base.parent / "base_only"))
+    assert "the card calls it a base to build on, not for inference: publish.base_only is true" in printed
+    assert "names no repository" not in printed
+
+
 # --- who can load it
 
 

@@ -48,7 +48,7 @@ class Release:
     weights: str | None  # the single file, if there is one
     full_precision: str | None  # the fp32 file, if it is in the folder
     sdxl_shapes: bool = True  # other programs read the single file only then
-    vae_upcast: bool = True  # diffusers decodes in fp32, because the VAE's config says so
+    vae_upcast: bool = True  # the VAE's config asks for fp32
     card_template: Path | None = None  # publish.card_template as it is found from here
 
     @property

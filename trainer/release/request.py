@@ -1,11 +1,11 @@
 """What scripts/publish.py is asked for, and the config that it asks: both can be refused before torch is imported."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.load import load_config
-from trainer.config.schema import Config
+from trainer.config.schema import Config, PublishConfig
 from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, RUN_FILE
 
@@ -34,6 +34,16 @@ def read_publish_config(run: Path, overrides: Sequence[str]) -> Config:
     if strange := [word for word in overrides if not word.startswith("publish.")]:
         raise UserError(f"{strange[0]} has no effect on a run that is made: only publish.key=value can be set here")
     return load_config([run / CONFIG_FILE], overrides)
+
+
+def remark_on_card(publish: PublishConfig) -> Iterator[str]:
+    """What the card says by itself, or leaves open, which a reader of the config may not expect."""
+    if publish.base_only:
+        yield "the card calls it a base to build on, not for inference: publish.base_only is true"
+    else:
+        yield "the card does not call it a base to build on: publish.base_only=true does"
+    if publish.repo_id is None and "diffusers" in publish.formats:
+        yield "its script names no repository: publish.repo_id=owner/name builds a folder whose card does"
 
 
 def suggest_runs(path: Path) -> str:
