@@ -118,7 +118,7 @@ def show(folder: Path) -> None:
     picture = paint(rows, [drawing.prompt for drawing in drawings], title)
     save_png(picture, folder / "samples.png")
     half = picture.resize((picture.width // SCALE, picture.height // SCALE), Image.Resampling.BOX)
-    save_png(half.quantize(256), folder / "demo.png")  # a third of the bytes
+    save_png(half.quantize(256, kmeans=2), folder / "demo.png")  # a third of the bytes
     print(RESULT.format(folder=folder, stage1=exports[0], stage2=exports[1]))
 
 
@@ -143,9 +143,9 @@ The two-stage run is done. Look at {folder}/samples.png first: drawings, and wha
 
 For your own data, with a GPU of 80 GB:
 
-  python scripts/build_shards.py --config configs/stage1_feature_alignment.yaml data.posts=[my/posts.jsonl] data.images=my/images data.shards=my/shards
-  accelerate launch train.py --config configs/stage1_feature_alignment.yaml data.shards=my/shards
-  python scripts/export.py runs/stage1_feature_alignment
+  python scripts/build_shards.py configs/stage1_feature_alignment.yaml data.posts=my/posts.jsonl data.images=my/images data.shards=my/shards
+  accelerate launch train.py configs/stage1_feature_alignment.yaml data.shards=my/shards
+  python scripts/export.py stage1_feature_alignment
 
 The README describes the rest."""  # noqa: E501
 
