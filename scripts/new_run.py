@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_file(arguments.file)
     from trainer.prepare.data_guess import IN_WORDS, guess_data  # torch takes seconds to import
-    from trainer.prepare.draft import list_extended, look_at_machine, make_draft
+    from trainer.prepare.draft import choose_extended, look_at_machine, make_draft
     from trainer.prepare.draft_file import read_name, write_draft
     from trainer.prepare.model_guess import guess_model
 
@@ -38,8 +38,8 @@ def main() -> None:
     model = guess_model(arguments.model)
     data = guess_data(arguments.data, arguments.images)
     machine = look_at_machine()
-    draft = make_draft(name, arguments.stage, data, model, machine)
-    text = write_draft(draft, list_extended(arguments.stage, model), data.source.path)
+    draft = make_draft(arguments.file, arguments.stage, data, model, machine)
+    text = write_draft(draft, choose_extended(arguments.stage, model), data.source.path)
     write_new(arguments.file, text)
     source = data.source
     where = source.path if source.images in (None, source.path) else f"{source.path}, {source.images}"

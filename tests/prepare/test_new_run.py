@@ -16,7 +16,7 @@ from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import Config, SourceConfig
 from trainer.prepare.data_guess import DataGuess, guess_data
-from trainer.prepare.draft import Machine, choose_batch, choose_unit, list_extended, make_draft
+from trainer.prepare.draft import Machine, choose_batch, choose_extended, choose_unit, make_draft
 from trainer.prepare.draft_file import as_yaml, read_name, write_draft
 from trainer.prepare.model_guess import SDXL_TOKENIZERS, ModelGuess, guess_model
 from trainer.prepare.prepare import prepare
@@ -81,9 +81,11 @@ def test_images_with_captions_and_the_tiny_model(new_run: NewRun, here: Path, ti
     assert (config.run.name, config.run.output_dir, config.run.stage) == ("my", "runs", "1, feature alignment")
     assert (config.data.images, config.data.posts, config.data.shards) == ("pics", None, "shards/my")
     assert (config.model.pretrained, config.model.vae) == (str(tiny_base), None)
-    assert config.buckets.base_resolution == 128 and config.precision.vae == "fp32"
-    assert config.optim.text_encoder_1_lr == config.optim.text_encoder_2_lr == config.optim.unet_lr
-    assert config.data.global_batch_size == 4 and config.schedule.epochs == 286  # 500 steps of 4 samples
+    assert config.precision.vae == "fp32"
+    demo = load_config([REPOSITORY / "configs/demo_stage1.yaml"])
+    assert config.optim == demo.optim and config.buckets == demo.buckets
+    assert config.data.global_batch_size == 16 and config.schedule.epochs == 1143  # 500 steps of 16 samples
+    assert config.schedule.max_steps is None
     assert len(config.sampling.prompts) == 3 and config.sampling.negative_prompt == ""
     # it is prepared without another word: the one image without a caption is allowed for
     prepare(load_config(["my.yaml"], ["data.decode_processes=0"], preparing=True), progress=False)
@@ -232,7 +234,7 @@ def test_a_model_that_cannot_be_trained_is_refused_now(new_run: NewRun, here: Pa
 def drafted(model: ModelGuess, machine: Machine, images: int = 2000, stage: int = 1) -> Config:
     """The config that is written for so many square images."""
     data = DataGuess(SourceConfig("folder", "pics"), captions=images, sizes=[(1024, 1024)] * 100)
-    text = write_draft(make_draft("my", stage, data, model, machine), list_extended(stage, model), "pics")
+    text = write_draft(make_draft(Path("my.yaml"), stage, data, model, machine), choose_extended(stage, model), "pics")
     Path("drafted.yaml").write_text(text)
     return load_config(["drafted.yaml"])
 

@@ -5,21 +5,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from trainer.config.extends import PROGRAM_FOLDER
+from trainer.config.extends import find_extended
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.core.disk import format_bytes
 from trainer.data.buckets import Size
 from trainer.prepare.data_guess import DataGuess
-from trainer.prepare.draft_file import Draft, Written, as_yaml, write_source
+from trainer.prepare.draft_file import Draft, Written, as_yaml, read_name, write_source
 from trainer.prepare.model_guess import ModelGuess
 
 STAGE_FILES = {1: "configs/stage1_feature_alignment.yaml", 2: "configs/stage2_refine_unet.yaml"}
-SMALL_FILE = "configs/demo.yaml"  # sizes and precision for a model of the demo's size
-SMALL_RATE = "5.0e-4"  # of stage 2 for such a model, the demo's
+SMALL_FILES = {1: "configs/demo_stage1.yaml", 2: "configs/demo_stage2.yaml"}  # for a model of the demo's size
 LEAST_STEPS = 500  # of a run: with fewer a model has hardly moved
 STEPS_OF_AN_EPOCH = 10  # at least: a step holds a tenth of the images at most ...
 LEAST_BATCH = 4  # ... but no fewer, as far as there are images
@@ -52,10 +52,9 @@ def look_at_machine() -> Machine:
     return Machine(first.name, first.total_memory, count, find_spec("bitsandbytes") is not None)
 
 
-def make_draft(name: str, stage: int, data: DataGuess, model: ModelGuess, machine: Machine) -> Draft:
-    """All that a config says beside what it extends."""
-    files = list_extended(stage, model)
-    base = load_config([PROGRAM_FOLDER / file for file in files], preparing=True)
+def make_draft(file: Path, stage: int, data: DataGuess, model: ModelGuess, machine: Machine) -> Draft:
+    """All that the config ``file`` is to say beside what it extends."""
+    base, name = load_config([find_extended(choose_extended(stage, model), file)], preparing=True), read_name(file)
     draft = Draft()
     draft.add("run", "name", name)
     if model.is_small:
@@ -69,16 +68,16 @@ def make_draft(name: str, stage: int, data: DataGuess, model: ModelGuess, machin
         )
     steps = choose_sizes(draft, data, base, machine, model.is_small)
     if model.is_small:
-        choose_small(draft, stage, data, base, steps)
+        choose_small(draft, choose_extended(stage, model), data, base, steps)
     else:
         choose_for_machine(draft, stage, base, machine)
         choose_samples(draft, data, base, machine)
     return draft
 
 
-def list_extended(stage: int, model: ModelGuess) -> list[str]:
-    """The files that the config extends."""
-    return [STAGE_FILES[stage], *([SMALL_FILE] if model.is_small else [])]
+def choose_extended(stage: int, model: ModelGuess) -> str:
+    """The file that the config extends."""
+    return SMALL_FILES[stage] if model.is_small else STAGE_FILES[stage]
 
 
 def choose_model(draft: Draft, model: ModelGuess, base: Config) -> None:
@@ -127,30 +126,40 @@ def choose_source(draft: Draft, name: str, data: DataGuess) -> None:
 
 def choose_sizes(draft: Draft, data: DataGuess, base: Config, machine: Machine, is_small: bool) -> int:
     """The sizes of batches and the length, by the number of images and their buckets; returns the steps."""
-    batch = choose_batch(data.images, base.data.global_batch_size)
-    unit = choose_unit(data.count_buckets(base.buckets), batch, base.data.bucket_batch_size)
+    recipe, bounds = base.data, f"but {LEAST_BATCH} to {base.data.global_batch_size}"
+    # a model made from nothing needs many views, of however few images
+    batch = recipe.global_batch_size if is_small else choose_batch(data.images, recipe.global_batch_size)
+    rule = "as in the demo" if is_small else f"a tenth of the images, {bounds}"
+    unit = choose_unit(data.count_buckets(base.buckets), batch, recipe.bucket_batch_size)
     most = unit if is_small or machine.gpu is None else next(n for least, n in MICRO_BATCHES if machine.memory >= least)
-    micro = max(size for size in divisors(unit) if size <= max(1, min(most, base.data.micro_batch_size)))
-    recipe = base.data.global_batch_size
-    bounds = f"but {LEAST_BATCH} to {recipe}"
-    if (batch, unit) != (recipe, base.data.bucket_batch_size):
-        draft.add("data", "global_batch_size", batch, f"samples of a step: a tenth of the images, {bounds}")
+    micro = max(size for size in divisors(unit) if size <= max(1, min(most, recipe.micro_batch_size)))
+    if batch != recipe.global_batch_size:
+        draft.add("data", "global_batch_size", batch, f"samples of a step: {rule}")
+    if unit != recipe.bucket_batch_size:
         draft.add("data", "bucket_batch_size", unit, "nine images in ten lie in buckets of at least as many")
-    if micro != base.data.micro_batch_size:
+    if micro != recipe.micro_batch_size:
         measured = "" if is_small or machine.gpu is None else "; not measured yet on this GPU"
         draft.add("data", "micro_batch_size", micro, f"samples of one forward{measured}")
+    epochs = choose_epochs(draft, data.images, batch, base)
+    steps = math.ceil(epochs * data.images / batch)
+    draft.said.append(
+        f"sizes: {batch} samples a step ({rule}), {unit} of them from one bucket, {epochs} epochs, about {steps:,} "
+        f"steps (10 epochs, or {LEAST_STEPS} steps where that is more)"
+    )
+    return steps
+
+
+def choose_epochs(draft: Draft, images: int, batch: int, base: Config) -> int:
+    """The recipe's, or as many as make a run of some length."""
     epochs = base.schedule.epochs or 10
-    if math.ceil(epochs * data.images / batch) < LEAST_STEPS:
-        epochs = math.ceil(LEAST_STEPS * batch / data.images)
+    if math.ceil(epochs * images / batch) < LEAST_STEPS:
+        epochs = math.ceil(LEAST_STEPS * batch / images)
         draft.add("schedule", "epochs", epochs, f"as many as make {LEAST_STEPS} steps, of so few images")
     elif base.schedule.epochs is None:
         draft.add("schedule", "epochs", epochs)
-    steps = math.ceil(epochs * data.images / batch)
-    draft.said.append(
-        f"sizes: {batch} samples a step (a tenth of the images, {bounds}), {unit} of them from one bucket, "
-        f"{epochs} epochs, about {steps:,} steps (10 epochs, or {LEAST_STEPS} steps where that is more)"
-    )
-    return steps
+    if base.schedule.max_steps is not None:
+        draft.add("schedule", "max_steps", None)
+    return epochs
 
 
 def choose_batch(images: int, most: int) -> int:
@@ -174,13 +183,8 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def choose_small(draft: Draft, stage: int, data: DataGuess, base: Config, steps: int) -> None:
-    """Rates and samples for a model of the demo's size, which was made from nothing."""
-    if stage == 1:
-        for part in ("text_encoder_1", "text_encoder_2"):
-            draft.add("optim", f"{part}_lr", Written("${optim.unet_lr}"), "as the UNet: it was made from nothing too")
-    else:
-        draft.add("optim", "unet_lr", Written(SMALL_RATE), "the demo's")
+def choose_small(draft: Draft, extended: str, data: DataGuess, base: Config, steps: int) -> None:
+    """Samples of a model of the demo's size, which was made from nothing."""
     if prompts := data.choose_prompts(base.captions, PROMPTS):
         draft.add("sampling", "every_steps", max(10, steps // 50 * 10))
         draft.add("sampling", "width", None, "null: buckets.base_resolution")
@@ -188,7 +192,7 @@ def choose_small(draft: Draft, stage: int, data: DataGuess, base: Config, steps:
         draft.add("sampling", "guidance_scale", 1.0, "a model made from nothing has nothing to push away from")
         draft.add("sampling", "negative_prompt", "")
         add_prompts(draft, prompts)
-    draft.said.append(f"a model of the demo's size: sizes, rates and precision of {SMALL_FILE}, for trying")
+    draft.said.append(f"a model of the demo's size: rates, buckets and precision of {extended}, for trying")
 
 
 def choose_samples(draft: Draft, data: DataGuess, base: Config, machine: Machine) -> None:

@@ -30,12 +30,12 @@ class Draft:
         self.sections.setdefault(section, []).append((key, text, why))
 
 
-def write_draft(draft: Draft, extended: list[str], looked_at: str) -> str:
+def write_draft(draft: Draft, extended: str, looked_at: str) -> str:
     """The config as a text; ``looked_at`` is where the data lie."""
     head = [
         f"# Written by scripts/new_run.py after a look at {oneline(looked_at)}: change what you like.",
         "# Every field: docs/config.md, or --help-config. Paths are relative to the folder in which commands start.",
-        f"extends: {extended[0] if len(extended) == 1 else '[' + ', '.join(extended) + ']'}",
+        f"extends: {extended}",
     ]
     order = [name for name in Config.__dataclass_fields__ if name in draft.sections]
     return "\n".join(
