@@ -42,6 +42,8 @@ INSTALL_FOR_CUDA = for package in bitsandbytes xformers; do \
 	@$(PIP) --constraint constraints.txt --no-deps open_clip_torch
 	@touch $@
 
+# threads that sleep instead of spinning while they wait for each other: beside other work spinning costs a multiple
+demo: export OMP_WAIT_POLICY := PASSIVE
 demo: .venv/installed
 	test -d demo_run/tiny_base || $(BIN)/python scripts/make_tiny_base.py demo_run/tiny_base
 	$(BIN)/python scripts/build_shards.py $(STAGE1)

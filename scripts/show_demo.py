@@ -137,7 +137,7 @@ The two-stage run is done. Look at {folder}/samples.png first: drawings, and wha
 
   pictures         {folder}/samples.png, {folder}/demo.png (half the size)
   shards           {folder}/shards1, {folder}/shards2  (index.arrow, manifest.json, quarantine.jsonl)
-  runs             {folder}/runs  (config.yaml, metrics.jsonl, checkpoints/)
+  runs             {folder}/runs  (index.html, config.yaml, metrics.jsonl, checkpoints/)
   stage 1 export   {stage1}
   stage 2 export   {stage2}  (and .safetensors beside it)
 
