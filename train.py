@@ -4,20 +4,31 @@ Starting the same command again continues from the newest checkpoint. With ``--c
 refused as for a run, and it ends before the first step.
 """
 
+import dataclasses
+import os
+
 from trainer.config.command_line import config_parser, finish_command_line
 from trainer.config.load import load_config
+from trainer.core.commands import config_words, training_command
+from trainer.core.console import NextStep, Result
 from trainer.core.errors import run_command
 
 
-def main() -> None:
+def main() -> Result:
     parser = config_parser("Train one stage of SDXL fine-tuning.")
     parser.add_argument("--check", action="store_true", help="stop before the first step: say what would be trained")
     arguments = finish_command_line(parser)
     config = load_config(arguments.config, arguments.overrides)
+    from trainer.core.distributed import uses_cpu
     from trainer.train.loop import train  # after what can be refused at once: torch takes seconds to import
 
-    train(config, check=arguments.check)
+    result = train(config, check=arguments.check)
+    if not arguments.check:
+        return result
+    words = config_words(arguments.config, arguments.overrides)
+    again = NextStep("train", training_command(words, int(os.environ.get("WORLD_SIZE", "1")), uses_cpu()))
+    return dataclasses.replace(result, next=[again])
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "the same command resumes from the last checkpoint")

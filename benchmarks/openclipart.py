@@ -91,7 +91,7 @@ def work(words: list[str]) -> None:
     """One preparation; says what it did and how long it took, imports excluded, as JSON."""
     config = load_config([ROOT / name for name in CONFIGS], words)
     began = time.perf_counter()
-    summary = prepare(config, progress=False)
+    summary = prepare(config)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(asdict(summary) | {"folder": str(summary.folder), "seconds": time.perf_counter() - began}))
 
@@ -162,7 +162,7 @@ def measure(bench: Bench) -> None:
     check("and leaves the older shards as they are", kept == tars)
     check("nothing is encoded without a change", again["encoded"] == 0)
     for name in names:
-        check(str(verify_shards(bench.shards(name), progress=False)), True)
+        check(str(verify_shards(bench.shards(name))), True)
     print("set aside: " + json.dumps(added["set_aside"]))
 
 

@@ -9,10 +9,11 @@ import json
 
 from trainer.config.command_line import config_parser, finish_command_line
 from trainer.config.load import load_config
+from trainer.core.console import Result
 from trainer.core.errors import UserError, run_command
 
 
-def main() -> None:
+def main() -> Result:
     parser = config_parser("Show what one step sees, without a model: one JSON line per sample.")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="which step, counted from 0")
     arguments = finish_command_line(parser)
@@ -24,8 +25,8 @@ def main() -> None:
     from trainer.report.explain import explain_step
 
     index = open_index(config.data.shards)
-    for line in explain_step(config, index, build_plan(index, config.run.seed, config.data), arguments.step):
-        print(json.dumps(line, ensure_ascii=False))
+    samples = list(explain_step(config, index, build_plan(index, config.run.seed, config.data), arguments.step))
+    return Result("\n".join(json.dumps(each, ensure_ascii=False) for each in samples), facts={"samples": samples})
 
 
 if __name__ == "__main__":

@@ -7,33 +7,77 @@ NAME is runs/NAME where no such path lies here; a config, such as my.yaml, stand
 Writes the formats of the config's publish.formats into RUN/export, and overwrites nothing there.
 """
 
-import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.config.run_names import find_run_path
+from trainer.config.run_names import find_run_path, name_run
+from trainer.config.schema import SamplingConfig
+from trainer.core.commands import command
+from trainer.core.console import CommandParser, NextStep, Result
+from trainer.core.disk import format_bytes
 from trainer.core.errors import run_command
 from trainer.core.files import home_path
+from trainer.core.layout import EXPORT_FOLDER, RUN_FILE
+
+SDXL_SIDE = 1024  # pixels
+PROMPT = "masterpiece, best quality, 1girl, solo, smile, rating: general"  # where the run has none
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a run's newest checkpoint, or the given one.")
+def main() -> Result:
+    parser = CommandParser("Export a run's newest checkpoint, or the given one.")
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's name, folder or config, or a checkpoint")
     parser.add_argument("--out", type=home_path, metavar="DIR", help="where to write; default: RUN/export")
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: the config's publish.dtype")
     arguments = parser.parse_args()
     source = Path(find_run_path(arguments.source))
-    from trainer.model.base import find_base  # torch takes seconds to import
-    from trainer.release.export import export, has_sdxl_shapes
+    from trainer.release.export import export  # torch takes seconds to import
 
-    for path in export(source, arguments.out, arguments.dtype):
-        if path.is_dir():
-            print(f"diffusers folder: {path}")
-            print(f'  for StableDiffusionXLPipeline.from_pretrained("{path}"), or model.pretrained of the next stage')
-        else:
-            print(f"single file: {path}")
-            if has_sdxl_shapes(find_base(str(path))):
-                print("  for ComfyUI, Forge and others: put it into their checkpoints folder")
+    paths = export(source, arguments.out, arguments.dtype)
+    sizes = {str(path): measure(path) for path in paths}
+    said = "\n".join(describe(path, sizes[str(path)]) for path in paths)
+    return Result(said, paths, {"bytes": sizes}, list(suggest(paths)))
+
+
+def measure(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def describe(path: Path, size: int) -> str:
+    """What an export is, and what it is for."""
+    from trainer.model.base import find_base
+    from trainer.release.export import has_sdxl_shapes
+
+    if path.is_dir():
+        use = f'\n  for StableDiffusionXLPipeline.from_pretrained("{path}"), or model.pretrained of the next stage'
+        return f"diffusers folder: {path}, {format_bytes(size)}{use}"
+    fits = has_sdxl_shapes(find_base(str(path)))
+    use = "\n  for ComfyUI, Forge and others: put it into their checkpoints folder" if fits else ""
+    return f"single file: {path}, {format_bytes(size)}{use}"
+
+
+def suggest(paths: Sequence[Path]) -> Iterator[NextStep]:
+    """To draw with the export, and after a first stage to refine it on other data."""
+    from trainer.model.lineage import read_lineage
+
+    made = read_lineage(paths[0]) or {}
+    config = made.get("config", {})
+    sampling, side = config.get("sampling", {}), config.get("buckets", {}).get("base_resolution", SDXL_SIDE)
+    words = ["--prompt", *(sampling.get("prompts") or [PROMPT])[:1]]
+    words += ["--size", f"{side}x{side}"] if side != SDXL_SIDE else []
+    guidance = sampling.get("guidance_scale", SamplingConfig.guidance_scale)
+    words += ["--guidance", f"{guidance:g}"] if guidance != SamplingConfig.guidance_scale else []
+    run, folders = paths[0].parent.parent, [path for path in paths if path.is_dir()]
+    own = paths[0].parent.name == EXPORT_FOLDER and (run / RUN_FILE).is_file()
+    model = run if own and folders else (folders or paths)[0]
+    word = name_run(run) if model == run else str(model)
+    yield NextStep("draw with it", command("scripts/sample.py", word, *words))
+    if str(made.get("stage", "")).startswith("1") and folders:
+        words = ["configs/stage2_refine_unet.yaml", f"run.name={made['run']}_stage2",
+                 f"model.pretrained={model}", "data.posts=null", "data.images=my/curated/images",
+                 "data.shards=my/curated/shards"]  # fmt: skip
+        yield NextStep("refine it on a curated set (stage 2)", command("scripts/build_shards.py", *words))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "nothing is half written; the same command starts again")

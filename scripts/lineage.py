@@ -6,15 +6,15 @@ FILE is a single file, a diffusers folder, a checkpoint or a published folder; a
 stands for its newest export, or else its newest checkpoint. --config prints each stage's whole config.
 """
 
-import argparse
 from pathlib import Path
 
 from trainer.config.run_names import find_run_path, say_runs
+from trainer.core.console import CommandParser, Result
 from trainer.core.errors import UserError, run_command
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Show what made a file, from the file alone, back to the first base.")
+def main() -> Result:
+    parser = CommandParser("Show what made a file, from the file alone, back to the first base.")
     parser.add_argument(
         "file", metavar="FILE_OR_RUN", help="single file, diffusers folder, checkpoint, published folder or run"
     )
@@ -26,7 +26,8 @@ def main() -> None:
     from trainer.model.lineage import find_lineage
     from trainer.model.lineage_rows import format_tree
 
-    print(format_tree(find_lineage(file), arguments.config), end="")
+    lineage = find_lineage(file)
+    return Result(format_tree(lineage, arguments.config).rstrip("\n"), facts={"lineage": lineage})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Example: `python scripts/make_demo_data.py --out demo`.
 
 from __future__ import annotations
 
-import argparse
 import calendar
 import contextlib
 import datetime
@@ -21,12 +20,14 @@ import shutil
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ET
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from PIL import Image, ImageChops
 
+from trainer.core.console import CommandParser, Result
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import home_path
 
@@ -257,8 +258,8 @@ def write_posts(path: Path, posts: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(post, ensure_ascii=False) + "\n" for post in posts), encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> Result:
+    parser = CommandParser(__doc__ or "", formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--svg", type=home_path, default=Path("/usr/share/openclipart/svg"), help="the package's drawings"
     )
@@ -289,8 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in chosen:
             (Path(folder) / f"{name}.jsonl").replace(args.out / f"{name}.jsonl")
     size = sum(path.stat().st_size for path in (args.out / "images").iterdir())
-    print(f"{len(posts)} drawings, {size / 1e6:.2f} MB, in {args.out / 'images'}, posts beside them")
-    return 0
+    said = f"{len(posts)} drawings, {size / 1e6:.2f} MB, in {args.out / 'images'}, posts beside them"
+    return Result(said, [args.out / "images"], {"drawings": len(posts), "bytes": size})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Example: `python scripts/make_tiny_base.py build/tiny_base --seed 0`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.core.console import CommandParser, Result
 from trainer.core.errors import run_command
 from trainer.core.files import home_path
 
@@ -289,8 +289,8 @@ def build_tiny_base(out: Path, seed: int, vae_weights: Path, posts: Path) -> Non
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> Result:
+    parser = CommandParser(__doc__ or "")
     parser.add_argument("out", type=home_path, help="folder to write; an earlier tiny base there is replaced")
     parser.add_argument("--seed", type=int, default=0, help="of the UNet's and the text encoders' weights")
     parser.add_argument("--vae", type=home_path, default=Path("demo/tiny_vae.safetensors"))
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     build_tiny_base(part, args.seed, args.vae, args.posts)
     shutil.rmtree(args.out, ignore_errors=True)
     part.rename(args.out)
-    return 0
+    return Result(f"a tiny base of SDXL's architecture: {args.out}", [args.out])
 
 
 if __name__ == "__main__":

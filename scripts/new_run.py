@@ -5,19 +5,20 @@
 What was found and chosen is printed, and stands in the file with its reasons. No file is overwritten.
 """
 
-import argparse
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.config.load import load_config
 from trainer.config.yaml_text import YAML_ENDINGS
+from trainer.core.commands import command, training_command
+from trainer.core.console import CommandParser, NextStep, Result, log
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import home_path
 from trainer.core.layout import INDEX_FILE, RUN_FILE
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a first config for your own images, after a look at them.")
+def main() -> Result:
+    parser = CommandParser("Write a first config for your own images, after a look at them.")
     parser.add_argument("file", type=home_path, metavar="my.yaml", help="the config to write; it names the run")
     parser.add_argument("--data", type=home_path, required=True, metavar="FOLDER_OR_FILE",
                         help="images with captions or posts, a posts file, tars, or sd-scripts' metadata")  # fmt: skip
@@ -43,17 +44,16 @@ def main() -> None:
     write_new(arguments.file, text)
     source = data.source
     where = source.path if source.images in (None, source.path) else f"{source.path}, {source.images}"
-    print(f"data: {where}: {IN_WORDS[source.kind]}; {data.describe()}")
-    print(f"model: {model.reference}: {model.said}")
+    log.info("data: %s: %s; %s", where, IN_WORDS[source.kind], data.describe())
+    log.info("model: %s: %s", model.reference, model.said)
     for line in [*data.list_notes(), *model.notes, *draft.said]:
-        print(line)
+        log.info("%s", line)
     if Path("shards", name, INDEX_FILE).is_file():
-        print(f"shards/{name} is there already: build_shards.py adds what is new to it")
-    launch = f"accelerate launch --num_processes {machine.gpus}" if machine.gpus > 1 else "python"
-    drawing = " --size 128x128 --guidance 1" if model.is_small else ""
-    print(describe_next(arguments.file, launch, drawing))
+        log.info("shards/%s is there already: build_shards.py adds what is new to it", name)
     if arguments.stage == 1:
-        print("A small curated set refines what comes out: --stage 2, with this run as the --model.")
+        log.info("a small curated set refines what comes out: --stage 2, with this run as the --model")
+    steps = list(suggest(arguments.file, machine.gpus, model.is_small))
+    return Result(f"written: {arguments.file}", [arguments.file], next=steps)
 
 
 def check_file(file: Path) -> None:
@@ -77,17 +77,15 @@ def write_new(file: Path, text: str) -> None:
         raise
 
 
-def describe_next(file: Path, launch: str, drawing: str) -> str:
-    """The commands that follow."""
-    config = shlex.quote(str(file))
-    return f"""written: {file}
-next, one after the other:
-  python scripts/build_shards.py {config}
-  python scripts/inspect_shards.py {config}
-  {launch} train.py {config}
-  python scripts/export.py {config}
-  python scripts/sample.py {config} --prompt TEXT{drawing}
-  python scripts/publish.py {config}"""
+def suggest(file: Path, gpus: int, is_small: bool) -> Iterator[NextStep]:
+    """The commands that follow, one after the other."""
+    drawing = ["--size", "128x128", "--guidance", "1"] if is_small else []
+    yield NextStep("prepare the images", command("scripts/build_shards.py", file))
+    yield NextStep("look at the set", command("scripts/inspect_shards.py", file))
+    yield NextStep("train", training_command([str(file)], max(gpus, 1)))
+    yield NextStep("export what was trained", command("scripts/export.py", file))
+    yield NextStep("draw with it", command("scripts/sample.py", file, "--prompt", "TEXT", *drawing))
+    yield NextStep("build the folder that others get", command("scripts/publish.py", file))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,26 @@ is sent without --upload.
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config.run_names import find_run_path
+from trainer.core.commands import command
+from trainer.core.console import CommandParser, NextStep, Result
+from trainer.core.disk import format_bytes
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
+from trainer.core.progress import format_count
 from trainer.release.request import Request, read_publish_config, remark_on_card
 
 if TYPE_CHECKING:
     from trainer.release.card import Release
 
 
-def main() -> None:
+def main() -> Result:
     arguments = parse()
     request = Request(
         run=Path(find_run_path(arguments.run)), out=arguments.out,
@@ -38,23 +45,28 @@ def main() -> None:
 
     folder, release = publish(request, arguments.overrides)
     config = release.config.publish
-    report_result(folder, release, request)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    facts = {"folder": str(folder), "files": len(files), "bytes": size, "repository": None, "private": None}
+    said = f"the folder: {folder}, {format_count(len(files), 'file')}, {format_bytes(size)}"
+    said = "\n".join([said, *remark(folder, release, request)])
+    words = [word for word in sys.argv[1:] if word not in ("--json", "--quiet")]  # as they were typed
     if not arguments.upload:
-        missing = "--upload" if config.repo_id else "publish.repo_id=owner/name --upload"
-        print(f"nothing was uploaded; to do that, add {missing}")
-        return
+        words += [*([] if config.repo_id else ["publish.repo_id=owner/name"]), "--upload"]
+        said += "\nnothing was uploaded"
+        return Result(said, [folder], facts, [NextStep("upload it", command("scripts/publish.py", *words))])
     if config.repo_id is None:
         raise UserError("--upload needs publish.repo_id=owner/name")
     check_published(folder, release.config)
     address = upload(folder, config.repo_id, private=config.private, replace=arguments.replace)
-    state = "private: look at it, then publish.private=false makes it public" if config.private else "public"
-    print(f"uploaded and verified: {address} ({state})")
+    said += f"\nuploaded and verified: {address} ({'private: look at it' if config.private else 'public'})"
+    facts |= {"repository": address, "private": config.private}
+    public = command("scripts/publish.py", *words, "publish.private=false")
+    return Result(said, [folder], facts, [NextStep("make it public", public)] if config.private else [])
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Build the folder in which a run is published, and upload it with --upload."
-    )
+    parser = CommandParser("Build the folder in which a run is published, and upload it with --upload.")
     parser.add_argument("run", metavar="RUN", help="the run's name, folder or config")
     parser.add_argument(
         "overrides", nargs="*", metavar="publish.key=value", help="instead of the values in the run's config.yaml"
@@ -81,22 +93,21 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def report_result(folder: Path, release: Release, request: Request) -> None:
-    """Print where the folder is, and what it may lack."""
-    print(f"the folder: {folder}")
-    print(f"  read its README.md first; then cd {folder} && sha256sum --check SHA256SUMS")
+def remark(folder: Path, release: Release, request: Request) -> Iterator[str]:
+    """What to do with the folder, and what it may lack."""
+    yield f"  read its README.md first; then cd {shlex.quote(str(folder))} && sha256sum --check SHA256SUMS"
     if not release.full_precision:
-        print("  the licence's corresponding source includes the weights in full precision: the card offers them at "
-              f"{release.config.publish.source_url}; --full-precision adds them to the folder")  # fmt: skip
+        yield ("  the licence's corresponding source includes the weights in full precision: the card offers them at "
+               f"{release.config.publish.source_url}; --full-precision adds them to the folder")  # fmt: skip
     if not release.samples:
-        print("  no sample images: draw some with scripts/sample.py into RUN/export/samples, or give --samples DIR")
+        yield "  no sample images: draw some with scripts/sample.py into RUN/export/samples, or give --samples DIR"
     if release.base_model is None:
         way = "--base names one too" if request.base else "if it is on the Hub, --base owner/name says so"
-        print("  no base_model in the card's header: the run found its base in a folder; CHANGES.md has its hash; "
-              + way)  # fmt: skip
-    for remark in remark_on_card(release.config.publish):
-        print(f"  {remark}")
+        yield ("  no base_model in the card's header: the run found its base in a folder; CHANGES.md has its hash; "
+               + way)  # fmt: skip
+    for said in remark_on_card(release.config.publish):
+        yield f"  {said}"
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "nothing is half written or half sent; the same command starts again")

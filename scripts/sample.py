@@ -9,12 +9,16 @@ newest export. The defaults are the model card's settings. Nothing in the folder
 
 import argparse
 import dataclasses
-import sys
+from pathlib import Path
 
-from trainer.config.run_names import find_run_path
+from trainer.config.run_names import find_run_path, name_run
 from trainer.config.schema import SamplingConfig
+from trainer.core.commands import command
+from trainer.core.console import CommandParser, NextStep, Result, log
 from trainer.core.errors import UserError, run_command
 from trainer.core.files import expand_home, home_path
+from trainer.core.layout import EXPORT_FOLDER, RUN_FILE, SAMPLES_FOLDER
+from trainer.core.progress import format_count
 from trainer.sample.pictures import (
     CARD_SIZES,
     OF_COMMAND,
@@ -30,9 +34,7 @@ from trainer.sample.pictures import (
 
 def parse() -> argparse.Namespace:
     card = SamplingConfig()
-    parser = argparse.ArgumentParser(
-        description="Draw images with a model. The defaults are the model card's settings."
-    )
+    parser = CommandParser("Draw images with a model. The defaults are the model card's settings.")
     parser.add_argument("model", metavar="MODEL", help="diffusers folder, single file, run or hub id")
     parser.add_argument(
         "--prompts", type=home_path, metavar="FILE", help="one prompt per line; empty and # lines are skipped"
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> Result:
     arguments = parse()
     prompts = [*(read_prompts(arguments.prompts) if arguments.prompts else []), *arguments.prompt]
     if not prompts:
@@ -69,10 +71,8 @@ def main() -> None:
     negative = read_negative(arguments.negative, sampling)
     sampling = dataclasses.replace(sampling, negative_prompt=negative)
     if note := check_prompts(prompts, negative, "prompts", OF_COMMAND):
-        print(note, file=sys.stderr)
+        log.info("note: %s", note)
     seed = read_seed(arguments.seed)
-    if arguments.seed == -1:
-        print(f"random seed of the first image: {seed}")
     from trainer.sample.drawing import default_folder, draw, find_source  # torch takes seconds to import
 
     models = [find_run_path(model) for model in (arguments.model, arguments.compare) if model]
@@ -80,10 +80,21 @@ def main() -> None:
     out = arguments.out or default_folder(sources)
     pictures = plan_pictures(prompts, sizes, seed)
     columns = len(sizes) if len(sizes) > 1 else min(4, len(prompts))
-    grid = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype)
-    print(f"{len(pictures) * len(sources)} image(s), each with its prompt and settings in it: {out}")
-    print(f"grid: {grid}")
+    grid, *files = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype)
+    lines = [f"random seed of the first image: {seed}"] if arguments.seed == -1 else []
+    lines += [f"{format_count(len(files), 'image')}, each with its prompt and settings in it: {out}", f"grid: {grid}"]
+    facts = {"folder": str(out), "grid": str(grid), "seed": seed, "models": [source.name for source in sources]}
+    return Result("\n".join(lines), [grid, *files], facts, suggest(sources[0].base.path, out))
+
+
+def suggest(model: Path, out: Path) -> list[NextStep]:
+    """To publish the run of which this is an export, where the images lie where publishing looks for them."""
+    run = model.parent.parent
+    if not (run / RUN_FILE).is_file() or out.resolve() != (run / EXPORT_FOLDER / SAMPLES_FOLDER).resolve():
+        return []
+    words = ["publish.source_url=https://...", "--license-file", "faipl-1.0-sd.md"]
+    return [NextStep("publish it, with your own address", command("scripts/publish.py", name_run(run), *words))]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "the images that are drawn stay; for the same command again move them away, or name --out")

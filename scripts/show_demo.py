@@ -4,7 +4,6 @@
 (docs/demo.png is a copy of that), and lists what lies where.
 """
 
-import argparse
 import dataclasses
 import json
 import textwrap
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config, SamplingConfig
+from trainer.core.console import CommandParser, Result
 from trainer.core.errors import run_command
 from trainer.core.files import home_path, write_file
 
@@ -66,7 +66,6 @@ def draw(seed: int, export: Path, drawings: Sequence[Drawing]) -> list[Image.Ima
     from trainer.sample.sampling import draw_image
 
     model = load_source(find_source(str(export)), "fp32")
-    model.pipeline.set_progress_bar_config(disable=True)
     return [
         draw_image(model, drawing.prompt, SAMPLING, size=drawing.image.size, seed=(seed, number))
         for number, drawing in enumerate(drawings)
@@ -103,7 +102,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
     write_file(path, lambda part: picture.save(part, format="PNG", optimize=True))
 
 
-def show(folder: Path) -> None:
+def show(folder: Path) -> Result:
     """Draw, write the pictures, and list what lies where."""
     from trainer.model.exports import find_export
 
@@ -119,13 +118,14 @@ def show(folder: Path) -> None:
     save_png(picture, folder / "samples.png")
     half = picture.resize((picture.width // SCALE, picture.height // SCALE), Image.Resampling.BOX)
     save_png(half.quantize(256, kmeans=2), folder / "demo.png")  # a third of the bytes
-    print(RESULT.format(folder=folder, stage1=exports[0], stage2=exports[1]))
+    said = RESULT.format(folder=folder, stage1=exports[0], stage2=exports[1])
+    return Result(said, [folder / "samples.png", *exports])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the demo's captions with both exported stages.")
+def main() -> Result:
+    parser = CommandParser("Draw the demo's captions with both exported stages.")
     parser.add_argument("folder", type=home_path, help="where make demo has written")
-    show(parser.parse_args().folder)
+    return show(parser.parse_args().folder)
 
 
 TITLE = (

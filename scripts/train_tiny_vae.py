@@ -7,17 +7,17 @@ Example: `python scripts/train_tiny_vae.py demo/tiny_vae.safetensors --minutes 6
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
+from trainer.core.console import CommandParser, Result
 from trainer.core.errors import run_command
 from trainer.core.files import home_path
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> Result:
+    parser = CommandParser(__doc__ or "")
     parser.add_argument("out", type=home_path, help="the weights to write, demo/tiny_vae.safetensors")
     parser.add_argument("--drawings", type=home_path, default=Path("/usr/share/openclipart/png"))
     parser.add_argument("--measure-on", type=home_path, default=Path("demo/images"), help="the demo's drawings")
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     from _tiny_vae import remeasure, train  # beside this file; torch takes seconds to import
 
     remeasure(args) if args.remeasure else train(args)
-    return 0
+    return Result(f"weights: {args.out}", [args.out])
 
 
 if __name__ == "__main__":

@@ -9,19 +9,20 @@ difference. Exit code 2: all problems, one per line.
 
 from trainer.config.command_line import config_parser, finish_command_line
 from trainer.config.load import load_config
+from trainer.core.console import Result
 from trainer.core.errors import run_command
 from trainer.core.files import home_path
 
 
-def main() -> None:
+def main() -> Result:
     parser = config_parser("Check every byte of a set of shards against its manifest. FOLDER may stand for a config.")
     arguments = finish_command_line(parser, other="the folder of a set")
     shards = arguments.other or load_config(arguments.config, arguments.overrides, preparing=True).data.shards
     folder = home_path(shards)
     from trainer.prepare.verify import verify_shards
 
-    print(verify_shards(folder))
+    return verify_shards(folder)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "nothing was changed")

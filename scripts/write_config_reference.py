@@ -5,19 +5,18 @@
 A test checks that the page is what the schema says now.
 """
 
-import argparse
-
 from trainer.config.extends import PROGRAM_FOLDER
 from trainer.config.reference import write_reference
+from trainer.core.console import CommandParser, Result
 from trainer.core.errors import run_command
 from trainer.core.files import write_text
 
 
-def main() -> None:
-    argparse.ArgumentParser(description="Write docs/config.md from trainer/config/schema.py.").parse_args()
+def main() -> Result:
+    CommandParser("Write docs/config.md from trainer/config/schema.py.").parse_args()
     page = PROGRAM_FOLDER / "docs/config.md"
     write_text(page, write_reference())
-    print(f"written: {page}")
+    return Result(f"written: {page}", [page])
 
 
 if __name__ == "__main__":

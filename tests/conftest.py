@@ -1,6 +1,7 @@
 """What several tests need: a tiny base model of SDXL's architecture, and shards of demo drawings made with it."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import Config
+from trainer.core.console import log
 from trainer.prepare.prepare import prepare
 
 
@@ -51,7 +53,7 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> 
         "optim.unet_lr=1e-3", "precision.compute=fp32", "precision.frozen=fp32", "memory.gradient_checkpointing=false",
         "captions.max_token_length=75", "logging.every_steps=1", "checkpoint.every_steps=1000",
     ]  # fmt: skip
-    prepare(load_config([], [*words, "run.name=prepare", "schedule.max_steps=1"]), progress=False)
+    prepare(load_config([], [*words, "run.name=prepare", "schedule.max_steps=1"]))
     return words
 
 
@@ -64,6 +66,19 @@ def make_config(tiny_settings: list[str], tmp_path: Path) -> Iterator[Callable[.
         return load_config([], [*base, *words], **options)
 
     yield make
+
+
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """A function that gives what was said since it was last called: notes and warnings, a line each."""
+    caplog.set_level(logging.INFO, log.name)
+
+    def read() -> str:
+        text = "\n".join(record.getMessage() for record in caplog.records)
+        caplog.clear()
+        return text
+
+    return read
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Keys of older versions: carried over with a note, in files and on the command line, and never over a new key."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ def write(folder: Path, data: str) -> Path:
     return path
 
 
-def test_workers_of_version_0_2_are_threads_and_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workers_of_version_0_2_are_threads_and_processes(tmp_path: Path, notes: Callable[[], str]) -> None:
     config = load_config([write(tmp_path, "num_workers: 7")])
     assert (config.data.loader_threads, config.data.decode_processes) == (7, 7)
     assert "num_workers" not in config.written["data"]
-    noted = capsys.readouterr().err
+    noted = notes()
     assert noted == (
-        "note: data.num_workers is data.loader_threads and data.decode_processes now: write these in its place\n"
+        "note: data.num_workers is data.loader_threads and data.decode_processes now: write these in its place"
     )
 
 
@@ -40,22 +41,22 @@ def test_later_layers_win_whichever_key_they_have(tmp_path: Path) -> None:
     assert (config.data.loader_threads, config.data.decode_processes) == (5, 6)
 
 
-def test_what_is_written_again_needs_no_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_again_needs_no_note(tmp_path: Path, notes: Callable[[], str]) -> None:
     first = load_config([write(tmp_path, "num_workers: 7")])
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(first.written))
-    capsys.readouterr()
-    assert load_config([again]) == first and capsys.readouterr().err == ""
+    notes()
+    assert load_config([again]) == first and notes() == ""
 
 
-def test_the_licences_name_can_only_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_licences_name_can_only_be_one(tmp_path: Path, notes: Callable[[], str]) -> None:
     today = load_config([write(tmp_path, "loader_threads: 2")])
     old = tmp_path / "old.yaml"
     old.write_text("publish: {license_name: faipl-1.0-sd, title: a}\n")
     config = load_config([tmp_path / "config.yaml", old])
     assert config.publish.title == "a" and config.written.keys() == today.written.keys()
     assert "license_name" not in config.written["publish"]
-    assert capsys.readouterr().err == "note: publish.license_name is always faipl-1.0-sd: leave it out\n"
+    assert notes() == "note: publish.license_name is always faipl-1.0-sd: leave it out"
     for other in ("openrail++", "null", "[faipl-1.0-sd]"):
         with pytest.raises(UserError, match=r"publish\.license_name: can only be faipl-1\.0-sd, which"):
             load_config([tmp_path / "config.yaml"], [f"publish.license_name={other}"])

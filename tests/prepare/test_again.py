@@ -151,7 +151,7 @@ def test_a_lost_shard_of_an_earlier_plan_is_made_again(
     summary = run(config)
     assert (summary.samples, summary.encoded) == (POSTS, 5)
     assert [row["key"] for row in read_jsonl(Path(config.data.shards) / "quarantine.jsonl")] == ["900"]
-    verify_shards(Path(config.data.shards), progress=False)
+    verify_shards(Path(config.data.shards))
 
 
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -185,7 +185,7 @@ def test_added_posts_alone_are_encoded(whole: Config, tmp_path: Path, monkeypatc
     index, other = open_index(config.data.shards), open_index(fresh.data.shards)
     assert index.fingerprint == other.fingerprint and len(index) == POSTS + 7
     assert all(np.array_equal(read_raw_latents(index, n), read_raw_latents(other, n)) for n in range(len(index)))
-    verify_shards(Path(config.data.shards), progress=False)
+    verify_shards(Path(config.data.shards))
     assert run(config).encoded == 0 and hashes(Path(config.data.shards)) == after
 
 
@@ -204,7 +204,7 @@ def test_posts_are_added_to_a_killed_run(whole: Config, tmp_path: Path, monkeypa
     fresh = copied(config, tmp_path / "fresh")
     run(fresh)
     assert open_index(config.data.shards).fingerprint == open_index(fresh.data.shards).fingerprint
-    verify_shards(Path(config.data.shards), progress=False)
+    verify_shards(Path(config.data.shards))
 
 
 def test_what_changed_costs_only_itself(whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_what_changed_costs_only_itself(whole: Config, tmp_path: Path, monkeypat
     before = hashes(shards)
     edit_posts(folder, lambda post: None if post["id"] == 7 else post)
     assert run(config).samples == POSTS - 1 and "7" not in keys()
-    verify_shards(shards, progress=False)
+    verify_shards(shards)
     add_posts(folder, {"id": 7, "tag_string_general": "other"})
     assert run(config).samples == POSTS and "7" in keys() and encoded == []
     # the same bytes at another time
@@ -236,7 +236,7 @@ def test_what_changed_costs_only_itself(whole: Config, tmp_path: Path, monkeypat
     fresh = copied(config, tmp_path / "fresh")
     run(fresh)
     assert open_index(shards).fingerprint == open_index(fresh.data.shards).fingerprint
-    verify_shards(shards, progress=False)
+    verify_shards(shards)
     # a drawing that is broken now: what was encoded of the old one does not stand for it
     (folder / "images" / "8.png").write_bytes(b"")
     assert run(config).set_aside == {"not_an_image": 1, "empty": 1} and "8" not in keys()
@@ -287,7 +287,7 @@ def test_killed_while_new_shards_join_a_set(whole: Config, tmp_path: Path, momen
     assert killed == (moment < 6)
     summary = run(config)
     assert summary.samples == POSTS + 2
-    verify_shards(Path(config.data.shards), progress=False)
+    verify_shards(Path(config.data.shards))
     fresh = copied(config, tmp_path / "fresh")
     run(fresh)
     assert open_index(config.data.shards).fingerprint == open_index(fresh.data.shards).fingerprint

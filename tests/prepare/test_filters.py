@@ -90,7 +90,7 @@ def test_a_filter_can_be_changed_afterwards(config: Config, tmp_path: Path, monk
     ):
         summary, keys = filtered(config, **filters)
         assert keys == left and sum(summary.filtered.values()) == 7 - len(left)
-        verify_shards(tmp_path / "shards", progress=False)
+        verify_shards(tmp_path / "shards")
     assert filtered(config)[1] == "1234567" and open_index(config.data.shards).fingerprint == fresh
 
 
@@ -150,7 +150,7 @@ def test_several_frames_are_noted_and_stay_so(config: Config, tmp_path: Path) ->
     assert [note["key"] for note in notes if note["note"] == "several_frames"] == ["a%2Egif", "c%2Etiff"]
     draw(tmp_path / "images" / "d.png", 1)  # only this is looked at again
     assert (run(config).encoded, run(config).notes) == (1, {"several_frames": 2})
-    verify_shards(tmp_path / "shards", progress=False)
+    verify_shards(tmp_path / "shards")
     for name in ("a.gif", "c.tiff"):
         (tmp_path / "images" / name).unlink()
     assert run(config).notes == {}

@@ -1,6 +1,7 @@
 """What a machine cannot do is said: fp16 without a GPU before the work, a full disk where it is met."""
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trainer.prepare import prepare as module
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_fp16_on_a_cpu_is_warned_of_before_hours_of_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Callable[[], str], gpu: bool
 ) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -35,7 +36,7 @@ def test_fp16_on_a_cpu_is_warned_of_before_hours_of_work(
     }.items():
         with pytest.raises(UserError, match="no VAE"):  # before anything is loaded
             run(replace(make_config(base, tmp_path / "posts"), precision=precision))
-        shown[name] = capsys.readouterr().err
+        shown[name] = notes()
     assert ("precision.compute is fp16, and there is no GPU here" in shown["fp16"]) is not gpu
     assert ("precision.vae is fp16, and there is no GPU here" in shown["vae"]) is not gpu
     assert "fp16" not in shown["fp32"]

@@ -43,7 +43,7 @@ def new_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         except SystemExit as ended:
             assert ended.code == 2
             return capsys.readouterr().err
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 
@@ -88,7 +88,7 @@ def test_images_with_captions_and_the_tiny_model(new_run: NewRun, here: Path, ti
     assert config.schedule.max_steps is None
     assert len(config.sampling.prompts) == 3 and config.sampling.negative_prompt == ""
     # it is prepared without another word: the one image without a caption is allowed for
-    prepare(load_config(["my.yaml"], ["data.decode_processes=0"], preparing=True), progress=False)
+    prepare(load_config(["my.yaml"], ["data.decode_processes=0"], preparing=True))
     assert len((here / "shards/my/quarantine.jsonl").read_text().splitlines()) == 1
 
 
@@ -306,7 +306,7 @@ def test_from_images_to_a_drawing(here: Path, tiny_base: Path) -> None:
         return done.stdout
 
     printed = run("scripts/new_run.py", "my.yaml", "--data", "pics", "--model", str(tiny_base))
-    lines = [line.split() for line in printed.splitlines() if line.startswith("  python ")]
+    lines = [line.split() for line in printed.splitlines() if ".py my.yaml" in line and line.startswith("  ")]
     assert [Path(line[1]).stem for line in lines] == [
         "build_shards", "inspect_shards", "train", "export", "sample", "publish",
     ]  # fmt: skip

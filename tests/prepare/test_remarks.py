@@ -56,7 +56,7 @@ def test_remarks_reach_manifest_terminal_and_page(
     assert lines[0] == {"key": None, "origin": "x.mp4", "note": "file of no known kind: .mp4", "source": "b",
                         "detail": "see the formats"}  # fmt: skip
     assert lines[1]["key"] == "0" and lines[1]["detail"] == "score 'x0'"
-    report = make_report(replace(config, schedule=replace(config.schedule, max_steps=1)), progress=False)
+    report = make_report(replace(config, schedule=replace(config.schedule, max_steps=1)))
     page, table = render_data(report), summarise(report)
     assert "25 unreadable score (a)" in table and "5 file of no known kind: .mp4 (b)" in table
     assert "Noted in a" in page and "unreadable score" in page and "Noted in b" in page

@@ -56,7 +56,7 @@ def test_chunks_without_a_shard_are_not_taken_for_others(config: Config, monkeyp
         monkeypatch.setattr(prepare, "read_done", lambda *_: os._exit(1))
     monkeypatch.undo()
     assert run(config).samples == 15 and {"1000", "1004"} <= set(keys(config))
-    verify_shards(Path(config.data.shards), progress=False)
+    verify_shards(Path(config.data.shards))
 
 
 def test_ranks_that_outlive_their_main_process_keep_others_out(config: Config, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_preparing_asks_for_neither_schedule_nor_rates(config: Config, tmp_path:
         load_config([file], ["schedule.max_steps=1", "schedule.epochs=1"], preparing=True)
     process = start_script(file, *words)
     output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0 and "3 samples in 1 shards" in output, errors
+    assert process.returncode == 0 and "3 samples in 1 shard," in output, errors
 
 
 @pytest.mark.parametrize("numbers", [{"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, {"shift_factor": 0.25}])

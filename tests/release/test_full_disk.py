@@ -36,11 +36,11 @@ def test_an_export_onto_a_disk_that_fills_up_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artefacts, "save_file", fill_up)
+        patch.setattr(artefacts, "save_tensors", fill_up)
         with pytest.raises(UserError, match="could not be written: the disk is full"):
             export(run, tmp_path / "single")
     assert names(tmp_path / "single") == []
-    monkeypatch.setattr("trainer.release.export.save_file", fill_up)
+    monkeypatch.setattr("trainer.release.export.save_tensors", fill_up)
     with pytest.raises(UserError, match=r"stage2-step-00000030-fp16 could not be written: the disk is full\. It needs"):
         export(run, tmp_path / "both")
     assert names(tmp_path / "both") == ["stage2-step-00000030-fp16.safetensors"]  # which was whole before
@@ -58,7 +58,7 @@ def test_publishing_onto_a_full_disk(run: Path, request_of: Request, monkeypatch
     def fill_up(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", fill_up)
+    monkeypatch.setattr("trainer.release.publish.copy_rest", fill_up)
     with pytest.raises(UserError, match="published/stage2 could not be written: the disk is full"):
         publish(request_of, [SOURCE])
     assert names(run / "published") == []

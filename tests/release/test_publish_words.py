@@ -144,10 +144,10 @@ def told(run: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_was_given_is_not_asked_for(told: Callable[..., str], tiny_base: Path) -> None:
     printed = told()
-    assert printed.endswith("nothing was uploaded; to do that, add publish.repo_id=owner/name --upload\n")
+    assert "\nto upload it:\n" in printed and printed.endswith("publish.repo_id=owner/name --upload\n")
     assert "offers them at https://example.org/source;" in printed and "--base owner/name says so" in printed
     printed = told("publish.repo_id=owner/name", "--base", str(tiny_base), "--out", str(tiny_base.parent / "given"))
-    assert printed.endswith("nothing was uploaded; to do that, add --upload\n")
+    assert "publish.repo_id=owner/name" in printed and printed.endswith(" --upload\n")
     assert "--base owner/name" not in printed and "--base names one too" in printed
 
 

@@ -52,7 +52,7 @@ def test_a_run_is_named_by_its_name_or_its_config(command: Command, tiny_base: P
     assert command("export.py", "my.yaml") == exported
     assert command("lineage.py", "mine") == command("lineage.py", "my.yaml")
     drawn = command("sample.py", "mine", "--prompt", "1girl", "--size", "64x64", "--steps", "2", "--compare", "my.yaml")
-    assert "2 image(s)" in drawn
+    assert "2 images" in drawn
     assert list((tmp_path / "runs/mine/export").glob("*/*.png"))
 
 

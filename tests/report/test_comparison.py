@@ -131,7 +131,7 @@ def test_the_command(two: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts/compare_runs.py"), "first", str(two[1])]  # one by its name
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("page: compare.html\n") and "optim.unet_lr" in done.stdout
+    assert "\npage: compare.html\n" in done.stdout and "optim.unet_lr" in done.stdout
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page and 'src="runs/second/samples/step-00000012.png"' in page
     check_page_path(tmp_path / "compare.html", COMPARISON_GENERATOR)

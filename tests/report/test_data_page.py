@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def write_set(folder: Path, rows: list[dict[str, Any]], latents: dict[str, Any] 
 def tiny(tiny_settings: list[str]) -> Report:
     from trainer.config.load import load_config
 
-    return make_report(load_config([], [*tiny_settings, "run.name=run", "schedule.epochs=3"]), progress=False)
+    return make_report(load_config([], [*tiny_settings, "run.name=run", "schedule.epochs=3"]))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_lengths_are_the_tokenizers(tiny: Report, tiny_page: Reader) -> None:
 def test_the_run_is_the_plans(make_config: MakeConfig, length: str) -> None:
     """Views and repeats against a walk over every step."""
     config = make_config("schedule.max_steps=null", length)
-    report = make_report(config, progress=False)
+    report = make_report(config)
     plan = build_plan(report.index, 42, config.data)
     steps = config.schedule.max_steps or plan.steps_for_epochs(3)
     assert report.run.steps == steps
@@ -200,7 +201,7 @@ def test_samples_are_shown(tiny: Report, tiny_page: Reader) -> None:
 
 
 def test_the_same_set_gives_the_same_page(tiny: Report, make_config: MakeConfig) -> None:
-    again = make_report(make_config("schedule.max_steps=null", "schedule.epochs=3"), progress=False)
+    again = make_report(make_config("schedule.max_steps=null", "schedule.epochs=3"))
     assert render_data(again) == render_data(tiny)
 
 
@@ -214,7 +215,7 @@ def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> Non
     counts = {"inputs": 7, "samples": 6, "set_aside": {HOSTILE: 1}, "notes": {}}
     folder = write_set(tmp_path / "<u>shards", rows, counts=counts)
     words = [f"data.shards={folder}", f"captions.ratings={{g: {json.dumps(HOSTILE)}}}"]
-    page = Reader(render_data(make_report(make_config(*words), progress=False)))
+    page = Reader(render_data(make_report(make_config(*words))))
     assert not set(page.tags) & {"script", "u"} and page.tags.count("b") == 11 + 18  # facts, and captions' passes
     assert "i" not in page.tags or "<i>free</i>" in page.text
     for text in (HOSTILE, "<b>key0</b>", "<u>shards", "<i>free</i>"):
@@ -227,7 +228,7 @@ def test_hostile_text_is_escaped(make_config: MakeConfig, tmp_path: Path) -> Non
 def test_a_set_of_finished_captions_without_rules(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [row(str(number), caption="a cat, a mat") for number in range(4)])
     words = [f"data.shards={folder}", "captions.ratings={}", "captions.quality=[]", "captions.years=[]"]
-    page = Reader(render_data(make_report(make_config(*words), progress=False)))
+    page = Reader(render_data(make_report(make_config(*words))))
     assert "The rules do not touch the 4 images that bring a finished caption." in page.text
     assert "No image gets a tag of" not in page.text
     assert page.rows.count(["tag", "images", "share", ""]) == 4  # of the captions; three of rules, which are empty
@@ -236,7 +237,7 @@ def test_a_set_of_finished_captions_without_rules(make_config: MakeConfig, tmp_p
 
 def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     words = [f"model.pretrained={tmp_path / 'nowhere'}", f"data.images={tmp_path / 'gone'}"]
-    report = make_report(make_config(*words), progress=False)
+    report = make_report(make_config(*words))
     page = Reader(render_data(report))
     assert report.lengths is None and "image" not in page.tags
     assert f"Left out: no thumbnails of latents and no caption lengths: model.pretrained: {tmp_path}" in page.text
@@ -246,7 +247,7 @@ def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
 
 def test_latents_of_another_vae_are_not_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [row(str(number)) for number in range(4)])
-    report = make_report(make_config(f"data.shards={folder}"), progress=False)
+    report = make_report(make_config(f"data.shards={folder}"))
     assert report.missing == [
         "no thumbnails of latents: the latents were made by another VAE than the one that this config names"
     ]
@@ -265,7 +266,7 @@ def test_an_image_that_changed_is_not_shown(make_config: MakeConfig, tiny_settin
     origin = f"{Path(posts).name} line {lines.index(changed.name) + 1}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_module, "SAMPLES", 24)
-        report = make_report(make_config(f"data.images={tmp_path / 'images'}"), progress=False)
+        report = make_report(make_config(f"data.images={tmp_path / 'images'}"))
     reasons = Counter(sample.why_not for sample in report.examples if sample.original is None)
     assert reasons == {
         f"{origin}: the image is not the one any more that was encoded": 1,
@@ -358,7 +359,7 @@ def test_only_some_captions_of_a_large_set_are_tokenized(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report_module, "MAX_TOKENIZED", 10)
-    report = make_report(make_config(), progress=False)
+    report = make_report(make_config())
     assert report.lengths is not None and len(report.lengths.tokens) == 10
     assert "10 captions drawn at random" in Reader(render_data(report)).text
     assert "(10 captions looked at)" in summarise(report)
@@ -392,7 +393,8 @@ def test_the_command(tiny_settings: list[str], tiny: Report, tmp_path: Path) -> 
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     table, page = summarise(tiny), folder / "report.html"
-    assert told.stdout == f"{table}\npage: {page}\n"
+    assert told.stdout.startswith(f"{table}\npage: {page}\n")
+    assert shlex.join(words[1:]) in told.stdout  # in the next command
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path != page}
     (width, height), count = Counter(map(tuple, tiny.index.bucket_sizes.tolist())).most_common(1)[0]
     assert re.search(rf"{width}x{height} +{count} +{count / 24:.1%}", table)

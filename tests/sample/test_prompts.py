@@ -94,11 +94,11 @@ def test_a_random_seed_is_printed(sample: Callable[..., tuple[int, str, str]], t
     assert code == 2 and "--seed -2: a whole number from 0 on, or -1" in err
 
 
-def test_a_configs_samples(make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configs_samples(make_config: Callable[..., Config], notes: Callable[[], str]) -> None:
     def open_with(*words: str) -> str:
         config = make_config("sampling.every_steps=1", *words)
         open_inputs(config, build_accelerator(config))
-        return capsys.readouterr().out
+        return notes()
 
     assert "sampling.prompts: plain text here" in open_with("sampling.prompts=['(sea:1.2)']")
     assert open_with("sampling.prompts=[sea]") == ""

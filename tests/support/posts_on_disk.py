@@ -83,7 +83,7 @@ def make_config(base: Path, folder: Path, **data: Any) -> Config:
 
 
 def run(config: Config) -> Summary:
-    return prepare(config, progress=False)
+    return prepare(config)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

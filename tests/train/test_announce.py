@@ -20,30 +20,32 @@ from trainer.train.loop import train
 MakeConfig = Callable[..., Config]
 
 
-def test_start_and_end_are_told(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_start_and_end_are_told(make_config: MakeConfig, notes: Callable[[], str]) -> None:
     config = make_config("schedule.max_steps=3", "checkpoint.every_steps=2", "checkpoint.keep_every_steps=2")
-    train(config)
-    said = capsys.readouterr().out
+    result = train(config)
+    said = notes() + result.said
     folder = Path(config.run.output_dir) / "run"
     for text in (
         "run, stage test", f"{folder}, a new run", "24 images in", config.data.shards, "0 to 3, epochs 0.00 to 0.",
         "4 samples a step = 1 process x 2 in a micro-batch x 2 accumulated", "parameters of unet, "
         "fp32 over fp32 weights, on cpu",
         "every 2 steps and at the end, the last 2 and those at multiples of 2 kept, about",
-        "run: 3 steps in 0:0", "3 of 3 made (all)", f"last checkpoint: {folder}/checkpoints/step-00000003",
-        f"python scripts/export.py {folder}",
+        "run: 3 steps in 0:0", "3 of 3 made (all)", f"last checkpoint: {folder}/checkpoints/step-00000003, ",
     ):  # fmt: skip
         assert text in said, text
-    train(make_config("schedule.max_steps=4"))
-    said = capsys.readouterr().out
-    assert f"resumed from {folder}/checkpoints/step-00000003" in said and "3 to 4, epochs 0." in said
-    assert "run: 1 steps in" in said and "4 of 4 made" in said
-    train(make_config("schedule.max_steps=4"))
-    said = capsys.readouterr().out
-    assert "nothing to do" in said and f"python scripts/export.py {folder}" in said
+    newest = folder / "checkpoints/step-00000003"
+    assert list(result.paths) == [newest] and (result.facts["step"], result.facts["finished"]) == (3, True)
+    (step,) = result.next
+    assert step.to == "export it" and step.command.endswith(f"scripts/export.py {folder}")
+    result = train(make_config("schedule.max_steps=4"))
+    said = notes()
+    assert f"resumed from {newest}" in said and "3 to 4, epochs 0." in said
+    assert "run: 1 step in" in result.said and "4 of 4 made" in result.said
+    result = train(make_config("schedule.max_steps=4"))
+    assert "nothing to do" in result.said and result.next[0].command.endswith(f"scripts/export.py {folder}")
 
 
-def test_the_parameters_are_those_that_train(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parameters_are_those_that_train(make_config: MakeConfig, notes: Callable[[], str]) -> None:
     words = ["model.train_unet=false", "optim.unet_lr=0", "model.train_text_encoder_2=true",
              "optim.text_encoder_2_lr=1e-3"]  # fmt: skip
     config = make_config("schedule.max_steps=1", *words)
@@ -54,7 +56,7 @@ def test_the_parameters_are_those_that_train(make_config: MakeConfig, capsys: py
 
     with safe_open(newest / "model.safetensors", "np") as file:
         count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    assert f"{count:,} parameters of text_encoder_2, fp32" in capsys.readouterr().out
+    assert f"{count:,} parameters of text_encoder_2, fp32" in notes()
 
 
 def test_warnings_of_the_data() -> None:
@@ -70,17 +72,15 @@ def test_warnings_of_the_data() -> None:
     assert list(warn_of_data(Plan(sizes[:40], seed=1, bucket_batch_size=4, global_batch_size=8), 40, 8, 5)) == []
 
 
-def test_a_check_stops_before_the_first_step(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_stops_before_the_first_step(make_config: MakeConfig, notes: Callable[[], str]) -> None:
     config = make_config("schedule.max_steps=2", "logging.trackers=[tensorboard]")
     folder = Path(config.run.output_dir) / "run"
-    train(config, check=True)
-    said = capsys.readouterr().out
-    assert "0 to 2, epochs" in said and "checked: the run can start at step 0" in said
+    assert "checked: the run can start at step 0" in train(config, check=True).said
+    assert "0 to 2, epochs" in notes()
     assert [path.name for path in folder.iterdir()] == [".lock"]
     train(config)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    train(make_config("schedule.max_steps=4"), check=True)
-    assert "can start at step 2" in capsys.readouterr().out
+    assert "can start at step 2" in train(make_config("schedule.max_steps=4"), check=True).said
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert len(json.loads((folder / "run.json").read_text())["attempts"]) == 1
 

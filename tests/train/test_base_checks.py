@@ -149,8 +149,8 @@ def test_checkpoints_record_the_vaes_numbers(make_config: MakeConfig, tiny_base:
     assert newest_state(config)["vae_numbers"] == {"scaling_factor": own, "shift_factor": None}
 
 
-def test_an_fp8_base_is_noted(make_config: MakeConfig, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_fp8_base_is_noted(make_config: MakeConfig, copy: Path, notes: Callable[[], str]) -> None:
     path = copy / WEIGHTS["unet"]
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
     train(make_config(f"model.pretrained={copy}", "schedule.max_steps=1"))
-    assert "are stored in fp8" in capsys.readouterr().out
+    assert "are stored in fp8" in notes()

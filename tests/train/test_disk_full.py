@@ -65,7 +65,7 @@ def test_a_save_onto_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeyp
         path.write_bytes(b"half of the weights")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(save, "save_file", fill_up)
+    monkeypatch.setattr(save, "save_tensors", fill_up)
     with pytest.raises(UserError, match=r"step-00000002 could not be written: the disk is full\. It needs 3\.9 MB"):
         save_checkpoint(tmp_path, model, optimizer, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -75,7 +75,7 @@ def test_a_save_onto_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeyp
 def test_a_save_that_cannot_fit_writes_nothing_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = stepped()
     set_free(monkeypatch, 1_000_000)
-    monkeypatch.setattr(save, "save_file", lambda *_, **__: pytest.fail("it was written"))
+    monkeypatch.setattr(save, "save_tensors", lambda *_, **__: pytest.fail("it was written"))
     with pytest.raises(UserError, match=r"It needs 3\.9 MB, 1\.0 MB are free in"):
         save_checkpoint(tmp_path, model, optimizer, {"step": 2})
     assert list(tmp_path.iterdir()) == []
@@ -126,17 +126,17 @@ def test_the_checkpoints_that_will_lie_there_at_once_are_counted(
 
 
 def test_a_run_warns_before_its_first_step(
-    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, notes: Callable[[], str]
 ) -> None:
     words = ["schedule.max_steps=6", "checkpoint.every_steps=2"]
     train(make_config("schedule.max_steps=2", "run.name=measured"))
     size = measure_checkpoint(Path(make_config().run.output_dir) / "measured/checkpoints/step-00000002")
     set_free(monkeypatch, 3 * size + 3 * OVERHEAD)
     train(make_config(*words, "run.name=fits"))
-    assert "more checkpoints will lie" not in capsys.readouterr().out
+    assert "more checkpoints will lie" not in notes()
     set_free(monkeypatch, 3 * size - 1)
     train(make_config(*words, "run.name=tight"))
-    assert "warning: 3 more checkpoints will lie in" in capsys.readouterr().out
+    assert "warning: 3 more checkpoints will lie in" in notes()
 
 
 def test_metrics_on_a_full_disk(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_preparations_knobs_change_what_is_prepared(make_config: Callable[..., C
         "vae": ["precision.vae=bf16"],
     }
     for name, words in turned.items():
-        prepare(make_config(*words, f"data.shards={tmp_path / name}"), progress=False)
+        prepare(make_config(*words, f"data.shards={tmp_path / name}"))
     kept = open_index(tmp_path / "small")
     # drawings of about 270 pixels are not enlarged to 512: their bucket is their own sides, floored
     for row in range(len(kept)):

@@ -63,7 +63,7 @@ def test_eight_drawings_are_learned_by_heart(tiny_base: Path, tmp_path: Path, ma
         "precision.compute=fp32", "precision.frozen=fp32",
         "memory.gradient_checkpointing=false", "publish.dtype=fp32",
     ])  # fmt: skip
-    prepare(config, progress=False)
+    prepare(config)
     train(config)
     paths = export(tmp_path / "eight")
     single, folder = sorted(paths, key=Path.is_dir)

@@ -109,7 +109,7 @@ def test_it_is_written_at_the_start_at_each_checkpoint_and_at_the_end(make_confi
     "error", [OSError(28, "No space left on device"), PermissionError("read-only"), ValueError("a bug")]
 )
 def test_a_page_that_cannot_be_written_stops_nothing(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+    make_config: MakeConfig, notes: Callable[[], str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     write_bytes = files.write_bytes
 
@@ -121,19 +121,18 @@ def test_a_page_that_cannot_be_written_stops_nothing(
     monkeypatch.setattr(files, "write_bytes", fail)
     config = make_config("schedule.max_steps=2", "checkpoint.every_steps=1")
     train(config)
-    said = capsys.readouterr().out
-    assert said.count("warning: the run's page is not written, training goes on: ") == 1
+    assert notes().count("warning: the run's page is not written, training goes on: ") == 1
     folder = Path(config.run.output_dir) / "run"
     assert (folder / "checkpoints/step-00000002/train_state.json").is_file() and not (folder / "index.html").exists()
 
 
-def test_a_page_of_the_users_own_stays(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_of_the_users_own_stays(make_config: MakeConfig, notes: Callable[[], str]) -> None:
     config = make_config("schedule.max_steps=1")
     page = Path(config.run.output_dir) / "run/index.html"
     page.parent.mkdir(parents=True)
     page.write_text("mine")
     train(config)
-    assert page.read_text() == "mine" and "is no page of train: move it away" in capsys.readouterr().out
+    assert page.read_text() == "mine" and "is no page of train: move it away" in notes()
 
 
 def test_the_page_changes_no_bit(make_config: MakeConfig) -> None:

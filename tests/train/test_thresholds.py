@@ -114,12 +114,10 @@ def test_a_run_that_is_resumed_by_its_folder_keeps_its_thresholds(make_config: C
     assert read_state(moved)["thresholds"] == other
 
 
-def test_a_second_stage_takes_over_and_resumes(
-    make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_stage_takes_over_and_resumes(make_config: Callable[..., Config], notes: Callable[[], str]) -> None:
     first = make_config(*WORDS, "run.name=first", "schedule.max_steps=1", "publish.formats=[diffusers]")
     train(first)
-    assert "thresholds from the scores of this set itself; a curated set wants" in capsys.readouterr().out
+    assert "thresholds from the scores of this set itself; a curated set wants" in notes()
     recorded = read_state(first)["thresholds"]
     assert recorded == read_state(first)["lineage"]["thresholds"]
     # another stand-in for what the first stage saw: what is recorded counts, not what this set would give
@@ -132,7 +130,7 @@ def test_a_second_stage_takes_over_and_resumes(
     second = make_config(*words, "schedule.max_steps=1")
     assert find_thresholds(second, open_index(second.data.shards).table).thresholds == recorded  # before it trains
     train(second)
-    assert "thresholds from the base's lineage\n" in capsys.readouterr().out
+    assert "thresholds from the base's lineage" in notes().splitlines()[0]
     assert read_state(second)["thresholds"] == recorded
     (folder / "lineage.json").unlink()  # resumed, it needs the base's lineage no more
     train(make_config(*words, "schedule.max_steps=2"))

@@ -1,7 +1,8 @@
 """Trackers across resumes and errors: no step is shown twice or dropped, and every run is brought to an end."""
 
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,79 @@ def train_killed_and_resumed(config: Config) -> Path:
     return Path(config.run.output_dir) / "run"
 
 
+def split_log(data: bytes) -> Iterator[bytes]:
+    """The records of LevelDB's log format, which wandb's files have after 7 bytes: blocks of 32 KiB, parts in them."""
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no room for a header
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part; 2 and 3 are the first and those between
+            yield record
+            record = b""
+
+
+def read_offline(folder: Path) -> list[Any]:
+    """The records that a real wandb run wrote into its folder, without a network."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    return [Record.FromString(data) for file in files for data in split_log(file.read_bytes())]
+
+
+def test_a_real_run_of_both(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline and resumed: the numbers, the config with its lists, and each picture with its prompt."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = ["logging.trackers=[wandb,tensorboard]", "logging.project=some-project", "sampling.every_steps=2",
+             "sampling.prompts=[a cat, 'a dog, two']", "sampling.num_inference_steps=1"]  # fmt: skip
+    folder = Path(make_config().run.output_dir) / "run"
+    for steps in (2, 4):
+        train(make_config(*words, f"schedule.max_steps={steps}"))
+    run_id = json.loads((folder / "run.json").read_text())["tracker_run_id"]
+    assert {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")} == {run_id}
+
+    records = read_offline(folder)
+    settings = {
+        item.key: json.loads(item.value_json)
+        for record in records for item in (*record.config.update, *record.run.config.update)
+    }  # fmt: skip
+    assert settings["sampling"]["prompts"] == ["a cat", "a dog, two"] and settings["optim"]["betas"] == [0.9, 0.99]
+    lines = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records if record.WhichOneof("record_type") == "history"
+    ]  # fmt: skip
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    captions = {line["step"]: line["samples.captions"] for line in lines if "samples.captions" in line}
+    assert captions == {step: ["a cat", "a dog, two"] for step in (2, 4)}
+    files = list(folder.glob("wandb/offline-run-*/files/media/images/samples*.png"))
+    assert len(files) == 4
+
+    events = EventAccumulator(str(folder / "trackers" / "some-project"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert sorted(events.Tags()["images"]) == ["samples/1 a cat", "samples/2 a dog, two"]
+    for tag in events.Tags()["images"]:
+        assert [(event.step, event.width, event.height) for event in events.Images(tag)] == [(2, 64, 64), (4, 64, 64)]
+    texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("samples/")}
+    assert {tag: [event.tensor_proto.string_val[0].decode() for event in found] for tag, found in texts.items()} == {
+        "samples/1/text_summary": ["a cat"] * 2, "samples/2/text_summary": ["a dog, two"] * 2,
+    }  # fmt: skip
+
+
 def test_wandb_gets_every_step_that_a_resume_repeats(make_config: MakeConfig, wandb_run: FakeRun) -> None:
     train_killed_and_resumed(make_config(*WORDS, "logging.trackers=[wandb]"))
     assert wandb_run.defined == [("*", "step")] * 2  # our step is the axis of everything
     lines = [(line["step"], line["attempt"]) for line in wandb_run.history if "train/loss" in line]
     assert lines == [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (5, 2), (6, 2)]
-    images = [place for place, line in enumerate(wandb_run.history) if "samples" in line]
-    assert [wandb_run.history[place - 1]["step"] for place in images] == [1, 2, 3, 4, 5, 4, 5, 6]
+    drawn = [line for line in wandb_run.history if "samples" in line]
+    assert [line["step"] for line in drawn] == [1, 2, 3, 4, 5, 4, 5, 6]
     assert wandb_run.ended == [1, None]  # the first attempt failed, the second came to its end
 
 
@@ -91,7 +158,7 @@ def test_tensorboard_shows_each_step_once(make_config: MakeConfig) -> None:
     events = EventAccumulator(str(folder / "trackers" / "p"), size_guidance={"images": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in events.Images("samples")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Images("samples/1 a cat")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_error_ends_the_trackers_too(

@@ -11,6 +11,7 @@ from trainer.config.load import SECTIONS
 from trainer.config.other_names import explain_unknown, own_keys
 from trainer.config.reference import explain_config
 from trainer.config.yaml_text import YAML_ENDINGS
+from trainer.core.console import CommandParser
 from trainer.core.files import home_path
 
 
@@ -21,7 +22,7 @@ def parse_command_line(description: str, words: Sequence[str] | None = None) -> 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
     """The parser of those words; a command adds its own options to it."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = CommandParser(description)
     parser.add_argument("words", nargs="*", metavar="FILE.yaml|key=value",
                         help="config files, later over earlier, and values over them")  # fmt: skip
     parser.add_argument("--config", action="append", nargs="+", default=[], metavar="FILE",

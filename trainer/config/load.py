@@ -6,9 +6,7 @@ and types are compared here first, and all problems are reported together.
 
 import dataclasses
 import math
-import os
 import re
-import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from trainer.config.retired import ONLY_VALUES, carry_over
 from trainer.config.rules import find_broken_rules
 from trainer.config.schema import Config
 from trainer.config.yaml_text import bare, field_types, is_place, read_override, wrap_lists
+from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home, home_path
 
@@ -57,9 +56,8 @@ def load_config(
     layers += [layer for file in files for layer in read_with_extended(home_path(str(file)))]
     layers += [(COMMAND_LINE, read_override(word)) for word in overrides]
     carried = [(where, *carry_over(layer)) for where, layer in layers]
-    if os.environ.get("RANK", "0") == "0":
-        for note in dict.fromkeys(note for _, _, notes in carried for note in notes):
-            print(f"note: {note}", file=sys.stderr)
+    for note in dict.fromkeys(note for _, _, notes in carried for note in notes):
+        log.warning("note: %s", note)
     layers = [(where, layer) for where, layer, _ in carried]
     try:
         merged = OmegaConf.merge(*(OmegaConf.create(layer) for _, layer in layers))

@@ -1,11 +1,12 @@
 """What stands for a run on a command line: its folder, its bare name, or the config that it is a run of."""
 
-import sys
 from pathlib import Path
 
 from trainer.config.load import load_config
 from trainer.config.schema import RunConfig
 from trainer.config.yaml_text import YAML_ENDINGS
+from trainer.core.commands import command
+from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home
 from trainer.core.layout import CONFIG_FILE, RUN_FILE
@@ -30,10 +31,18 @@ def find_run_path(text: str) -> str:
     is_run = relative and is_run_folder(RUNS / path.parts[0])
     if path.exists():
         if is_run and len(path.parts) == 1:
-            note = f"note: {text} is a path here, which is taken, and also the name of a run: {RUNS / path} is that run"
-            print(note, file=sys.stderr)
+            run = RUNS / path
+            log.warning(
+                "note: %s is a path here, which is taken, and also the name of a run: %s is that run", text, run
+            )
         return str(path)
     return str(RUNS / path) if is_run else str(path)
+
+
+def name_run(folder: Path) -> str:
+    """What to type for a run: its bare name where that means it from here, else its path."""
+    means_it = folder == RUNS / folder.name and not Path(folder.name).exists()
+    return folder.name if means_it else str(folder)
 
 
 def find_configs_run(file: Path) -> Path:
@@ -43,7 +52,7 @@ def find_configs_run(file: Path) -> Path:
     run = load_config([file], preparing=True).run
     folder = Path(run.output_dir) / run.name
     if not folder.is_dir():
-        raise UserError(f"{file} names the run {folder}, which is not there yet: accelerate launch train.py {file}")
+        raise UserError(f"{file} names the run {folder}, which is not there yet: {command('train.py', file)}")
     return folder
 
 

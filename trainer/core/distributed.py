@@ -65,6 +65,12 @@ def uses_cpu() -> bool:
     return asked or not torch.cuda.is_available()
 
 
+def suggest_processes(asked: int | None, batch: int, micro_batch: int) -> int:
+    """How many processes train on this machine: as many as the config asks for, or one a GPU where its batch allows."""
+    processes = asked or (1 if uses_cpu() else torch.cuda.device_count())
+    return processes if batch % (micro_batch * processes) == 0 else 1
+
+
 def choose_device() -> torch.device:
     """This process's GPU, or the CPU where there is none or ACCELERATE_USE_CPU is set.
 

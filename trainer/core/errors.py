@@ -2,10 +2,26 @@
 
 import contextlib
 import errno
+import json
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from trainer.core.console import (
+    Output,
+    Result,
+    WrongWords,
+    is_main_process,
+    print_json,
+    print_result,
+    read_output,
+    speaking,
+)
+from trainer.core.libraries import silence_libraries
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says of a full disk, or a quota
 CLOSED_PIPE = 141  # what a shell shows for a command that SIGPIPE ended
@@ -21,20 +37,23 @@ def shorten(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a script's main; a UserError is printed to stderr and ends the process with exit code 2.
+def run_command(main: Callable[[], object], resume: str = "") -> None:
+    """Run a script's main and print its result; a UserError is printed to stderr and ends it with exit code 2.
 
-    A reader that has gone, as in ``script | head``, ends it without a word.
+    ``--quiet`` and ``--json`` say how it speaks, see core/console.py. Ctrl-C ends it with 130 and ``resume``: what
+    starting it again does. A reader that has gone, as in ``script | head``, ends it without a word.
     """
+    output, began = read_output(), time.monotonic()
+    silence_libraries()
     try:
-        main()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print_error(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
-        sys.exit(2)
+        with speaking(output):
+            result = main()
+        if isinstance(result, Result):
+            print_result(result, output, time.monotonic() - began)
+    except (UserError, WrongWords) as error:
+        fail(str(error), output, 2)
     except KeyboardInterrupt:
-        print_error("interrupted")
-        sys.exit(130)
+        fail(f"interrupted{': ' if resume else ''}{resume}", output, 130)
     except BrokenPipeError:
         if not any(reader_has_gone(number) for number in (1, 2)):
             raise  # of a worker or of the network
@@ -43,10 +62,28 @@ def run_command(main: Callable[[], object]) -> None:
         if error.errno not in FULL:
             raise
         place = f" while {error.filename} was written" if error.filename else ""
-        print_error(f"error: the disk is full{place}: make room and start again")
-        sys.exit(2)
+        fail(f"the disk is full{place}: make room and start again", output, 2)
     finally:
         drop_unread_output()
+
+
+def fail(message: str, output: Output, code: int) -> NoReturn:
+    """Say what is wrong, and end the process."""
+    rank = os.environ.get("RANK", "0")
+    begins = "" if code == 130 else "error: " if is_main_process() else f"error on rank {rank}: "
+    if is_main_process() or code != 130:
+        print_error(begins + message)
+    if output.json:
+        print_json({"error": message})
+    if (report := os.environ.get("TORCHELASTIC_ERROR_FILE")) and code != 130:  # torchrun's own words end with this
+        write_report(Path(report), message)
+    sys.exit(code)
+
+
+def write_report(path: Path, message: str) -> None:
+    """What torchrun shows of a process that ended with an error, in the form of torch's elastic errors."""
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}), encoding="utf-8")
 
 
 def print_error(message: str) -> None:

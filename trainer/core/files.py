@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
+from trainer.core.progress import BYTES, Meter
 
+READ_BYTES = 1 << 20  # at a time, of what is hashed or copied
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -40,6 +43,12 @@ def expand_home(text: str) -> str:
 def temporary_path(path: Path) -> Path:
     """A fresh name beside ``path``, on the same file system, so that a rename is atomic."""
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(4)}")
+
+
+def shown_name(path: Path) -> str:
+    """What people call a file: its folder and its name, as they will be where they are temporary ones."""
+    temporary = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(.*)-[0-9a-f]{{8}}")
+    return "/".join(temporary.sub(r"\1", part) for part in (path.parent.name, path.name) if part)
 
 
 def sync_file(path: Path) -> None:
@@ -91,7 +100,30 @@ def write_json(path: Path, value: Any) -> None:
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_rest(file, path)
+
+
+def sha256_rest(file: BinaryIO, path: Path) -> str:
+    """The SHA-256 of what follows in the open file ``path``, in hex."""
+    digest = hashlib.sha256()
+    for part in stream_bytes(file, path, "hash"):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def copy_rest(file: BinaryIO, path: Path, target: BinaryIO) -> None:
+    """Copy what follows in the open file ``path``."""
+    for part in stream_bytes(file, path, "copy"):
+        target.write(part)
+
+
+def stream_bytes(file: BinaryIO, path: Path, what: str) -> Iterator[memoryview]:
+    """What follows in the open file ``path``, in parts that are gone with the next one; a meter says how far it is."""
+    buffer = memoryview(bytearray(READ_BYTES))
+    with Meter(f"{what} {shown_name(path)}", path.stat().st_size - file.tell(), BYTES) as meter:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            yield buffer[:count]
+            meter.update(count)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from trainer.config.schema import DataConfig
 from trainer.core.errors import UserError
+from trainer.core.progress import waiting
 from trainer.core.rng import rng
 from trainer.data.index import Index
 
@@ -187,13 +188,14 @@ class Plan:
 
 def build_plan(index: Index, seed: int, data: DataConfig) -> Plan:
     """The plan of a config over an index."""
-    return Plan(
-        index.bucket_sizes,
-        seed=seed,
-        bucket_batch_size=data.bucket_batch_size,
-        global_batch_size=data.global_batch_size,
-        repeats=find_repeats(index, data),
-    )
+    with waiting("plan the steps"):
+        return Plan(
+            index.bucket_sizes,
+            seed=seed,
+            bucket_batch_size=data.bucket_batch_size,
+            global_batch_size=data.global_batch_size,
+            repeats=find_repeats(index, data),
+        )
 
 
 def find_repeats(index: Index, data: DataConfig) -> np.ndarray | None:

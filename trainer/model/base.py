@@ -20,6 +20,7 @@ from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes, sha256_file
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
+from trainer.core.progress import BYTES, Meter
 from trainer.model.diffusion import SILENT, Prediction, file_predictions, scheduler_prediction, write_scheduler
 from trainer.model.exports import find_export, find_run, suggest_exports
 from trainer.model.hub import STEMS, fetch, find_cached, find_weights, read_json, refuse_pickled
@@ -33,7 +34,7 @@ from trainer.model.single_file import (
     read_component,
     tensor_names,
 )
-from trainer.model.weights_file import LazyFile, check_finite
+from trainer.model.weights_file import LazyFile, check_finite, measure_tensors
 
 CONFIGS_KEY = "trainer.configs"  # our single files carry their component configs under this metadata key, as JSON
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -175,7 +176,9 @@ def read_state(base: Base, component: str) -> dict[str, Tensor]:
     config = read_config(base, component)
     try:
         if base.path.is_file():
-            state = from_single_file(LazyFile(base.path), {component: config})[component]
+            size = measure_tensors(base.path, NAME_PREFIXES[component])
+            with Meter(f"read {component}", size, BYTES) as meter:
+                state = from_single_file(LazyFile(base.path, meter), {component: config})[component]
         else:
             state = read_component_folder(base.path / component, component, config)
         check_finite(state, component)
@@ -187,8 +190,10 @@ def read_state(base: Base, component: str) -> dict[str, Tensor]:
 def read_component_folder(folder: Path, component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """A component's tensors from its diffusers folder, whatever version of the libraries wrote it."""
     stored: dict[str, Tensor] = {}
-    for path in find_weights(folder, STEMS[component]):
-        stored |= LazyFile(path)
+    paths = find_weights(folder, STEMS[component])
+    with Meter(f"read {component}", sum(path.stat().st_size for path in paths), BYTES) as meter:
+        for path in paths:
+            stored |= LazyFile(path, meter)
     return normalise(component, stored, config)
 
 

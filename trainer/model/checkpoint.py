@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file
+from trainer.core.files import sha256_file, shown_name
 from trainer.core.layout import (
     CHECKPOINT_NAME,
     CHECKPOINTS_FOLDER,
@@ -27,8 +26,9 @@ from trainer.core.layout import (
     OPTIMIZER_FILE,
     STATE_FILE,
 )
+from trainer.core.progress import BYTES, Meter
 from trainer.model.sdxl import load_trained, trained_parameters
-from trainer.model.weights_file import check_finite
+from trainer.model.weights_file import LazyFile, check_finite
 
 CHECKPOINT_FORMAT = 1
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
@@ -149,7 +149,9 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 def restore_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into place, bit by bit."""
-    tensors = load_file(checkpoint / MODEL_FILE)
+    file = checkpoint / MODEL_FILE
+    with Meter(f"read {shown_name(file)}", file.stat().st_size, BYTES) as meter:
+        tensors = dict(LazyFile(file, meter))
     check_finite(tensors, str(checkpoint / MODEL_FILE), OLDER)
     load_trained(model, tensors)
     states = dict(read_optimizer_state(checkpoint / OPTIMIZER_FILE))
@@ -172,8 +174,11 @@ def read_optimizer_state(file: Path) -> Iterator[tuple[str, Tensor | float]]:
         names = [name for name in reader.keys() if not name.startswith(SHARED)]  # noqa: SIM118  # not a mapping
         shared = {name: None for name in reader.keys() if name.startswith(SHARED)}  # noqa: SIM118
         common = {name: reader.get_tensor(name) for name in shared}
-        for name in names:
-            yield name, reader.get_tensor(name)
+        with Meter(f"read {shown_name(file)}", file.stat().st_size, BYTES) as meter:
+            for name in names:
+                tensor = reader.get_tensor(name)
+                yield name, tensor
+                meter.update(tensor.nbytes)
     for name, target in rest["shared"].items():
         yield name, common[target]
     yield from rest["numbers"].items()

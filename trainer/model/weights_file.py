@@ -14,9 +14,12 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.core.errors import UserError, shorten
+from trainer.core.files import shown_name
+from trainer.core.progress import Meter, watch_writing
 
 PICKLED_BYTES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ARCHIVE_BYTES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")
@@ -30,18 +33,21 @@ class LazyFile(Mapping[str, Tensor]):
         UserError: when it is none, or not whole, saying what it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, meter: Meter | None = None) -> None:  # which counts the bytes that are read
         try:
             self.file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable .safetensors file: {explain_unreadable(path, error)}") from error
-        self.path = path
+        self.path, self.meter = path, meter
         self.names = dict.fromkeys(self.file.keys())
         self.metadata: dict[str, str] = self.file.metadata() or {}
 
     def __getitem__(self, name: str) -> Tensor:
         # a copy: the file is mapped, where tensors lie at odd addresses, on which the last bits of products depend
-        return self.file.get_tensor(name).clone()
+        tensor = self.file.get_tensor(name).clone()
+        if self.meter is not None:
+            self.meter.update(tensor.nbytes)
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -69,6 +75,21 @@ def read_frame(file: BinaryIO) -> dict[str, Any]:
     """
     (length,) = struct.unpack("<Q", file.read(8))
     return json.loads(file.read(length))
+
+
+def measure_tensors(path: Path, prefix: str = "") -> int:
+    """Bytes of a file's tensors, or of those whose names begin so."""
+    with path.open("rb") as file:
+        header = read_frame(file)
+    places = (entry["data_offsets"] for name, entry in header.items() if name.startswith(prefix) and "dtype" in entry)
+    return sum(end - begin for begin, end in places)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file; a meter says how far it is."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with watch_writing(path.parent, shown_name(path), size):
+        save_file(dict(tensors), path, metadata)
 
 
 def explain_unreadable(path: Path, error: Exception) -> str:

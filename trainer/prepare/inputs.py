@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
-from tqdm import tqdm
 
 from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json
 from trainer.core.layout import QUERIES_FOLDER
+from trainer.core.progress import metered
 from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.fields import show_text
 from trainer.data.images import BadImage, stat_image
@@ -74,9 +74,7 @@ class Survey:
     remarks: Remarks = field(default_factory=Remarks)  # of filtered posts too
 
 
-def survey_inputs(
-    items: Iterable[Item], filters: FiltersConfig, separator: str, path: Path, progress: bool = False
-) -> Survey:
+def survey_inputs(items: Iterable[Item], filters: FiltersConfig, separator: str, path: Path) -> Survey:
     """Read all posts once into the table ``path``; filtered ones and remarks are only counted, rejects are kept.
 
     Args:
@@ -92,7 +90,7 @@ def survey_inputs(
 
     def accept() -> Iterator[dict[str, Any]]:
         nonlocal total
-        for item in tqdm(items, "read posts", unit="post", disable=not progress):
+        for item in metered(items, "read posts", "post"):
             if isinstance(item, Remark):
                 remarks.add(item)
                 continue

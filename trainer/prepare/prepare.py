@@ -4,7 +4,6 @@ One process reads the posts, all of them encode, one puts the set together. Work
 whatever was encoded before, in a run that was killed or in a complete set, is not encoded again.
 """
 
-import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -14,15 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from trainer import __version__
 from trainer.config.schema import Config
-from trainer.core.disk import disk_space
+from trainer.core.console import log
+from trainer.core.disk import disk_space, format_bytes
 from trainer.core.distributed import Processes, choose_device, join_processes, uses_cpu
 from trainer.core.errors import UserError
 from trainer.core.layout import LATENTS_FILE, MANIFEST_FILE, NOTES_FILE, OTHERS_LOCK_FILE, QUARANTINE_FILE
 from trainer.core.locks import hold_lock
+from trainer.core.progress import Meter, format_count, waiting
 from trainer.data.images import PIXEL_SETTINGS
 from trainer.data.index import Index, find_hash_problem, open_index
 from trainer.data.sources import iterate_sources, name_sources
@@ -58,17 +58,20 @@ class Summary:
     filtered: dict[str, int]  # by filter
     notes: dict[str, int]
     encoded: int  # samples whose latents were made this time; 0 when there was nothing to encode
+    size: int = 0  # bytes of its shards
     by_source: dict[str, dict[str, int]] = field(default_factory=dict)  # remarks by source and kind
 
     def __str__(self) -> str:
-        lines = [f"{self.samples} samples in {self.shards} shards: {self.folder}"]
-        lines += [f"  removed by filters.{name}: {count}" for name, count in self.filtered.items()]
-        lines += [f"  set aside, {reason}: {count}" for reason, count in self.set_aside.items()]
-        lines += [f"  noted, {reason}: {count}" for reason, count in self.notes.items()]
+        what = f"{format_count(self.samples, 'sample')} in {format_count(self.shards, 'shard')}"
+        lines = [f"{what}, {format_bytes(self.size)}: {self.folder}"]
+        lines += [f"  removed by filters.{name}: {count:,}" for name, count in self.filtered.items()]
+        lines += [f"  set aside, {reason}: {count:,}" for reason, count in self.set_aside.items()]
+        lines += [f"  noted, {reason}: {count:,}" for reason, count in self.notes.items()]
         lines += [f"  noted in {line}" for line in format_remarks(self.by_source)]
         if self.encoded < self.samples:
-            what = f"{self.encoded} were left" if self.encoded else "nothing to do"
-            lines.append(f"  {self.samples - self.encoded} of {self.samples} samples were encoded before, {what}")
+            what = f"{self.encoded:,} were left" if self.encoded else "nothing to do"
+            before = f"{self.samples - self.encoded:,} of {format_count(self.samples, 'sample')} were encoded before"
+            lines.append(f"  {before}, {what}")
         lines += [f"  see {self.folder / QUARANTINE_FILE}"] if self.set_aside else []
         lines += [f"  see {self.folder / NOTES_FILE}"] if self.notes or self.by_source else []
         return "\n".join(lines)
@@ -83,7 +86,7 @@ class Begun:
     shards: list[int]  # numbers of those that are to be made
 
 
-def prepare(config: Config, progress: bool = True) -> Summary:
+def prepare(config: Config) -> Summary:
     """Make ``data.shards`` of the config's sources, resume where an earlier run was killed, or add what is new.
 
     Under a launcher of several processes each of them calls this, and all return the same.
@@ -104,13 +107,13 @@ def prepare(config: Config, progress: bool = True) -> Summary:
         if processes.is_main:
             processes.wait()
             stack.enter_context(hold_work(work))
-            begun = begin(work, latents, config, progress)
+            begun = begin(work, latents, config)
         begun = processes.share(begun)
         if isinstance(begun, Begun):
             if not processes.is_main:  # while there is one, no new preparation begins
                 busy = f"another process is preparing in {work.folder}"
                 stack.enter_context(hold_lock(work.folder / OTHERS_LOCK_FILE, busy, shared=True))
-            encode_share(work, config, weights, processes, begun, progress)
+            encode_share(work, config, weights, processes, begun)
             processes.wait()
             begun = processes.share(finish(work, begun, latents, config) if processes.is_main else None)
         assert isinstance(begun, Summary)
@@ -122,11 +125,11 @@ def warn_of_fp16(config: Config) -> None:
     if not uses_cpu():
         return
     if config.precision.compute == "fp16":
-        print("warning: precision.compute is fp16, and there is no GPU here: train.py will refuse this config on this "
-              "machine (precision.compute=fp32 precision.frozen=fp32 are for the CPU)", file=sys.stderr)  # fmt: skip
+        log.warning("warning: precision.compute is fp16, and there is no GPU here: train.py will refuse this config on "
+                    "this machine (precision.compute=fp32 precision.frozen=fp32 are for the CPU)")  # fmt: skip
     if config.precision.vae == "fp16":
-        print("warning: precision.vae is fp16, and there is no GPU here: the CPU is faster in fp32, and SDXL's own VAE "
-              "overflows in fp16 (precision.vae=fp32)", file=sys.stderr)  # fmt: skip
+        log.warning("warning: precision.vae is fp16, and there is no GPU here: the CPU is faster in fp32, and SDXL's "
+                    "own VAE overflows in fp16 (precision.vae=fp32)")  # fmt: skip
 
 
 def check_paths(config: Config) -> None:
@@ -176,7 +179,7 @@ def describe_latents(config: Config, weights: VaeWeights) -> dict[str, Any]:
     }
 
 
-def begin(work: Work, latents: dict[str, Any], config: Config, progress: bool) -> Begun | Summary:
+def begin(work: Work, latents: dict[str, Any], config: Config) -> Begun | Summary:
     """Read the posts and plan what is to be encoded; the summary at once where nothing is to be done.
 
     Raises:
@@ -193,7 +196,7 @@ def begin(work: Work, latents: dict[str, Any], config: Config, progress: bool) -
     sharding, joined = {"samples_per_shard": config.data.samples_per_shard}, old.fingerprint if old else None
     bind_settings(work, {"latents": latents, "data": sharding, "joins": joined})
     separator = config.captions.keep_tokens_separator
-    survey = survey_inputs(iterate_sources(config.data), config.filters, separator, work.inputs, progress)
+    survey = survey_inputs(iterate_sources(config.data), config.filters, separator, work.inputs)
     refuse_empty_captions(work.inputs, config.data.max_empty_captions, survey.remarks)
     if old is not None and old.manifest["inputs"]["sha256"] == survey.sha256:
         return summarise_set(work.shards, old.manifest, 0)
@@ -205,13 +208,12 @@ def begin(work: Work, latents: dict[str, Any], config: Config, progress: bool) -
     named = old.manifest.get("latents_sha256") if old else None  # version 0.1 had no latents.arrow
     if named and (problem := find_hash_problem(work.shards / LATENTS_FILE, named)):
         raise UserError(f"{work.shards}: {problem}; restore it from a copy, or move the folder away")
-    plan_chunks(work, old, survey, config.data.samples_per_shard)
+    with waiting("compare with what is encoded"):
+        plan_chunks(work, old, survey, config.data.samples_per_shard)
     return Begun(old, survey, sorted(read_pending(work).keys() - read_done(work).keys()))
 
 
-def encode_share(
-    work: Work, config: Config, weights: VaeWeights, processes: Processes, begun: Begun, progress: bool
-) -> None:
+def encode_share(work: Work, config: Config, weights: VaeWeights, processes: Processes, begun: Begun) -> None:
     """Encode this process's share of the shards that are to be made."""
     own = begun.shards[processes.rank :: processes.world]
     if not own:
@@ -223,15 +225,11 @@ def encode_share(
         line for number in pending if number in done for line in done[number].set_aside
     ]
     total, left = (sum(len(pending[number]) for number in numbers) for numbers in (pending, begun.shards))
-    with (
-        decoders(config.data.decode_processes) as pool,
-        tqdm(total=total, initial=total - left, unit="image", desc="encode",
-             disable=not progress or not processes.is_main) as meter,
-    ):  # fmt: skip
+    with decoders(config.data.decode_processes) as pool, Meter("encode", total, "image", total - left) as meter:
         encoder = Encoder(vae, pool, config.buckets, config.filters.min_side, config.data.encode_batch_size)
 
         def advance(chunk: Chunk) -> None:
-            meter.update(min(processes.world, total - meter.n))  # the others are about as far
+            meter.update(min(processes.world, total - meter.done))  # the others are about as far
             if chunk.set_aside:  # before the chunk counts: what is mended, by a plug-in too, is looked at again
                 check_bad_fraction(work, set_aside + chunk.set_aside, begun.survey.total, config)
 
@@ -269,7 +267,8 @@ def finish(work: Work, begun: Begun, latents: dict[str, Any], config: Config) ->
     check_bad_fraction(work, set_aside, begun.survey.total, config)
     filtered = sum((Counter(done[number].filtered) for number in pending), Counter(begun.survey.filtered))
     survey = replace(begun.survey, set_aside=set_aside, filtered=dict(filtered))
-    manifest = merge_set(work, begun.old, done, survey, latents, config.filters)
+    with waiting("put the set together"):
+        manifest = merge_set(work, begun.old, done, survey, latents, config.filters)
     place_set(work)
     made = pa.array([shard.name for number in begun.shards for shard in done[number].shards], pa.string())
     encoded = pc.sum(pc.is_in(open_index(work.shards).table["shard"], made)).as_py()
@@ -280,4 +279,5 @@ def summarise_set(folder: Path, manifest: dict[str, Any], encoded: int) -> Summa
     """What a set holds, and how much of it this run has made."""
     counts = manifest["counts"]
     named = {name: counts.get(name, {}) for name in ("set_aside", "filtered", "notes", "by_source")}
-    return Summary(folder, counts["samples"], len(manifest["shards"]), **named, encoded=encoded)
+    return Summary(folder, counts["samples"], len(manifest["shards"]), **named, encoded=encoded,
+                   size=sum(shard["size"] for shard in manifest["shards"]))  # fmt: skip

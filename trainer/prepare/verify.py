@@ -14,21 +14,22 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
+from trainer.core.console import Result
+from trainer.core.disk import format_bytes
 from trainer.core.errors import UserError
+from trainer.core.files import READ_BYTES
 from trainer.core.layout import INDEX_FILE, LATENTS_FILE, MANIFEST_FILE
+from trainer.core.progress import BYTES, Meter, format_count
 from trainer.data.fields import parse_json
 from trainer.data.index import Index, find_file_problem, find_hash_problem, find_index_problem, read_manifest
 from trainer.data.shards import LATENT_FIELDS, Row, fingerprint_rows, member_header
 from trainer.data.tables import read_table
 
-READ_BYTES = 1 << 20  # what is read and hashed at a time
-
 Advance = Callable[[int], object]  # called with the number of bytes that are done
 
 
-def verify_shards(folder: Path, progress: bool = True) -> str:
+def verify_shards(folder: Path) -> Result:
     """Check shards, samples, index and fingerprint; what was found whole, in words.
 
     Raises:
@@ -38,17 +39,19 @@ def verify_shards(folder: Path, progress: bool = True) -> str:
     index = Index(folder, manifest)
     size = sum(shard["size"] for shard in manifest["shards"])
     problems: list[str] = []
-    with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=not progress) as meter:
+    with Meter("verify", size, BYTES) as meter:
         for problem in find_damages(index, meter.update):
             problems.append(problem)
-            meter.set_postfix_str(f"{len(problems)} problem(s)")
+            meter.update(0, f"{len(problems)} problem(s)")
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
             f"{len(problems)} problem(s) in {folder}:\n{listed}\n"
             "restore what is named from a copy, or move the folder away and run scripts/build_shards.py"
         )
-    return f"{len(index)} samples in {len(manifest['shards'])} shards, {size} bytes, all as written: {folder}"
+    what = f"{format_count(len(index), 'sample')} in {format_count(len(manifest['shards']), 'shard')}"
+    said = f"{what}, {format_bytes(size)}, all as written: {folder}"
+    return Result(said, [folder], {"samples": len(index), "shards": len(manifest["shards"]), "bytes": size})
 
 
 def find_damages(index: Index, advance: Advance) -> Iterator[str]:

@@ -4,7 +4,6 @@ Beside what export writes, ``<name>.sha256`` names the files of that export and 
 none: its single file is proven by the hash in its own header, its folder by that file.
 """
 
-import hashlib
 import json
 import shutil
 import struct
@@ -15,17 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, sync_file, sync_folder, temporary_path, write_bytes, write_text
+from trainer.core.files import (
+    copy_rest,
+    sha256_file,
+    sha256_rest,
+    sync_file,
+    sync_folder,
+    temporary_path,
+    write_bytes,
+    write_text,
+)
 from trainer.core.layout import EXPORT_SUMS_SUFFIX
 from trainer.model.base import find_base, has_vae, read_state
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS
-from trainer.model.weights_file import LazyFile, read_frame
+from trainer.model.weights_file import LazyFile, read_frame, save_tensors
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -39,10 +46,10 @@ def save_stamped(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
     The library writes metadata in random order; here the same tensors and metadata give the same bytes.
     """
-    save_file(dict(tensors), path, dict(metadata) | {HASH_KEY: NO_HASH})
+    save_tensors(tensors, path, dict(metadata) | {HASH_KEY: NO_HASH})
     with path.open("r+b") as file:
         header = read_frame(file)
-        begin, digest = file.tell(), hashlib.file_digest(file, "sha256").hexdigest()  # from here to the end
+        begin, digest = file.tell(), sha256_rest(file, path)
         framed = frame_header(header, {HASH_KEY: f"0x{digest}"})
         assert len(framed) == begin, "the header became longer"
         file.seek(0)
@@ -90,7 +97,7 @@ def copy_with_metadata(source: Path, target: Path, changes: Mapping[str, str | N
     """
     with source.open("rb") as file, target.open("xb") as copy:
         copy.write(frame_header(read_frame(file), changes))
-        shutil.copyfileobj(file, copy)
+        copy_rest(file, source, copy)
 
 
 def frame_header(header: dict[str, Any], changes: Mapping[str, str | None]) -> bytes:
@@ -112,7 +119,7 @@ def check_stamp(path: Path) -> None:
     LazyFile(path)  # a truncated header, or fewer bytes than it names
     with path.open("rb") as file:
         said = read_frame(file).get("__metadata__", {}).get(HASH_KEY)
-        if said != f"0x{hashlib.file_digest(file, 'sha256').hexdigest()}":
+        if said != f"0x{sha256_rest(file, path)}":
             raise UserError(f"{path} is damaged: its tensors are not those whose SHA-256 is in its header")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config.load import load_config
@@ -22,6 +21,7 @@ from trainer.config.schema import Config, DiffusionConfig, Dtype, Format
 from trainer.core.errors import UserError
 from trainer.core.files import write_file, write_json
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE, export_name
+from trainer.core.progress import BYTES, Meter
 from trainer.model.base import (
     CONFIGS_KEY,
     Base,
@@ -51,7 +51,7 @@ from trainer.model.latents import find_other_numbers
 from trainer.model.lineage import LINEAGE_KEY, shorten_paths
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
-from trainer.model.weights_file import LazyFile
+from trainer.model.weights_file import LazyFile, save_tensors
 from trainer.release.artefacts import put_whole, save_stamped, write_export_sums, write_tokenizer
 from trainer.release.licence import FAIPL
 from trainer.train.run import locate_from_run
@@ -231,12 +231,14 @@ def overlay(part: str, base: Base, trained: LazyFile, dtype: Dtype) -> dict[str,
     own = {name.removeprefix(f"{part}.") for name in trained if name.startswith(f"{part}.")}
     if strange := own - set(state):
         raise UserError(f"the checkpoint's {part} has tensors that {base.reference} has not: {some(strange)}")
-    for name, before in state.items():
-        tensor = trained[f"{part}.{name}"] if name in own else before
-        if tensor.shape != before.shape:
-            shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(before.shape)} in {base.reference}"
-            raise UserError(f"{part}.{name} has different shapes: {shapes}")
-        state[name] = cast(f"{component}.{name}", tensor, dtype)
+    with Meter(f"convert {component} to {dtype}", sum(tensor.nbytes for tensor in state.values()), BYTES) as meter:
+        for name, before in state.items():
+            tensor = trained[f"{part}.{name}"] if name in own else before
+            if tensor.shape != before.shape:
+                shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(before.shape)} in {base.reference}"
+                raise UserError(f"{part}.{name} has different shapes: {shapes}")
+            state[name] = cast(f"{component}.{name}", tensor, dtype)
+            meter.update(before.nbytes)
     return state
 
 
@@ -329,7 +331,7 @@ def write_diffusers(path: Path, made: Export) -> Path:
         temporary.mkdir()
         for component, part in made.parts.items():
             # transformers refuses files that do not say format: pt
-            save = partial(save_file, part, metadata={"format": "pt"})
+            save = partial(save_tensors, part, metadata={"format": "pt"})
             write_file(temporary / component / f"{STEMS[component]}.safetensors", save)
         for name, config in made.configs.items():
             write_json(temporary / config_file(name), config)

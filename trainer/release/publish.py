@@ -14,7 +14,7 @@ import yaml
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.core.files import write_json, write_text
+from trainer.core.files import copy_rest, write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SAMPLES_FOLDER, SUMS_FILE, export_name
 from trainer.model.base import find_base, read_config
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
@@ -252,5 +252,8 @@ def copy_folder(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink() or not path.is_dir():
+        if path.is_symlink():
             shutil.copyfile(path, copy, follow_symlinks=False)
+        elif not path.is_dir():
+            with path.open("rb") as file, copy.open("xb") as copied:
+                copy_rest(file, path, copied)

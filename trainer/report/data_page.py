@@ -45,7 +45,7 @@ MAX_TOKENIZED = 20_000  # captions: a million would take many minutes
 MAX_PRINTED = 10  # buckets in the terminal's table
 
 
-def make_report(config: Config, progress: bool = True) -> Report:
+def make_report(config: Config) -> Report:
     """Count everything; the same for the same shards and config.
 
     Raises:
@@ -64,7 +64,7 @@ def make_report(config: Config, progress: bool = True) -> Report:
     lengths = None
     if tokenizer is not None:
         chosen = choose_rows("report lengths", seed, len(index), MAX_TOKENIZED)
-        tokens = measure_captions(index, chosen, config.captions, tokenizer, progress)
+        tokens = measure_captions(index, chosen, config.captions, tokenizer)
         lengths = count_lengths(tokens, config.captions.max_token_length)
     run, shown = walk_run(plan, steps), choose_rows("report samples", seed, len(index), SAMPLES).tolist()
     return Report(
@@ -79,7 +79,7 @@ def make_report(config: Config, progress: bool = True) -> Report:
         rules=count_rules(rows, config.captions),
         lengths=lengths,
         duplicates=find_duplicates(rows),
-        examples=draw_examples(index, config, fits, shown, vae, progress),
+        examples=draw_examples(index, config, fits, shown, vae),
         missing=missing,
         counts=index.manifest.get("counts", {}),
     )

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tqdm import tqdm
 
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes
+from trainer.core.progress import metered
 from trainer.data.buckets import Fit, Size
 from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.index import Index, read_raw_latents
@@ -60,13 +60,13 @@ class Example:
 
 
 def draw_examples(
-    index: Index, config: Config, fits: Fits, numbers: Sequence[int], vae: AutoencoderKL | None, progress: bool
+    index: Index, config: Config, fits: Fits, numbers: Sequence[int], vae: AutoencoderKL | None
 ) -> list[Example]:
     """Some rows of the index as pictures and captions."""
     rows = [index.row(number) for number in numbers]
-    posts, reason = find_images(config, {row["key"] for row in rows}, progress)
+    posts, reason = find_images(config, {row["key"] for row in rows})
     examples = []
-    for number, row in zip(tqdm(numbers, "draw samples", disable=not progress), rows, strict=True):
+    for number, row in zip(metered(numbers, "draw samples", "sample", len(numbers)), rows, strict=True):
         captions = [draw_sample_caption(row, pass_, config.run.seed, config.captions) for pass_ in range(PASSES)]
         decoded = draw_latents(vae, read_raw_latents(index, number)) if vae is not None else None
         original, why_not = draw_original(posts[row["key"]], row) if row["key"] in posts else (None, reason)
@@ -75,11 +75,11 @@ def draw_examples(
     return examples
 
 
-def find_images(config: Config, keys: set[str], progress: bool) -> tuple[dict[str, Post], str]:
+def find_images(config: Config, keys: set[str]) -> tuple[dict[str, Post], str]:
     """Key -> post, where the config's sources still have it; and why the others have no image."""
     found: dict[str, Post] = {}
     try:
-        for item in tqdm(iterate_sources(config.data), "find images", unit="post", disable=not progress):
+        for item in metered(iterate_sources(config.data), "find images", "post"):
             if isinstance(item, Post) and item.key in keys:
                 found[item.key] = item
                 if len(found) == len(keys):

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from trainer.config.schema import CaptionsConfig
+from trainer.core.progress import Meter
 from trainer.core.rng import rng
 from trainer.data.captions import (
     VARIANT_SEPARATOR,
@@ -186,9 +186,7 @@ def choose_rows(purpose: str, seed: int, rows: int, most: int) -> np.ndarray:
     return np.sort(rng(purpose, seed).choice(rows, most, replace=False))
 
 
-def measure_captions(
-    index: Index, rows: np.ndarray, rules: CaptionsConfig, tokenizer: TextTokenizer, progress: bool = False
-) -> np.ndarray:
+def measure_captions(index: Index, rows: np.ndarray, rules: CaptionsConfig, tokenizer: TextTokenizer) -> np.ndarray:
     """Content tokens of whole captions, nothing dropped and nothing cut: int64 (len(rows),).
 
     The order of the tags, which changes from pass to pass, does not change the length.
@@ -198,6 +196,9 @@ def measure_captions(
     captions = [draw_caption(compose_caption(index.row(row), rules), whole, generator) for row in rows.tolist()]
     lengths: list[int] = []
     starts = range(0, len(captions), TOKENIZED_AT_ONCE)
-    for start in tqdm(starts, "tokenize captions", unit=" thousand", disable=not progress):
-        lengths += map(len, tokenizer.content_ids(captions[start : start + TOKENIZED_AT_ONCE]))
+    with Meter("count tokens", len(captions), "caption") as meter:
+        for start in starts:
+            some = captions[start : start + TOKENIZED_AT_ONCE]
+            lengths += map(len, tokenizer.content_ids(some))
+            meter.update(len(some))
     return np.array(lengths, dtype=np.int64)

@@ -4,20 +4,21 @@ Sampler, text encoding and noise are those of the samples while training. An ima
 settings and its own seed: drawn alone, with that seed, it is the same file (on the same device).
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 import trainer
 from trainer.config.schema import CaptionsConfig, Dtype, MemoryConfig, ModelConfig, PrecisionConfig, SamplingConfig
+from trainer.core.console import log
 from trainer.core.distributed import choose_device, describe_device
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.core.layout import GRID_FILE, SAMPLES_FOLDER, SUMS_FILE
+from trainer.core.progress import Meter
 from trainer.data.tokens import load_tokenizers
 from trainer.model.base import (
     Base,
@@ -65,7 +66,7 @@ def draw(
     *,
     columns: int,
     dtype: Dtype | None = None,
-) -> Path:
+) -> list[Path]:
     """Draw all pictures with each model, one model in memory at a time; write them and a grid into ``out``.
 
     Args:
@@ -73,7 +74,7 @@ def draw(
         columns: of the grid; several models have a column each instead.
         dtype: fp16 on a GPU and fp32 on the CPU unless given.
 
-    Returns: the grid's path.
+    Returns: the paths of what was written, the grid's first.
 
     Raises:
         UserError: before anything is drawn, where a file lies that would be written.
@@ -84,18 +85,15 @@ def draw(
     refuse_existing([out / GRID_FILE, *(path for column in paths for path in column)])
     scale = grid_scale([picture.size for picture in pictures], len(sources))
     cells: list[list[tuple[Image.Image, str]]] = [[] for _ in pictures]  # a row for each picture
-    with tqdm(total=len(sources) * len(pictures), unit="image") as bar:
-        for letter, source, column in zip(letters, sources, paths, strict=True):
-            bar.set_description(source.name)
-            drawn = draw_pictures(source, pictures, sampling, dtype)
-            for row, picture, path, (image, texts) in zip(cells, pictures, column, drawn, strict=True):
-                write_png(path, image, texts)
-                row.append((shrink(image, scale), label(picture, f"{letter}: {source.name}" if several else "")))
-                bar.update()
+    for letter, source, column in zip(letters, sources, paths, strict=True):
+        drawn = draw_pictures(source, pictures, sampling, dtype)
+        for row, picture, path, (image, texts) in zip(cells, pictures, column, drawn, strict=True):
+            write_png(path, image, texts)
+            row.append((shrink(image, scale), label(picture, f"{letter}: {source.name}" if several else "")))
     images, labels = zip(*(cell for row in cells for cell in row), strict=True)
     grid = make_grid(list(images), list(labels), len(sources) if several else columns)
     write_file(out / GRID_FILE, lambda path: grid.save(path, format="PNG"))
-    return out / GRID_FILE
+    return [out / GRID_FILE, *(path for column in paths for path in column)]
 
 
 def draw_pictures(
@@ -105,10 +103,15 @@ def draw_pictures(
     model = load_source(source, dtype)
     prompts = dict.fromkeys([*(picture.prompt for picture in pictures), sampling.negative_prompt])
     for note in find_cut_prompts(model, list(prompts)):
-        tqdm.write(note, file=sys.stderr)
-    for picture in pictures:
-        image = draw_image(model, picture.prompt, sampling, size=picture.size, seed=(picture.seed, 0))
-        yield image, describe_picture(picture, sampling, model.facts)
+        log.info("note: %s", note)
+    steps, total = sampling.num_inference_steps, len(pictures)
+    with Meter(f"draw with {source.name}", total * steps, "denoising step") as meter:
+        for number, picture in enumerate(pictures, start=1):
+            advance = partial(meter.update, 1, f"image {number:,} of {total:,}")
+            image = draw_image(
+                model, picture.prompt, sampling, size=picture.size, seed=(picture.seed, 0), advance=advance
+            )
+            yield image, describe_picture(picture, sampling, model.facts)
 
 
 def find_source(reference: str, tokenizer: str | None = None) -> Source:
@@ -158,7 +161,6 @@ def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
     vae_dtype: Dtype = "fp32" if weights.config.get("force_upcast", True) else dtype
     vae = build_vae(weights.config, weights.state, DTYPES[vae_dtype]).to(device)
     pipeline = build_pipeline(sdxl, vae, source.prediction)
-    pipeline.set_progress_bar_config(desc="steps", unit="step", leave=False, position=1)
     return LoadedModel(
         sdxl=sdxl,
         pipeline=pipeline,

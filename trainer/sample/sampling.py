@@ -5,7 +5,7 @@ more than 75 tokens are encoded as in training. All randomness comes from genera
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,20 +43,33 @@ def build_pipeline(model: SDXL, vae: Any, prediction: Prediction) -> StableDiffu
     """
     published = {**SCHEDULE, "timestep_spacing": "leading", "steps_offset": 1}
     scheduler = EulerAncestralDiscreteScheduler(**write_scheduler(published, prediction))
-    return StableDiffusionXLPipeline(
+    pipeline = StableDiffusionXLPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=model.unet,
         scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)  # see draw_image's advance
+    return pipeline
 
 
 @torch.no_grad()
 def draw_image(
-    model: LoadedModel, prompt: str, sampling: SamplingConfig, *, size: tuple[int, int], seed: tuple[int, int]
+    model: LoadedModel,
+    prompt: str,
+    sampling: SamplingConfig,
+    *,
+    size: tuple[int, int],
+    seed: tuple[int, int],
+    advance: Callable[[], object] = lambda: None,
 ) -> Image.Image:
     """One image of (width, height) ``size``, a function of model, prompt, settings and the two numbers of ``seed``.
 
-    Of ``sampling`` only the negative prompt, the steps and the guidance.
+    Of ``sampling`` only the negative prompt, the steps and the guidance; ``advance`` is called after each step.
     """
+
+    def count(_pipeline: Any, _step: int, _timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return changed
+
     device = next(model.sdxl.parameters()).device
     with (
         evaluating(model.sdxl),
@@ -72,6 +85,7 @@ def draw_image(
             width=size[0], height=size[1], output_type="latent",
             latents=noise.to(device),
             generator=torch.Generator().manual_seed(philox_key("sampler", *seed) & 0x7FFFFFFF),
+            callback_on_step_end=count,
         ).images  # fmt: skip
     # outside autocast: SDXL's own VAE overflows in fp16
     return pixels_to_image(decode_latents(model.pipeline.vae, latents.float())[0])

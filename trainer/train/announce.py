@@ -1,13 +1,15 @@
 """What a run says for people: at its start what is about to happen, with warnings; at its end what has happened."""
 
-import datetime
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import nn
 
+from trainer.config.run_names import name_run
+from trainer.core.commands import command
+from trainer.core.console import NextStep, Result, format_duration
 from trainer.core.disk import format_bytes, free_bytes
 from trainer.core.layout import CHECKPOINTS_FOLDER, RUN_PAGE_FILE
+from trainer.core.progress import format_count
 from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest, list_checkpoints, measure_checkpoint, step_of
 from trainer.model.sdxl import trained_parameters
@@ -19,7 +21,7 @@ MAX_NAMED = 4  # buckets
 
 
 def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
-    """The steps that this attempt is to make in some lines, and its warnings."""
+    """The steps that this attempt is to make, in some lines."""
     config, plan, first, last, resumed = inputs.config, inputs.data.plan, inputs.first, inputs.last, inputs.resumed
     data, processes = config.data, inputs.accelerator.num_processes
     parameters = trained_parameters(sdxl)
@@ -44,7 +46,7 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
         "page": f"{run_path(config) / RUN_PAGE_FILE}, rewritten as the run goes on",
     }
     lines = [f"{config.run.name}, stage {config.run.stage}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
-    return "\n".join(lines + [f"warning: {warning}" for warning in find_warnings(inputs, sdxl)])
+    return "\n".join(lines)
 
 
 def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
@@ -89,17 +91,31 @@ def warn_of_disk(inputs: RunInputs, size: int) -> Iterator[str]:
 
 
 def describe_end(inputs: RunInputs, made: int, seconds: float, skipped: int) -> str:
-    """What has been made, where it lies, and what comes next."""
-    path, plan, last = run_path(inputs.config), inputs.data.plan, inputs.last
-    took = datetime.timedelta(seconds=round(seconds))
+    """What has been made."""
+    plan, last = inputs.data.plan, inputs.last
     state = "all" if made == last else f"stopped at step {made:,}; the same command resumes there"
     withheld = f", {skipped:,} of all skipped by loss scaling" if skipped else ""
     return (
-        f"{inputs.config.run.name}: {made - inputs.first:,} steps in {took}, {made:,} of {last:,} made ({state}), "
-        f"{plan.epochs_until(made):.2f} epochs{withheld}\n{describe_last(path)}"
+        f"{inputs.config.run.name}: {format_count(made - inputs.first, 'step')} in {format_duration(seconds)}, "
+        f"{made:,} of {last:,} made ({state}), {plan.epochs_until(made):.2f} epochs{withheld}"
     )
 
 
-def describe_last(path: Path) -> str:
-    """The last checkpoint of a run, and the command that makes a model of it."""
-    return f"  last checkpoint: {find_newest(path)}\n  export it:       python scripts/export.py {path}"
+def make_result(inputs: RunInputs, said: str, made: int) -> Result:
+    """What training ends with: the last checkpoint, and the command that makes a model of it."""
+    path = run_path(inputs.config)
+    newest = find_newest(path)
+    facts = {
+        "run": inputs.config.run.name,
+        "folder": str(path),
+        "first_step": inputs.first,
+        "step": made,
+        "last_step": inputs.last,
+        "finished": made >= inputs.last,
+        "images": inputs.facts["images"],
+    }
+    if newest is None:
+        return Result(said, facts=facts)
+    size = format_bytes(measure_checkpoint(newest))
+    exporting = NextStep("export it", command("scripts/export.py", name_run(path)))
+    return Result(f"{said}\n  last checkpoint: {newest}, {size}", [newest], facts, [exporting])

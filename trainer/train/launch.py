@@ -1,7 +1,6 @@
 """What a run needs before its first step: the processes, the data, the base; each checked before harm is done."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ from accelerate.utils import (
 from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
+from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
 from trainer.data.index import Index, open_index
@@ -111,8 +111,6 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     torch.backends.cudnn.allow_tf32 = config.precision.tf32
-    # Accelerate knows DDP's setting by its old name only
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     with patch_environment(ACCELERATE_DYNAMO_BACKEND="no", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1"):
         accelerator = Accelerator(
             mixed_precision="no" if config.precision.compute == "fp32" else config.precision.compute,
@@ -125,7 +123,7 @@ def build_accelerator(config: Config) -> Accelerator:
             ],
         )
     for note in ignored_settings():
-        accelerator.print(f"note: {note}")
+        log.info("note: %s", note)
     check_processes(config, accelerator.num_processes)
     return accelerator
 
@@ -208,13 +206,13 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     """
     software, resumed = describe_software(), find_resumed(config)
     if note := check_config_prompts(config.sampling):
-        accelerator.print(note)
+        log.info(note)
     index = open_index(config.data.shards)
     with accelerator.main_process_first():  # one process downloads, the others find it there
         base = find_first_base(config, resumed)
         prediction = check_prediction(base.reference, read_predictions(base), config.diffusion)
         if note := note_weights(base):
-            accelerator.print(f"note: {note}")
+            log.info("note: %s", note)
         vae = read_vae(config.model.vae, base, config.model.vae_revision)
         folders = find_tokenizers(base, config.model.tokenizer)
     check_latents_made_by(config.data.shards, index.manifest["latents"], vae)
@@ -226,7 +224,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     if thresholds.source:
         advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
         advice = advice if thresholds.source == OWN_SCORES else ""
-        accelerator.print(f"quality tags by percentile: thresholds from {thresholds.source}{advice}")
+        log.info("quality tags by percentile: thresholds from %s%s", thresholds.source, advice)
     facts = {
         "base": {
             # what an environment variable holds is not written to a file

@@ -12,6 +12,7 @@ from typing import Any
 from trainer.config.fixed import INTERPOLATION
 from trainer.config.load import resolved_values
 from trainer.config.schema import Config
+from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_PAGE_FILE
@@ -64,7 +65,7 @@ class LivePage:
             write_html(view.page, render_run(view), RUN_GENERATOR)
         except Exception as error:
             if not self.failed:
-                self.inputs.accelerator.print(f"warning: the run's page is not written, training goes on: {error!r}")
+                log.warning("warning: the run's page is not written, training goes on: %r", error)
             self.failed = True
         now = time.monotonic()
         self.due = now + max(SECONDS_BETWEEN, (now - begun) / SHARE)

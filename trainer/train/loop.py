@@ -16,8 +16,10 @@ from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from trainer.config.schema import Config
+from trainer.core.console import Result, log
 from trainer.core.distributed import describe_device
 from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
+from trainer.core.progress import Meter
 from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod, trained_prediction
@@ -26,7 +28,7 @@ from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
-from trainer.train.announce import describe_end, describe_last, describe_start, find_warnings
+from trainer.train.announce import describe_end, describe_start, find_warnings, make_result
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.metrics import find_peak_flops, training_flops
@@ -38,7 +40,7 @@ from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
 
 
-def train(config: Config, check: bool = False) -> None:
+def train(config: Config, check: bool = False) -> Result:
     """Train from the newest checkpoint, or from the base, to the end of the schedule; ``check`` stops before step 0.
 
     Raises:
@@ -51,14 +53,13 @@ def train(config: Config, check: bool = False) -> None:
         check_resumed(inputs)
         first, last = inputs.first, inputs.last
         if first >= last:
-            say(inputs, f"{run_path(config)} has made all of its {last} steps; nothing to do")
-            say(inputs, describe_last(run_path(config)))
-            return
+            return make_result(inputs, f"{run_path(config)} has made all of its {last:,} steps; nothing to do", first)
         model, sdxl, optimizer = load_model(inputs)
-        say(inputs, describe_start(inputs, sdxl))
+        log.info(describe_start(inputs, sdxl))
+        for warning in find_warnings(inputs, sdxl):
+            log.warning("warning: %s", warning)
         if check:
-            say(inputs, f"checked: the run can start at step {first}; nothing was trained")
-            return
+            return Result(f"checked: the run can start at step {first:,}; nothing was trained")
         run = build_run(inputs, model, sdxl, optimizer)
         pending: StepResult | None = None
         with run.progress, run.page, closing(start_loading(run)) as batches:
@@ -81,12 +82,7 @@ def train(config: Config, check: bool = False) -> None:
                 run.page.update(made, at_once=bool(saving or sampling))
                 if stopping:
                     break
-        say(inputs, describe_end(inputs, made, run.progress.seconds, run.progress.skipped["all"]))
-
-
-def say(inputs: RunInputs, text: str) -> None:
-    """Print on the main process."""
-    inputs.accelerator.print(text, flush=True)
+        return make_result(inputs, describe_end(inputs, made, run.progress.seconds, run.progress.skipped["all"]), made)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -207,22 +203,23 @@ def sample(run: Run, made: int) -> None:
     sampling, side = config.sampling, config.buckets.base_resolution
     vae = build_vae(run.inputs.vae.config, run.inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
     pipeline = build_pipeline(run.sdxl, vae, trained_prediction(config.diffusion))
-    pipeline.set_progress_bar_config(disable=True)
     length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
     model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
     size = (sampling.width or side, sampling.height or side)
     numbers = range(accelerator.process_index, len(sampling.prompts), accelerator.num_processes)
-    own = {  # each by itself, so that an image does not depend on which rank draws what
-        number: draw_image(model, sampling.prompts[number], sampling, size=size, seed=(config.run.seed, number))
-        for number in numbers
-    }
+    with Meter("sample", len(numbers) * sampling.num_inference_steps, "denoising step") as meter:
+        own = {  # each by itself, so that an image does not depend on which rank draws what
+            number: draw_image(model, sampling.prompts[number], sampling, size=size, seed=(config.run.seed, number),
+                               advance=meter.update)
+            for number in numbers
+        }  # fmt: skip
     images = dict(sorted(gather_object(list(own.items()))))
     if accelerator.is_main_process:
         columns = lay_out_sheet(size, len(images)).columns
         grid = make_grid(list(images.values()), sampling.prompts, columns=columns)
         texts = {SHEET_PROMPTS: json.dumps(sampling.prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
         write_png(run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png", grid, texts)
-        run.progress.show_samples(grid, made)
+        run.progress.show_samples(list(images.values()), sampling.prompts, made)
     accelerator.wait_for_everyone()
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a step, read by the host one step later: progress bar, metrics, trackers, and the two stops.
+"""The numbers of a step, read by the host one step later: meter, metrics, trackers, and the two stops.
 
 It stops for a non-finite loss, naming the samples, and for loss scaling that finds no scale.
 """
@@ -6,16 +6,17 @@ It stops for a non-finite loss, naming the samples, and for loss scaling that fi
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm import tqdm
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.layout import METRICS_FILE
+from trainer.core.progress import Meter
 from trainer.model.lineage import count_samples
 from trainer.model.sdxl import COMPONENTS
 from trainer.train.launch import RunInputs
@@ -24,6 +25,7 @@ from trainer.train.optim import lr_factor
 from trainer.train.run import run_path
 from trainer.train.step import StepResult
 
+MAX_TAG = 80  # characters of a prompt in a tag
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
     "To continue at a lower rate or in bf16, start another run with checkpoint.fork set to this one"
 )
@@ -49,23 +51,27 @@ class Progress:
         self.attempt, self.window = attempt, Window(self.begun)
         config, accelerator, path = self.config, self.accelerator, run_path(self.config)
         self.file = MetricsFile(path / METRICS_FILE, attempt) if accelerator.is_main_process else None
-        self.bar = tqdm(
-            total=inputs.last, initial=inputs.first, desc=config.run.name, unit="step",
-            disable=not accelerator.is_main_process,
-        )  # fmt: skip
+        self.meter = Meter(config.run.name, inputs.last, "step", inputs.first)
         if config.logging.trackers:
-            settings = tracker_settings(config.logging.trackers, tracker_run_id, config.run.name, path, inputs.first)
-            accelerator.init_trackers(config.logging.project, flatten_values(config.written), settings)
-            for tracker in accelerator.trackers:
-                if tracker.name == "wandb" and accelerator.is_main_process:
-                    tracker.tracker.define_metric("*", step_metric=STEP_METRIC)
+            self.start_trackers(tracker_settings(
+                config.logging.trackers, tracker_run_id, config.run.name, path, inputs.first
+            ))  # fmt: skip
+
+    def start_trackers(self, settings: dict[str, Any]) -> None:
+        """Begin, or continue, the trackers' runs, and give them the config; TensorBoard takes plain values only."""
+        values, accelerator = self.config.written, self.accelerator
+        accelerator.init_trackers(self.config.logging.project, init_kwargs=settings)
+        for tracker in accelerator.trackers:
+            tracker.store_init_configuration(values if tracker.name == "wandb" else flatten_values(values))
+            if tracker.name == "wandb" and accelerator.is_main_process:
+                tracker.tracker.define_metric("*", step_metric=STEP_METRIC)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End the bar, the file and the trackers, also where the run ends in an error."""
-        self.bar.close()
+        """End the meter, the file and the trackers, also where the run ends in an error."""
+        self.meter.__exit__()
         if self.file is not None:
             self.file.file.close()
         if kind is None:
@@ -90,11 +96,10 @@ class Progress:
         self.window.add(result.loss)
         made, speed = result.step + 1, self.window.steps_per_second(result.launched)
         images = speed * self.config.data.global_batch_size
-        shown = {"loss": f"{float(result.loss):.4f}", "images/s": f"{images:.2f}"}
+        shown = f"loss {float(result.loss):.4f}, {images:.2f} images/s"
         if result.loss_scale is not None:
-            shown |= {"scale": f"{result.loss_scale:g}", "skipped": str(self.skipped["all"])}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+            shown += f", scale {result.loss_scale:g}, {self.skipped['all']:,} skipped"
+        self.meter.update(1, shown)
         if made % self.config.logging.every_steps == 0 or made == self.inputs.last:
             self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
@@ -167,20 +172,24 @@ class Progress:
             f"scripts/explain_step.py --config ... --step {result.step} lists its samples. {OTHER_SETTINGS}"
         )
 
-    def show_samples(self, grid: Image.Image, step: int) -> None:
-        """Give a grid of samples to the trackers."""
-        images = np.asarray(grid)[None]  # (1, H, W, 3)
+    def show_samples(self, images: Sequence[Image.Image], prompts: Sequence[str], step: int) -> None:
+        """Give the samples to the trackers, each with its prompt. Called on the main process."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
-                # the images go to the last step that it was given
-                tracker.log({STEP_METRIC: step, "attempt": self.attempt})
-                tracker.log_images({"samples": images})
-            else:
-                tracker.log_images({"samples": images}, step=step, dataformats="NHWC")
+                import wandb
+
+                pictures = [wandb.Image(image, caption=text) for image, text in zip(images, prompts, strict=True)]
+                tracker.log({"samples": pictures, STEP_METRIC: step, "attempt": self.attempt})
+                continue
+            for number, (image, text) in enumerate(zip(images, prompts, strict=True), start=1):
+                # a tag is all that stands above a picture
+                tag = f"samples/{number} {shorten(text, MAX_TAG)}"
+                tracker.tracker.add_image(tag, np.asarray(image), step, dataformats="HWC")
+                tracker.tracker.add_text(f"samples/{number}", text, step)
 
 
 def flatten_values(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested config -> dotted keys and plain values, as the trackers want them; lists become text."""
+    """Nested config -> dotted keys and plain values; lists become text."""
     flat: dict[str, str | int | float | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.fixed import find_interpolated, fixed_values
+from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, step_of, verify_checkpoint
 from trainer.train.launch import RunInputs
@@ -49,9 +50,8 @@ def check_resumed(inputs: RunInputs) -> None:
     else:
         check_config(resumed.folder, resumed.state, inputs.fixed)
         if "fixed" not in resumed.state and (unknown := find_interpolated(inputs.fixed["values"])):
-            inputs.accelerator.print(
-                f"{resumed.folder} does not record the value of {', '.join(unknown)}: make sure that it is the same now"
-            )
+            log.warning("warning: %s does not record the value of %s: make sure that it is the same now",
+                        resumed.folder, ", ".join(unknown))  # fmt: skip
         check_inputs(resumed.folder, resumed.state, inputs.facts, GUARDED, REMEDY)
     if inputs.accelerator.is_main_process:
         verify_checkpoint(resumed.folder)

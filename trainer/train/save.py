@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +16,7 @@ from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_fo
 from trainer.core.layout import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
 from trainer.model.checkpoint import CHECKPOINT_FORMAT, SHARED, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
+from trainer.model.weights_file import save_tensors
 from trainer.train.optim import state_bytes
 
 OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen
@@ -44,8 +44,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_
     with disk_space(folder, f"checkpoint {final}", size):
         try:
             temporary.mkdir()
-            save_file(weights, temporary / MODEL_FILE)
-            save_file(tensors, temporary / OPTIMIZER_FILE, metadata=metadata)
+            save_tensors(weights, temporary / MODEL_FILE)
+            save_tensors(tensors, temporary / OPTIMIZER_FILE, metadata)
             write_train_state(temporary, train_state)
             temporary.rename(final)
         except BaseException:

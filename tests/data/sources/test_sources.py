@@ -183,12 +183,12 @@ def test_a_set_of_mixed_sources(make_config: Callable[..., Config], tmp_path: Pa
     )
     words = ["data.posts=null", "data.images=null", f"data.sources={sources}", f"data.shards={tmp_path / 'shards'}"]
     config = make_config(*words)
-    assert prepare(config, progress=False).samples == 24
+    assert prepare(config).samples == 24
     index, before = open_index(tmp_path / "shards"), open_index(plain.data.shards)
     rows = [index.row(number) for number in range(24)]
     assert Counter(row["source"] for row in rows) == {"some.jsonl": 8, "more": 8, "meta.json": 8}
     # the same images give the same latents, wherever they lie
     latents = {before.row(number)["content_hash"]: read_raw_latents(before, number) for number in range(24)}
     assert all(np.array_equal(read_raw_latents(index, n), latents[row["content_hash"]]) for n, row in enumerate(rows))
-    found, _ = find_images(config, {row["key"] for row in rows}, progress=False)
+    found, _ = find_images(config, {row["key"] for row in rows})
     assert all(draw_original(found[row["key"]], row)[0] for row in rows)

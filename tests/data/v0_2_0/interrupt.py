@@ -35,7 +35,7 @@ def run_and_kill(posts: int, chunks: int) -> None:
 
     prepare.encode_chunk = encode_and_count
     words = ["data.shards=interrupted", "data.samples_per_shard=2", "data.posts=[some.jsonl]"]
-    prepare.prepare(load_config([HERE / "tiny.yaml"], words), progress=False)
+    prepare.prepare(load_config([HERE / "tiny.yaml"], words))
 
 
 if __name__ == "__main__":

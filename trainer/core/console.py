@@ -1,0 +1,146 @@
+"""How a command speaks. stderr: progress, notes, warnings, errors. stdout: its result, for people or for a program.
+
+What is said on the way goes through ``log``: INFO is a note, WARNING what looks wrong. Without a command around it, as
+in tests, nothing but warnings is shown. Of several processes only the main one speaks.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+log = logging.getLogger("trainer")
+
+QUIET_HELP = "show nothing but warnings and errors, and on stdout the paths of what was made, one a line"
+SHORT = 1.0  # seconds; what takes less needs neither a bar nor its time said
+JSON_HELP = (
+    "print one JSON object on stdout at the end (paths, counts, seconds, the next commands), and all else on stderr; "
+    'what is refused is {"error": ...}, with exit code 2'
+)
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What a user may do after a command."""
+
+    to: str  # such as "train"
+    command: str  # as it is typed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command ends with."""
+
+    said: str  # for people
+    paths: Sequence[Path] = ()  # what was made, or what was looked at
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for programs, JSON values
+    next: Sequence[NextStep] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command was asked to speak."""
+
+    quiet: bool = False
+    json: bool = False
+
+
+class WrongWords(Exception):
+    """What a parser refuses, where a program reads the answer."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command, with ``--quiet`` and ``--json``; what it refuses is JSON where that was asked for."""
+
+    def __init__(self, description: str, **more: Any) -> None:
+        super().__init__(description=description, **more)
+        add_output_options(self)
+
+    def error(self, message: str) -> NoReturn:
+        if read_output().json:
+            raise WrongWords(message)
+        super().error(message)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """``--quiet`` and ``--json``."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help=QUIET_HELP)
+    group.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def read_output() -> Output:
+    """What of this process's words concerns its output; the command itself refuses what is wrong with them."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_output_options(parser)
+    try:
+        known, _ = parser.parse_known_args()
+    except argparse.ArgumentError:
+        return Output()
+    return Output(known.quiet, known.json)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class ScreenHandler(logging.Handler):
+    """Lines on stderr, above the bars that stand there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def speaking(output: Output) -> Iterator[None]:
+    """Inside, ``log`` speaks as it was asked to, and where stdout is a program's nothing else is printed there."""
+    before, handler = (log.level, log.propagate), ScreenHandler()
+    log.setLevel(logging.INFO if is_main_process() and not output.quiet else logging.WARNING)
+    if not is_main_process():
+        log.setLevel(logging.ERROR)
+    log.propagate = False
+    log.addHandler(handler)
+    for_a_program = output.quiet or output.json
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if for_a_program else contextlib.nullcontext():
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+def print_result(result: Result, output: Output, seconds: float) -> None:
+    """Print what a command ends with; the main process's, alone."""
+    if not is_main_process():
+        return
+    if output.json:
+        listed = [vars(step) for step in result.next]
+        paths = [str(path) for path in result.paths]
+        print_json({"paths": paths, **result.facts, "seconds": round(seconds, 3), "next": listed})
+    elif output.quiet:
+        print("\n".join(map(str, result.paths)) or result.said)
+    else:
+        lines = [result.said, *([f"took {format_duration(seconds)}"] if result.paths and seconds >= SHORT else [])]
+        print("\n".join(lines + [f"\nto {step.to}:\n  {step.command}" for step in result.next]))
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, of the main process."""
+    if is_main_process():
+        print(json.dumps(value, ensure_ascii=False))
+
+
+def format_duration(seconds: float) -> str:
+    """A time for people: hours, minutes, seconds, as in ``0:05:10`` or ``27:03:00``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
