@@ -52,12 +52,12 @@ demo: .venv/installed
 	$(BIN)/python scripts/build_shards.py $(STAGE2)
 	$(TRAIN) $(STAGE2)
 	$(BIN)/python scripts/export.py demo_run/runs/stage2_refine_unet
-	$(BIN)/python scripts/show_demo.py demo_run
 	test -d demo_run/runs/stage2_refine_unet/export/samples || $(BIN)/python scripts/sample.py \
 		demo_run/runs/stage2_refine_unet --prompts demo/prompts.txt --size 128x128 --guidance 1
 	@echo; echo "Publishing without the licence's text is refused, and says what is missing:"
 	-$(PUBLISH)
 	$(if $(LICENSE_FILE),$(PUBLISH_LICENSED),@echo "With it the folder is built, and nothing uploaded: make publish-demo LICENSE_FILE=faipl-1.0-sd.md")
+	$(BIN)/python scripts/show_demo.py demo_run
 
 # after make demo: the folder that strangers would get
 publish-demo: .venv/installed

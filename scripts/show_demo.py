@@ -141,13 +141,11 @@ The two-stage run is done. Look at {folder}/samples.png first: drawings, and wha
   stage 1 export   {stage1}
   stage 2 export   {stage2}  (and .safetensors beside it)
 
-For your own data, with a GPU of 80 GB:
+For your own images, after . .venv/bin/activate:
 
-  python scripts/build_shards.py configs/stage1_feature_alignment.yaml data.posts=my/posts.jsonl data.images=my/images data.shards=my/shards
-  accelerate launch train.py configs/stage1_feature_alignment.yaml data.shards=my/shards
-  python scripts/export.py stage1_feature_alignment
+  python scripts/new_run.py my.yaml --data my/pictures --model sdxl.safetensors
 
-The README describes the rest."""  # noqa: E501
+It says what comes next; the README describes the rest."""  # noqa: E501
 
 
 if __name__ == "__main__":

@@ -56,6 +56,27 @@ def test_each_value_has_its_source(name: str) -> None:
     assert first - said == set()
 
 
+def test_the_table_holds_the_configs_values() -> None:
+    first, second = stage(STAGES[0]), stage(STAGES[1])
+    first_table = (REPOSITORY / "docs/recipe.md").read_text().partition("The original's optimizer")[0]
+    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:4]]
+            for row in first_table.splitlines() if row.startswith("| ")}  # fmt: skip
+    assert rows["samples per optimizer step"] == ["48 x 2 = 96", "48"]
+    assert (first.data.global_batch_size, second.data.global_batch_size) == (96, 48)
+    assert rows["UNet learning rate"] == ["7.5e-6", "2e-6"]
+    assert (first.optim.unet_lr, second.optim.unet_lr) == (7.5e-6, 2e-6)
+    assert rows["text encoder learning rate"] == ["3.75e-6, both encoders", "not trained"]
+    assert first.optim.text_encoder_1_lr == first.optim.text_encoder_2_lr == 3.75e-6
+    assert not (second.model.train_text_encoder_1 or second.model.train_text_encoder_2)
+    assert rows["noise offset"] == ["none", str(second.diffusion.noise_offset)] and first.diffusion.noise_offset == 0
+    assert rows["epochs"] == [str(first.schedule.epochs), str(second.schedule.epochs)]
+    assert rows["token length"][0].startswith(str(first.captions.max_token_length))
+    for config in (first, second):
+        assert config.optim.name == "adamw" and config.optim.betas == [0.9, 0.99] and config.optim.weight_decay == 0.1
+        assert config.schedule.lr == "constant" and config.optim.max_grad_norm == 1.0
+        assert config.precision.compute == "fp16"
+
+
 def test_the_third_stage_is_the_cards() -> None:
     second, third = stage("stage2_refine_unet"), stage("stage3_aesthetic")
     assert third.optim.unet_lr == 1e-6 and third.schedule.epochs == 10 and third.data.global_batch_size == 48
@@ -91,14 +112,14 @@ def test_sample_prompts_begin_as_the_card_says_and_heed_its_caution(name: str) -
         assert {"nsfw", "rating: sensitive", "lowres"} <= set(config.sampling.negative_prompt.split(", "))
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/recipe.md", *(f"configs/{name}.yaml" for name in STAGES)])
-def test_the_caution_is_told(file: str) -> None:
+@pytest.mark.parametrize("file", ["docs/publishing.md", "docs/recipe.md", *(f"configs/{name}.yaml" for name in STAGES)])
+def test_the_caution_is_stated(file: str) -> None:
     text = read_text(file)
     assert "caution" in text and "rating: general" in text and "nsfw, rating: sensitive" in text
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/recipe.md", *(f"configs/{name}.yaml" for name in COMPLETE)])
-def test_the_originals_optimizer_is_told_in_words_that_load(file: str) -> None:
+@pytest.mark.parametrize("file", ["docs/training.md", "docs/recipe.md", *(f"configs/{name}.yaml" for name in COMPLETE)])
+def test_the_originals_optimizer_is_stated_in_words_that_load(file: str) -> None:
     assert ADAFACTOR in read_text(file)
     # every mention of it has no weight decay
     assert len(re.findall("optim.name=adafactor", read_text(file))) == read_text(file).count(ADAFACTOR)
@@ -117,7 +138,7 @@ def test_what_weight_decay_would_take_over_stage_1() -> None:
     assert config.optim.weight_decay == 0.1
     kept = one_step_without_gradient(config) ** 132_499
     assert 1 - kept == pytest.approx(0.0946, abs=5e-5)
-    for file in ("README.md", "docs/recipe.md", f"configs/{STAGES[0]}.yaml"):
+    for file in ("docs/recipe.md", f"configs/{STAGES[0]}.yaml"):
         assert "9.5 %" in read_text(file), file
 
 

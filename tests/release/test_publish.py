@@ -1,10 +1,8 @@
 """A published folder is whole, opens for strangers, and holds nothing of its maker's machine; all else is refused."""
 
-import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +18,6 @@ from safetensors.torch import load_file
 from support.fake_hub import TOKEN, run_hub
 from support.paths import LICENCE_TEXT, REPOSITORY
 from support.published_run import OURS, SOURCE, change, parts, request_of, run, stages, stand_in, write_png
-from trainer.config.schema import PublishConfig
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import read_lineage
@@ -421,14 +418,3 @@ def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, 
         assert TOKEN not in sent.stdout + sent.stderr and TOKEN.encode() not in written
     for wrong in (["extra"], ["--replace"]):
         assert run_script(*words, *wrong).returncode == 2
-
-
-def test_the_readmes_commands_are_the_scripts() -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
-    commands = [line.split() for block in blocks for line in block.splitlines() if "publish.py" in line]
-    source = (REPOSITORY / "scripts/publish.py").read_text()
-    assert len(commands) == 2
-    for command in commands:
-        assert all(f'"{word}"' in source for word in command if word.startswith("--"))
-        fields = [word.partition("=")[0].removeprefix("publish.") for word in command if "=" in word]
-        assert fields and set(fields) <= {field.name for field in dataclasses.fields(PublishConfig)}
