@@ -53,7 +53,7 @@ demo: .venv/installed
 	$(TRAIN) $(STAGE2)
 	$(BIN)/python scripts/export.py demo_run/runs/stage2_refine_unet
 	test -d demo_run/runs/stage2_refine_unet/export/samples || $(BIN)/python scripts/sample.py \
-		demo_run/runs/stage2_refine_unet --prompts demo/prompts.txt --size 128x128 --guidance 1
+		demo_run/runs/stage2_refine_unet --prompts demo/prompts.txt
 	@echo; echo "Publishing without the licence's text is refused, and says what is missing:"
 	-$(PUBLISH)
 	$(if $(LICENSE_FILE),$(PUBLISH_LICENSED),@echo "With it the folder is built, and nothing uploaded: make publish-demo LICENSE_FILE=faipl-1.0-sd.md")

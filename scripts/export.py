@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer.config.run_names import find_run_path, name_run
-from trainer.config.schema import SamplingConfig
 from trainer.core.commands import command
 from trainer.core.console import CommandParser, NextStep, Result
 from trainer.core.disk import format_bytes
@@ -19,7 +18,6 @@ from trainer.core.errors import run_command
 from trainer.core.files import home_path
 from trainer.core.layout import EXPORT_FOLDER, RUN_FILE
 
-SDXL_SIDE = 1024  # pixels
 PROMPT = "masterpiece, best quality, 1girl, solo, smile, rating: general"  # where the run has none
 
 
@@ -61,22 +59,15 @@ def suggest(paths: Sequence[Path]) -> Iterator[NextStep]:
     from trainer.model.lineage import read_lineage
 
     made = read_lineage(paths[0]) or {}
-    config = made.get("config", {})
-    sampling, side = config.get("sampling", {}), config.get("buckets", {}).get("base_resolution", SDXL_SIDE)
-    words = ["--prompt", *(sampling.get("prompts") or [PROMPT])[:1]]
-    words += ["--size", f"{side}x{side}"] if side != SDXL_SIDE else []
-    guidance = sampling.get("guidance_scale", SamplingConfig.guidance_scale)
-    words += ["--guidance", f"{guidance:g}"] if guidance != SamplingConfig.guidance_scale else []
+    prompts = made.get("config", {}).get("sampling", {}).get("prompts") or [PROMPT]
     run, folders = paths[0].parent.parent, [path for path in paths if path.is_dir()]
     own = paths[0].parent.name == EXPORT_FOLDER and (run / RUN_FILE).is_file()
     model = run if own and folders else (folders or paths)[0]
     word = name_run(run) if model == run else str(model)
-    yield NextStep("draw with it", command("scripts/sample.py", word, *words))
+    yield NextStep("draw with it", command("scripts/sample.py", word, "--prompt", prompts[0]))
     if str(made.get("stage", "")).startswith("1") and folders:
-        words = ["configs/stage2_refine_unet.yaml", f"run.name={made['run']}_stage2",
-                 f"model.pretrained={model}", "data.posts=null", "data.images=my/curated/images",
-                 "data.shards=my/curated/shards"]  # fmt: skip
-        yield NextStep("refine it on a curated set (stage 2)", command("scripts/build_shards.py", *words))
+        words = [f"{made['run']}2.yaml", "--stage", "2", "--data", "CURATED_IMAGES", "--model", str(model)]
+        yield NextStep("refine it on a curated set (stage 2)", command("scripts/new_run.py", *words))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> Result:
         log.info("shards/%s is there already: build_shards.py adds what is new to it", name)
     if arguments.stage == 1:
         log.info("a small curated set refines what comes out: --stage 2, with this run as the --model")
-    steps = list(suggest(arguments.file, machine.gpus, model.is_small))
+    steps = list(suggest(arguments.file, machine.gpus))
     return Result(f"written: {arguments.file}", [arguments.file], next=steps)
 
 
@@ -77,14 +77,13 @@ def write_new(file: Path, text: str) -> None:
         raise
 
 
-def suggest(file: Path, gpus: int, is_small: bool) -> Iterator[NextStep]:
+def suggest(file: Path, gpus: int) -> Iterator[NextStep]:
     """The commands that follow, one after the other."""
-    drawing = ["--size", "128x128", "--guidance", "1"] if is_small else []
     yield NextStep("prepare the images", command("scripts/build_shards.py", file))
     yield NextStep("look at the set", command("scripts/inspect_shards.py", file))
     yield NextStep("train", training_command([str(file)], max(gpus, 1)))
     yield NextStep("export what was trained", command("scripts/export.py", file))
-    yield NextStep("draw with it", command("scripts/sample.py", file, "--prompt", "TEXT", *drawing))
+    yield NextStep("draw with it", command("scripts/sample.py", file, "--prompt", "TEXT"))
     yield NextStep("build the folder that others get", command("scripts/publish.py", file))
 
 

@@ -4,7 +4,8 @@
     python scripts/sample.py MODEL --prompt "masterpiece, best quality, 1girl, solo" --compare MODEL_B
 
 MODEL is a diffusers folder, a single file, a hub id or a run, by its name, folder or config, which stands for its
-newest export. The defaults are the model card's settings. Nothing in the folder of images is overwritten.
+newest export. An export is drawn with as its run's own samples were, another model with the model card's settings.
+Nothing in the folder of images is overwritten.
 """
 
 import argparse
@@ -31,24 +32,28 @@ from trainer.sample.pictures import (
     read_size,
 )
 
+CARD = SamplingConfig()
+
 
 def parse() -> argparse.Namespace:
-    card = SamplingConfig()
-    parser = CommandParser("Draw images with a model. The defaults are the model card's settings.")
+    parser = CommandParser("Draw images with a model. Defaults: those of the run's own samples, else the model card's.")
     parser.add_argument("model", metavar="MODEL", help="diffusers folder, single file, run or hub id")
     parser.add_argument(
         "--prompts", type=home_path, metavar="FILE", help="one prompt per line; empty and # lines are skipped"
     )
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="prompts, after those of the file")
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--size", nargs="+", default=["1024x1024"], metavar="WxH", help="default: 1024x1024")
+    sizes.add_argument("--size", nargs="+", metavar="WxH", help="default: the run's, else 1024x1024")
     sizes.add_argument("--all-sizes", action="store_true", help="the card's nine sizes")
     parser.add_argument(
         "--seed", type=int, default=42, metavar="N", help="seed of the first image, the next has N + 1, ...; -1: random"
     )
-    parser.add_argument("--steps", type=int, default=card.num_inference_steps, help="default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=card.guidance_scale, help="default: %(default)g; 1 is none")
-    parser.add_argument("--negative", metavar="TEXT", help="default: the card's; at guidance 1 there is none")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"default: the run's, else {CARD.num_inference_steps}")
+    parser.add_argument("--guidance", type=float, metavar="SCALE",
+                        help=f"default: the run's, else {CARD.guidance_scale:g}; 1 is none")  # fmt: skip
+    parser.add_argument(
+        "--negative", metavar="TEXT", help="default: the run's, else the card's; at guidance 1 there is none"
+    )
     parser.add_argument(
         "--out", type=home_path, metavar="DIR", help="default: samples/ beside MODEL, or here for a hub id"
     )
@@ -65,18 +70,21 @@ def main() -> Result:
     prompts = [*(read_prompts(arguments.prompts) if arguments.prompts else []), *arguments.prompt]
     if not prompts:
         raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt per line")
-    sizes = CARD_SIZES if arguments.all_sizes else [read_size(text) for text in arguments.size]
-    sampling = SamplingConfig(num_inference_steps=arguments.steps, guidance_scale=arguments.guidance)
-    check_sampling(sampling)
-    negative = read_negative(arguments.negative, sampling)
-    sampling = dataclasses.replace(sampling, negative_prompt=negative)
-    if note := check_prompts(prompts, negative, "prompts", OF_COMMAND):
-        log.info("note: %s", note)
+    given = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    given = {name: value for name, value in given.items() if value is not None}
+    check_sampling(dataclasses.replace(CARD, **given))
+    sizes = CARD_SIZES if arguments.all_sizes else [read_size(text) for text in arguments.size or ()]
     seed = read_seed(arguments.seed)
     from trainer.sample.drawing import default_folder, draw, find_source  # torch takes seconds to import
 
     models = [find_run_path(model) for model in (arguments.model, arguments.compare) if model]
     sources = [find_source(model, arguments.tokenizer) for model in models]
+    sampling = dataclasses.replace(sources[0].sampling, **given)
+    check_sampling(sampling)
+    sampling = dataclasses.replace(sampling, negative_prompt=read_negative(arguments.negative, sampling))
+    if note := check_prompts(prompts, sampling.negative_prompt, "prompts", OF_COMMAND):
+        log.info("note: %s", note)
+    sizes = sizes or [read_size(f"{sampling.width}x{sampling.height}")]
     out = arguments.out or default_folder(sources)
     pictures = plan_pictures(prompts, sizes, seed)
     columns = len(sizes) if len(sizes) > 1 else min(4, len(prompts))

@@ -73,7 +73,12 @@ def test_images_with_captions_and_the_tiny_model(new_run: NewRun, here: Path, ti
         in printed
     )
     assert "predicts epsilon, of the demo's size" in printed
-    for command in ("build_shards.py my.yaml", "train.py my.yaml", "export.py my.yaml", "--size 128x128 --guidance 1"):
+    for command in (
+        "build_shards.py my.yaml",
+        "train.py my.yaml",
+        "export.py my.yaml",
+        "sample.py my.yaml --prompt TEXT",
+    ):
         assert command in printed
     text = (here / "my.yaml").read_text()
     assert "8 images, 7 captions (.txt), 1 without a caption" in text and max(map(len, text.splitlines())) < 140

@@ -126,6 +126,21 @@ def test_large_grids_are_shrunk():
     assert image.size == (768, 320)
 
 
+def test_the_runs_own_settings():
+    card = SamplingConfig(width=1024, height=1024)
+    for unknown in (None, {}, {"config": None}, {"config": {"sampling": [], "buckets": 3}},
+                    {"config": {"sampling": {"width": None, "guidance_scale": "${x}"}}}):  # fmt: skip
+        assert drawing.trained_sampling(unknown) == card
+    small = {
+        "buckets": {"base_resolution": 128},
+        "sampling": {"guidance_scale": 1.0, "width": None, "prompts": ["sea"]},
+    }
+    assert drawing.trained_sampling({"config": small}) == SamplingConfig(guidance_scale=1.0, width=128, height=128)
+    small["sampling"] |= {"width": 96, "num_inference_steps": 3, "negative_prompt": "bad"}
+    expected = SamplingConfig(guidance_scale=1.0, width=96, height=128, num_inference_steps=3, negative_prompt="bad")
+    assert drawing.trained_sampling({"config": small}) == expected
+
+
 # --- the images
 
 

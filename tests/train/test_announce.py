@@ -14,7 +14,7 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest
-from trainer.train.announce import warn_of_data
+from trainer.train.announce import warn_of_data, warn_of_gpus
 from trainer.train.loop import train
 
 MakeConfig = Callable[..., Config]
@@ -70,6 +70,12 @@ def test_warnings_of_the_data() -> None:
     _, short = warn_of_data(plan, 43, 8, 3)
     assert "ends at 0.55 of its first epoch" in short
     assert list(warn_of_data(Plan(sizes[:40], seed=1, bucket_batch_size=4, global_batch_size=8), 40, 8, 5)) == []
+
+
+def test_gpus_that_nothing_uses_are_named() -> None:
+    (said,) = warn_of_gpus(1, 4, None)
+    assert "4 GPUs are here" in said and "accelerate launch --num_processes 4 " in said
+    assert not [*warn_of_gpus(1, 4, 1), *warn_of_gpus(1, 1, None), *warn_of_gpus(1, 0, None), *warn_of_gpus(4, 4, None)]
 
 
 def test_a_check_stops_before_the_first_step(make_config: MakeConfig, notes: Callable[[], str]) -> None:

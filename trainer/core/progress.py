@@ -57,9 +57,13 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, *, said: bool = True) -> None:
+        """End the bar; elsewhere, after earlier lines, a last one, unless another says it."""
         if self.bar is not None:
             self.bar.close()
-        elif self.said is not None:
+        elif self.said is not None and said:
             took = format_duration(time.monotonic() - self.begun)
             made = "" if self.unit == SECONDS else f"{format_count(self.done - self.first, self.unit)} in "
             log.info("%s: %s%s%s", self.what, made, took, self.note)

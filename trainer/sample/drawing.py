@@ -5,14 +5,22 @@ settings and its own seed: drawn alone, with that seed, it is the same file (on 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 import trainer
-from trainer.config.schema import CaptionsConfig, Dtype, MemoryConfig, ModelConfig, PrecisionConfig, SamplingConfig
+from trainer.config.schema import (
+    BucketsConfig,
+    CaptionsConfig,
+    Dtype,
+    MemoryConfig,
+    ModelConfig,
+    PrecisionConfig,
+    SamplingConfig,
+)
 from trainer.core.console import log
 from trainer.core.distributed import choose_device, describe_device
 from trainer.core.errors import UserError
@@ -46,6 +54,11 @@ from trainer.sample.pictures import (
 )
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
 
+SETTINGS: dict[str, tuple[type, ...]] = {  # of SamplingConfig, with the types that a lineage's JSON may have
+    "num_inference_steps": (int,), "guidance_scale": (int, float), "negative_prompt": (str,),
+    "width": (int,), "height": (int,),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Source:
@@ -56,6 +69,7 @@ class Source:
     tokenizers: tuple[Path, Path]
     prediction: Prediction
     max_token_length: int
+    sampling: SamplingConfig  # as the run's own samples were drawn, size included; else the card's
 
 
 def draw(
@@ -132,12 +146,14 @@ def find_source(reference: str, tokenizer: str | None = None) -> Source:
     if tokenizer is None and base.path.is_file():
         near = (base.path.with_suffix(""), base.path.parent)
         tokenizer = next((str(folder) for folder in near if (folder / "tokenizer").is_dir()), None)
+    lineage = read_lineage(base.path)
     return Source(
         name=name,
         base=base,
         tokenizers=find_tokenizers(base, tokenizer, "--tokenizer"),
         prediction=next(iter(read_predictions(base).values())),
-        max_token_length=trained_token_length(read_lineage(base.path)),
+        max_token_length=trained_token_length(lineage),
+        sampling=trained_sampling(lineage),
     )
 
 
@@ -148,6 +164,18 @@ def trained_token_length(lineage: Lineage | None) -> int:
     except (KeyError, TypeError):  # of another version, or of other hands
         length = None
     return length if length in (75, 150, 225) else CaptionsConfig.max_token_length
+
+
+def trained_sampling(lineage: Lineage | None) -> SamplingConfig:
+    """How the samples of the model's run were drawn, as far as its lineage says; else the card's settings at 1024."""
+    config = lineage.get("config") if lineage else None
+    sections = [config.get(name) if isinstance(config, dict) else None for name in ("sampling", "buckets")]
+    sampling, buckets = (section if isinstance(section, dict) else {} for section in sections)
+    side = buckets.get("base_resolution")
+    given = {"width": side, "height": side, **{name: value for name, value in sampling.items() if value is not None}}
+    known = {name: given[name] for name, kinds in SETTINGS.items() if isinstance(given.get(name), kinds)}
+    side = BucketsConfig.base_resolution
+    return replace(SamplingConfig(width=side, height=side), **known)
 
 
 def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:

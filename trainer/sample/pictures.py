@@ -167,7 +167,7 @@ def read_seed(seed: int) -> int:
 
 
 def read_negative(given: str | None, sampling: SamplingConfig) -> str:
-    """The negative prompt; none at guidance 1, where it could have no effect.
+    """The negative prompt, ``sampling``'s unless given; none at guidance 1, where it could have no effect.
 
     Raises:
         UserError: where one is given all the same.

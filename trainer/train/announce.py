@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from trainer.config.run_names import name_run
 from trainer.core.commands import command
 from trainer.core.console import NextStep, Result, format_duration
 from trainer.core.disk import format_bytes, free_bytes
+from trainer.core.distributed import uses_cpu
 from trainer.core.layout import CHECKPOINTS_FOLDER, RUN_PAGE_FILE
 from trainer.core.progress import format_count
 from trainer.data.plan import Plan
@@ -54,7 +56,18 @@ def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
     data, resumed = inputs.config.data, inputs.resumed
     size = measure_checkpoint(resumed.folder) if resumed else estimate_size(sdxl, inputs.config.optim.name)
     of_data = warn_of_data(inputs.data.plan, inputs.facts["images"], data.global_batch_size, inputs.last)
-    return [*of_data, *warn_of_disk(inputs, size)]
+    gpus = 0 if uses_cpu() else torch.cuda.device_count()
+    of_gpus = warn_of_gpus(inputs.accelerator.num_processes, gpus, inputs.config.run.num_processes)
+    return [*of_data, *of_gpus, *warn_of_disk(inputs, size)]
+
+
+def warn_of_gpus(processes: int, gpus: int, asked: int | None) -> Iterator[str]:
+    """GPUs of this machine that nothing asks for."""
+    if processes == 1 < gpus and asked is None:
+        yield (
+            f"{gpus} GPUs are here, and one process uses one of them: accelerate launch --num_processes {gpus} uses "
+            "all (run.num_processes=1 says that one is meant)"
+        )
 
 
 def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str]:

@@ -71,7 +71,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the meter, the file and the trackers, also where the run ends in an error."""
-        self.meter.__exit__()
+        self.meter.close(said=kind is not None)  # at its end the run says more
         if self.file is not None:
             self.file.file.close()
         if kind is None:
