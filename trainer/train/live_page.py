@@ -3,7 +3,6 @@
 It reads what the run has written anyway, on the host, after the steps were read: it waits for no device.
 """
 
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 from trainer.config.fixed import INTERPOLATION
 from trainer.config.load import resolved_values
+from trainer.config.run_names import name_run
 from trainer.config.schema import Config
+from trainer.core.commands import command, training_command
 from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
@@ -89,20 +90,15 @@ class LivePage:
             written_at=time.time(),
             warnings=[hide_values(warning, config) for warning in self.warnings],
             resume=hide_values(self.resume_command(), config),
-            export=hide_values(f"python scripts/export.py {shlex.quote(str(self.folder))}", config),
+            export=hide_values(command("scripts/export.py", name_run(self.folder)), config),
             shards=Path(config.data.shards) if "oc.env" not in str(config.written["data"]["shards"]) else None,
         )
 
     def resume_command(self) -> str:
-        """The command that goes on with this run: its own config, on as many processes."""
-        processes = self.inputs.accelerator.num_processes
-        start = "python train.py"
-        if processes > 1:
-            start = f"accelerate launch --num_processes {processes} train.py"
-            if uses_cpu():
-                start = f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} train.py"
-        resume = "" if self.inputs.config.checkpoint.resume == "auto" else " checkpoint.resume=auto"
-        return f"{start} {shlex.quote(str(self.folder / CONFIG_FILE))}{resume}"
+        """The command that resumes this run: its own config, on as many processes."""
+        words = [str(self.folder / CONFIG_FILE)]
+        words += [] if self.inputs.config.checkpoint.resume == "auto" else ["checkpoint.resume=auto"]
+        return training_command(words, self.inputs.accelerator.num_processes, uses_cpu())
 
 
 def hide_values(text: str, config: Config) -> str:
