@@ -123,7 +123,7 @@ PLAN = Plan(np.array([[64, 64]] * 8), seed=1, bucket_batch_size=4, global_batch_
 def result(step: int, skipped: bool, **changes: Any) -> StepResult:
     one = torch.tensor(1.0)
     fields: dict[str, Any] = {
-        "step": step, "loss": one, "grad_norm": one, "bad": torch.tensor(False), "stop": torch.tensor(False),
+        "step": step, "loss": one, "grad_norm": one, "bad": False, "stop": False,
         "losses": one[None], "keys": ["k"], "loss_scale": 2.0, "skipped": skipped, "launched": float(step),
     }  # fmt: skip
     return StepResult(**fields | changes)
@@ -215,7 +215,7 @@ def test_speed_leaves_out_what_is_done_between_steps(
 
 def test_finite_losses_with_broken_gradients_say_so(progress: Progress) -> None:
     with pytest.raises(UserError, match="step 7: all losses are finite, but the gradients are not finite"):
-        progress.read(result(7, False, bad=torch.tensor(True)))
+        progress.read(result(7, False, bad=True))
 
 
 def test_flattened_configs_are_plain() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from support.host_reads import HostReads
 from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.latents import LatentScale
 from trainer.model.sdxl import SDXL, build_sdxl, trained_parameters
-from trainer.train.optim import build_optimizer
-from trainer.train.step import Objective, StepResult, training_step
+from trainer.train.optim import build_groups, build_optimizer
+from trainer.train.step import Objective, PendingStep, StepResult, training_step
 
 OBJECTIVE = Objective(DiffusionConfig(), alphas_cumprod(), LatentScale(0.5))
 RATES = OptimConfig(unet_lr=1e-3, text_encoder_1_lr=1e-3, text_encoder_2_lr=1e-3)
@@ -47,10 +49,21 @@ def make_batch(first: int, count: int) -> Batch:
     )
 
 
+def launch(model: SDXL, batches: list[Batch], optimizer: Any, **options: Any) -> PendingStep:
+    settings: dict[str, Any] = {
+        "objective": OBJECTIVE, "step": 0, "micro_steps": len(batches), "max_grad_norm": 1.0,
+        "no_sync": contextlib.nullcontext, "all_mean": lambda value: value,
+    }  # fmt: skip
+    return training_step(model, batches, optimizer, **settings | options)
+
+
 def step(model: SDXL, batches: list[Batch], optimizer: Any, **options: Any) -> StepResult:
-    settings: dict[str, Any] = {"step": 0, "micro_steps": len(batches), "max_grad_norm": 1.0} | options
-    return training_step(
-        model, batches, optimizer, OBJECTIVE, no_sync=contextlib.nullcontext, all_mean=lambda x: x, **settings
+    return launch(model, batches, optimizer, **options).wait()
+
+
+def optimizer_of(model: SDXL, name: str) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model, dataclasses.replace(RATES, name=name, **({"betas": None, "eps": None} if name == "adafactor" else {}))
     )
 
 
@@ -107,12 +120,11 @@ def test_a_norm_of_none_clips_nothing(model: SDXL) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(model: SDXL, name: str, value: float) -> None:
-    config = dataclasses.replace(RATES, name=name, **({"betas": None, "eps": None} if name == "adafactor" else {}))
-    optimizer = build_optimizer(model, config)
+    optimizer = optimizer_of(model, name)
     assert not step(model, [make_batch(0, 2)], optimizer).bad
     before = weights(model)
     result = step(model, [make_batch(2, 2), broken(make_batch(4, 2), 1, value)], optimizer)
-    assert bool(result.bad)
+    assert result.bad
     assert [key for key, loss in zip(result.keys, result.losses, strict=True) if not loss.isfinite()] == ["key5"]
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     # and the optimizer is as if that step had not been: the next one goes on
@@ -126,7 +138,7 @@ def test_gradients_that_are_not_finite_never_reach_the_weights_either(model: SDX
     handle = model.unet.conv_in.weight.register_hook(lambda gradient: gradient * float("inf"))
     result = step(model, [make_batch(0, 2)], optimizer)
     handle.remove()
-    assert bool(result.bad) and bool(result.losses.isfinite().all())
+    assert result.bad and bool(result.losses.isfinite().all())
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
@@ -157,7 +169,7 @@ def test_a_non_finite_loss_under_loss_scaling_stops_instead_of_being_skipped(mod
     optimizer = build_optimizer(model, RATES)
     before = weights(model)
     result = step(model, [broken(make_batch(0, 2), 0, float("nan"))], optimizer, scaler=scaler)
-    assert bool(result.bad)
+    assert result.bad
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
@@ -167,6 +179,84 @@ def test_a_stop_request_of_one_rank_reaches_all(model: SDXL) -> None:
     result = training_step(
         model, [make_batch(0, 2)], optimizer, OBJECTIVE, step=0, micro_steps=1, max_grad_norm=1.0,
         no_sync=contextlib.nullcontext, all_mean=shared, stop_requested=True,
-    )  # fmt: skip
-    assert bool(result.stop)
+    ).wait()  # fmt: skip
+    assert result.stop
     assert not step(model, [make_batch(0, 2)], optimizer).stop
+
+
+# --- what the host waits for
+
+CHANNELS = (1.0, 2.0, 3.0, 4.0)
+CHANNELS_AND_WEIGHTS = Objective(
+    DiffusionConfig(min_snr_gamma=5.0), alphas_cumprod(), LatentScale(0.5, 0.0, CHANNELS, CHANNELS)
+)
+
+
+def test_what_the_host_reads_is_seen() -> None:
+    ones = torch.ones(3)
+    reads: list[Callable[[], object]] = [
+        lambda: ones[0].item(), lambda: bool(ones[0]), lambda: float(ones[0]), lambda: torch.equal(ones, ones),
+        lambda: ones[ones > 0], lambda: ones.nonzero(), lambda: torch.tensor([1.0]), lambda: ones.to("meta"),
+    ]  # fmt: skip
+    for read in reads:
+        with HostReads() as host:
+            read()
+        assert host.found.total() == 1, host.found
+    for read in (ones.to("meta").cpu, ones.to("meta").tolist, ones.to("meta").numpy, ones.to("meta")[0].item):
+        with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+            read()
+
+
+@pytest.mark.parametrize(("scaled", "checkpointing"), [(False, True), (True, False)])
+def test_a_step_on_a_device_is_launched_without_waiting(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool, checkpointing: bool
+) -> None:
+    """The meta device stands for a GPU: it holds no values, so that whatever reads one raises.
+
+    What is made of Python's numbers is seen on the CPU only, in the test after this.
+    """
+    module = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+    parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
+    model = build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig(checkpointing))
+    objective = dataclasses.replace(CHANNELS_AND_WEIGHTS, cumulative=alphas_cumprod().to("meta"))
+    optimizer = build_optimizer(model.to("meta"), RATES)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    for batches in ([make_batch(0, 4)], [make_batch(0, 2), make_batch(2, 2)]):  # the first makes the optimizer's state
+        with HostReads() as host:
+            pending = launch(model, batches, optimizer, objective=objective, scaler=scaler)
+        assert not host.found
+        assert pending.numbers.is_meta and len(pending.numbers) == 4 + 2 * scaled + 4
+    assert len(optimizer.state) == sum(len(group["params"]) for group in build_groups(model, RATES))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("name", "flags"), [("adamw", 0), ("adamw8bit", 1), ("adafactor", 1)])
+def test_of_a_step_the_host_reads_at_most_one_flag(model: SDXL, name: str, flags: int, scaled: bool) -> None:
+    """None with fused AdamW; whether to update at all with optimizers that cannot be gated on the device."""
+    optimizer = optimizer_of(model, name)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    for number in range(2):
+        batches = [make_batch(4 * number, 2), make_batch(4 * number + 2, 2)]
+        with HostReads() as host:
+            launch(model, batches, optimizer, objective=CHANNELS_AND_WEIGHTS, scaler=scaler)
+        assert host.found == ({"_local_scalar_dense": flags} if flags else {})
+
+
+def test_the_numbers_are_read_when_they_have_arrived(model: SDXL) -> None:
+    """Not before: what the copy fills lies on the host all the time."""
+    whole = launch(model, [make_batch(0, 2)], build_optimizer(model, RATES))
+
+    class Event:
+        def synchronize(self) -> None:
+            late.numbers.copy_(whole.numbers)
+
+    late = dataclasses.replace(whole, numbers=torch.full_like(whole.numbers, float("nan")), arrived=Event())  # type: ignore[arg-type]
+    expected, result = whole.wait(), late.wait()
+    assert result.losses.isfinite().all() and not result.bad
+    assert all(
+        torch.equal(value, getattr(result, field))
+        if isinstance(value, torch.Tensor)
+        else value == getattr(result, field)
+        for field, value in vars(expected).items()
+    )

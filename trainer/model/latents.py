@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trainer.core.errors import UserError
@@ -126,5 +127,8 @@ def center_and_spread(scale: LatentScale, like: Tensor) -> tuple[Tensor, Tensor]
     """
     if scale.latents_mean is None or scale.latents_std is None:
         return scale.shift_factor, 1.0
-    mean, std = like.new_tensor(scale.latents_mean), like.new_tensor(scale.latents_std)
-    return mean[:, None, None], std[:, None, None]
+    mean, std = (  # filled there: a list that is copied to a GPU is waited for
+        torch.stack([like.new_full((1, 1), value) for value in values])
+        for values in (scale.latents_mean, scale.latents_std)
+    )
+    return mean, std

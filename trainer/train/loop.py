@@ -37,7 +37,7 @@ from trainer.train.progress import Progress
 from trainer.train.resume import check_resumed, restore_scaler
 from trainer.train.run import begin_attempt, find_resumed, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
-from trainer.train.step import Objective, StepResult, settle_gradient_buckets, training_step
+from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
 
 
 def train(config: Config, check: bool = False) -> Result:
@@ -61,18 +61,18 @@ def train(config: Config, check: bool = False) -> Result:
         if check:
             return Result(f"checked: the run can start at step {first:,}; nothing was trained")
         run = build_run(inputs, model, sdxl, optimizer)
-        pending: StepResult | None = None
+        pending: PendingStep | None = None
         with run.progress, run.page, closing(start_loading(run)) as batches:
             for step in range(first, last):
                 set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
-                result = step_once(run, batches, step, stop_requested.is_set())
-                # the host reads the step before while the device works on this one
-                stopping = pending is not None and run.progress.read(pending)
-                pending, made = result, step + 1
+                before, pending = pending, step_once(run, batches, step, stop_requested.is_set())
+                # while the device works on this step, the host waits for the numbers of the one before
+                stopping = before is not None and run.progress.read(before.wait())
+                made = step + 1
                 done = made == last
                 saving = due(made, config.checkpoint.every_steps) or done or stopping
                 if saving:
-                    stopping = run.progress.read(pending) or stopping
+                    stopping = run.progress.read(pending.wait()) or stopping
                     pending = None
                     with run.progress.timed("checkpoint"):
                         save(run, made)
@@ -153,7 +153,7 @@ def start_loading(run: Run) -> Generator[Batch, None, None]:
     return batches
 
 
-def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: bool) -> StepResult:
+def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: bool) -> PendingStep:
     """One optimizer step on all ranks."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
     micro_steps = run.inputs.data.per_step // accelerator.num_processes

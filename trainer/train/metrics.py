@@ -84,7 +84,7 @@ class Window:
 
     def __init__(self, start: float, asides: Sequence[Aside] = ()) -> None:
         self.start, self.steps, self.asides = start, 0, list(asides)
-        self.loss: Tensor | None = None  # the sum, on the device
+        self.loss: Tensor | None = None  # the sum, fp32
 
     def add(self, loss: Tensor) -> None:
         """One more step."""

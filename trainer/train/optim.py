@@ -70,8 +70,8 @@ def state_bytes(shape: torch.Size, name: OptimizerName) -> int:
 def gated_step(optimizer: Optimizer, bad: Tensor) -> None:
     """Step unless ``bad`` (bool scalar on the device) is true.
 
-    Fused AdamW reads the flag on the device, so the host does not wait. The others have no such gate: there the host
-    reads the flag first.
+    Fused AdamW reads the flag on the device, so the host does not wait. adamw8bit and adafactor have no such gate:
+    there the host reads the flag first, as torch's GradScaler does for them under loss scaling.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # under Accelerate's wrapper
     if isinstance(inner, torch.optim.AdamW) and inner.defaults["fused"]:

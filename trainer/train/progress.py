@@ -1,4 +1,4 @@
-"""The numbers of a step, read by the host one step later: meter, metrics, trackers, and the two stops.
+"""The numbers of a step, which reach the host one step later: meter, metrics, trackers, and the two stops.
 
 It stops for a non-finite loss, naming the samples, and for loss scaling that finds no scale.
 """
@@ -85,12 +85,12 @@ class Progress:
                     tracker.finish()
 
     def read(self, result: StepResult) -> bool:
-        """Read one step's numbers from the device; whether some rank was asked to stop.
+        """Take one step's numbers; whether some rank was asked to stop.
 
         Raises:
             UserError: on every rank, when the loss or the gradients are not finite.
         """
-        if bool(result.bad):
+        if result.bad:
             self.refuse(result)
         self.count_skips(result)
         self.window.add(result.loss)
@@ -103,7 +103,7 @@ class Progress:
         if made % self.config.logging.every_steps == 0 or made == self.inputs.last:
             self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
-        return bool(result.stop)
+        return result.stop
 
     def measure(self, result: StepResult, made: int, speed: float) -> dict[str, float | None]:
         """The metrics of a step; ``speed`` in images a second."""

@@ -1,8 +1,9 @@
 """One optimizer step: a deterministic function of the model and the step's batches.
 
 A non-finite loss or gradient never reaches the weights: all ranks agree on a flag on the device, which gates the
-update there; the host reads it later, so that it does not wait for the device within a step (loss scaling does: it
-looks at the scale).
+update there. The host launches a step without waiting for the device, loss scaling or not; the step's numbers come to
+it in one copy, for which it waits when the next step is launched. Of the optimizers only fused AdamW takes the flag on
+the device: before the update of the others the host reads it, see ``gated_step``.
 """
 
 import contextlib
@@ -34,18 +35,42 @@ class Objective:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives to the host; tensors stay on the device until someone reads them."""
+    """The numbers of a step, on the host."""
 
     step: int  # completed steps before it
-    loss: Tensor  # mean over the global batch
-    grad_norm: Tensor  # before clipping, over all trained parts
-    bad: Tensor  # bool: the update was withheld
-    stop: Tensor  # bool: some rank was asked to stop
+    loss: Tensor  # mean over the global batch, fp32 ()
+    grad_norm: Tensor  # before clipping, over all trained parts, fp32 ()
+    bad: bool  # the update was withheld
+    stop: bool  # some rank was asked to stop
     losses: Tensor  # of this rank's samples, fp32 (samples,)
     keys: list[str]  # of this rank's samples
     loss_scale: float | None  # after the step
     skipped: bool  # loss scaling skipped the update
-    launched: float  # seconds, when the host was done with it; it waits for the step before, so it keeps the pace
+    launched: float  # seconds, when the host was done with it; it then waits for the step before, which keeps the pace
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that the device may still be at; its numbers are on their way to the host."""
+
+    step: int
+    keys: list[str]
+    launched: float
+    numbers: Tensor  # fp32, on the host: loss, norm, bad, stop, under loss scaling its scales, losses of the samples
+    arrived: torch.cuda.Event | None  # None where nothing has to be waited for
+
+    def wait(self) -> StepResult:
+        """Wait for the device to have made this step, and for no later one."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        head, losses = self.numbers.tensor_split([len(self.numbers) - len(self.keys)])
+        loss, grad_norm, bad, stop, *scales = head.unbind()
+        before, after = (float(scale) for scale in scales) if scales else (None, None)
+        skipped = before is not None and after is not None and after < before
+        return StepResult(
+            step=self.step, loss=loss, grad_norm=grad_norm, bad=bool(bad), stop=bool(stop), losses=losses,
+            keys=self.keys, loss_scale=after, skipped=skipped, launched=self.launched,
+        )  # fmt: skip
 
 
 def batch_losses(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
@@ -74,7 +99,7 @@ def training_step(
     all_mean: Callable[[Tensor], Tensor],
     scaler: Any = None,
     stop_requested: bool = False,
-) -> StepResult:
+) -> PendingStep:
     """Accumulate the gradients of ``micro_steps`` batches, clip them together unless the norm is None, and update.
 
     ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks.
@@ -98,24 +123,41 @@ def training_step(
     if scaler:
         scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
-    bad, scale, skipped = update(optimizer, scaler, loss, grad_norm)
+    bad, *scales = update(optimizer, scaler, loss, grad_norm)
     optimizer.zero_grad(set_to_none=not keep_gradients)
-    return StepResult(step, loss, grad_norm, bad, stop > 0, own, keys, scale, skipped, time.perf_counter())
+    head = torch.stack([value.float() for value in (loss, grad_norm, bad, stop, *scales)])
+    numbers, arrived = send_to_host(torch.cat([head, own]))
+    return PendingStep(step, keys, time.perf_counter(), numbers, arrived)
 
 
-def update(optimizer: Optimizer, scaler: Any, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, float | None, bool]:
-    """Update the weights if all is finite; (bad, loss scale, skipped by loss scaling)."""
+def update(optimizer: Optimizer, scaler: Any, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, ...]:
+    """Update the weights if all is finite; bad, and under loss scaling the scale before and after."""
     if scaler is None:
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         gated_step(optimizer, bad)
-        return bad, None, False
+        return (bad,)
     # fp16: overflows of gradients are the scaler's to skip, and a non-finite loss makes every gradient non-finite;
     # whether it skipped shows in the scale, because fused AdamW reads the scaler's flag on the device
-    before = scaler.get_scale()
+    one = torch.ones_like(loss)
+    before = scaler.scale(one)  # where get_scale() would wait for the device
     scaler.step(optimizer)
     scaler.update()
-    after = scaler.get_scale()
-    return ~torch.isfinite(loss), after, after < before
+    return ~torch.isfinite(loss), before, scaler.scale(one)
+
+
+def send_to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it is whole; from the CPU it is whole at once.
+
+    The event is what lets the host wait for this copy alone: reading a tensor on the device waits for all that has been
+    launched on the stream by then, which is the next step.
+    """
+    if not numbers.is_cuda:
+        return numbers, None
+    copy = torch.empty_like(numbers, device="cpu", pin_memory=True)  # else the copy itself would wait
+    copy.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)  # the host sleeps: its cores are the loader's
+    arrived.record()
+    return copy, arrived
 
 
 def settle_gradient_buckets(model: nn.Module, batch: Batch, objective: Objective, optimizer: Optimizer) -> None:
