@@ -10,6 +10,7 @@ Writes the formats of the config's publish.formats into RUN/export, and overwrit
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trainer.config.fixed import INTERPOLATION
 from trainer.config.run_names import find_run_path, name_run
 from trainer.core.commands import command
 from trainer.core.console import CommandParser, NextStep, Result
@@ -59,12 +60,13 @@ def suggest(paths: Sequence[Path]) -> Iterator[NextStep]:
     from trainer.model.lineage import read_lineage
 
     made = read_lineage(paths[0]) or {}
-    prompts = made.get("config", {}).get("sampling", {}).get("prompts") or [PROMPT]
+    prompts = made.get("config", {}).get("sampling", {}).get("prompts")
+    prompt = prompts[0] if isinstance(prompts, list) and prompts and INTERPOLATION not in prompts[0] else PROMPT
     run, folders = paths[0].parent.parent, [path for path in paths if path.is_dir()]
     own = paths[0].parent.name == EXPORT_FOLDER and (run / RUN_FILE).is_file()
     model = run if own and folders else (folders or paths)[0]
     word = name_run(run) if model == run else str(model)
-    yield NextStep("draw with it", command("scripts/sample.py", word, "--prompt", prompts[0]))
+    yield NextStep("draw with it", command("scripts/sample.py", word, "--prompt", prompt))
     if str(made.get("stage", "")).startswith("1") and folders:
         words = [f"{made['run']}2.yaml", "--stage", "2", "--data", "CURATED_IMAGES", "--model", str(model)]
         yield NextStep("refine it on a curated set (stage 2)", command("scripts/new_run.py", *words))

@@ -52,7 +52,9 @@ def main() -> Result:
     said = "\n".join([said, *remark(folder, release, request)])
     words = [word for word in sys.argv[1:] if word not in ("--json", "--quiet")]  # as they were typed
     if not arguments.upload:
-        words += [*([] if config.repo_id else ["publish.repo_id=owner/name"]), "--upload"]
+        if config.repo_id is None:  # which changes the card, so that a folder given by --out would be another
+            words = [*without_option(words, "--out"), "publish.repo_id=owner/name"]
+        words.append("--upload")
         said += "\nnothing was uploaded"
         return Result(said, [folder], facts, [NextStep("upload it", command("scripts/publish.py", *words))])
     if config.repo_id is None:
@@ -91,6 +93,14 @@ def parse() -> argparse.Namespace:
     if arguments.replace and not arguments.upload:
         parser.error("--replace has no effect without --upload")
     return arguments
+
+
+def without_option(words: list[str], option: str) -> list[str]:
+    """The words without an option and its value, however it was written."""
+    if option in words:
+        place = words.index(option)
+        return words[:place] + words[place + 2 :]
+    return [word for word in words if not word.startswith(f"{option}=")]
 
 
 def remark(folder: Path, release: Release, request: Request) -> Iterator[str]:

@@ -22,6 +22,7 @@ from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.prepare.prepare import prepare
 from trainer.release.export import export
+from trainer.sample.drawing import trained_sampling
 from trainer.train.loop import train
 
 DEMO = REPOSITORY / "demo"
@@ -315,3 +316,9 @@ def test_every_drawing_of_stage_2_is_drawn_right_and_nearer_than_after_stage_1(
                     assert min(errors, key=errors.__getitem__) == drawing.key, f"{drawing.prompt}, seed {seed}"
         distances.append(np.mean(own))
     assert distances[1] < distances[0]
+
+
+@pytest.mark.parametrize("stage", ["configs/demo_stage1.yaml", "configs/demo_stage2.yaml"])
+def test_exports_of_the_demo_are_drawn_at_its_size(stage: str) -> None:
+    settings = trained_sampling({"config": load_config([stage], preparing=True).written})
+    assert (settings.width, settings.height, settings.guidance_scale) == (128, 128, 1.0)

@@ -176,7 +176,11 @@ def test_several_processes_are_launched(monkeypatch: pytest.MonkeyPatch) -> None
     assert training_command(["a b.yaml"], 2) == "accelerate launch --num_processes 2 train.py 'a b.yaml'"
     on_cpu = training_command(["a.yaml"], 3, on_cpu=True)
     assert on_cpu == "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 3 train.py a.yaml"
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert training_command(["a.yaml"], on_cpu=True) == training_command(["a.yaml"])
     assert training_command(["a.yaml"]).endswith(" train.py a.yaml")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # else the next run would take the GPU
+    assert training_command(["a.yaml"], on_cpu=True) == f"ACCELERATE_USE_CPU=true {training_command(['a.yaml'])}"
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

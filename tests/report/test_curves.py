@@ -187,3 +187,14 @@ def test_numbers_and_times_for_people() -> None:
     assert [short_figure(value) for value in (65_500.0, 1e7, 5000.0, 0.1)] == ["65.5k", "10M", "5,000", "0.1"]
     times = [describe_seconds(value) for value in (0.42, 9.96, 59.7, 60, 3599, 3600, 12_000, 187_200, 86_399)]
     assert times == ["0.4 s", "10.0 s", "1 min", "1 min", "59 min 59 s", "1 h", "3 h 20 min", "2 d 4 h", "1 d"]
+
+
+@pytest.mark.parametrize("time", ["1e999", "1" + 400 * "0", "NaN", "true", '"now"', "-1"])
+def test_a_damaged_time_is_a_damaged_line(tmp_path: Path, time: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [
+        f'{{"step": {step}, "attempt": 0, "time": {value}, "train/loss": 1.0}}'
+        for step, value in ((1, 5), (2, time), (3, 6))
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    assert list(read_metrics(file)) == [1, 3]

@@ -128,8 +128,9 @@ def test_large_grids_are_shrunk():
 
 def test_the_runs_own_settings():
     card = SamplingConfig(width=1024, height=1024)
-    for unknown in (None, {}, {"config": None}, {"config": {"sampling": [], "buckets": 3}},
-                    {"config": {"sampling": {"width": None, "guidance_scale": "${x}"}}}):  # fmt: skip
+    strange = {"width": True, "guidance_scale": "${x}", "negative_prompt": "${y}"}
+    configs = [None, {"sampling": [], "buckets": 3}, {"sampling": strange}]
+    for unknown in (None, {}, *({"config": config} for config in configs)):
         assert drawing.trained_sampling(unknown) == card
     small = {
         "buckets": {"base_resolution": 128},

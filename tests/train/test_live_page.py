@@ -15,7 +15,7 @@ from trainer.core import files
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import read_train_state
 from trainer.train import live_page, loop
-from trainer.train.live_page import LivePage, hide_values
+from trainer.train.live_page import LivePage
 from trainer.train.loop import train
 
 MakeConfig = Callable[..., Config]
@@ -37,7 +37,7 @@ def fail_at(step: int, patch: pytest.MonkeyPatch, error: BaseException) -> None:
     patch.setattr(loop, "step_once", fail)
 
 
-def test_a_run_that_failed_and_was_resumed(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_failed_and_was_resumed(make_config: MakeConfig, notes: Callable[[], str]) -> None:
     config = make_config("schedule.max_steps=8", "checkpoint.every_steps=3", *SAMPLES)
     with pytest.MonkeyPatch.context() as patch:
         fail_at(5, patch, UserError("step 5: <the loss> is not finite"))
@@ -62,7 +62,7 @@ def test_a_run_that_failed_and_was_resumed(make_config: MakeConfig, capsys: pyte
     losses = {line["step"]: float(f"{line['train/loss']:.4g}") for line in known}  # the last attempt comes last
     assert data["charts"][0]["series"][0] == {"x": list(range(1, 9)), "y": [losses[step] for step in range(1, 9)]}
     assert data["steps"] == [2, 4, 6, 8] and len(data["charts"][0]["epochs"]) == 9
-    assert "is not written" not in capsys.readouterr().out
+    assert "is not written" not in notes()
 
 
 def test_an_interrupted_run_says_so(make_config: MakeConfig) -> None:
@@ -155,7 +155,6 @@ def test_what_an_environment_variable_holds_is_not_written(
     shards = next(word.partition("=")[2] for word in tiny_settings if word.startswith("data.shards="))
     monkeypatch.setenv("OUR_SECRET_SHARDS", shards)
     config = make_config("schedule.max_steps=2", "data.shards=${oc.env:OUR_SECRET_SHARDS}")
-    assert hide_values(f"in {shards}/a", config) == "in ${oc.env:OUR_SECRET_SHARDS}/a"
     with pytest.MonkeyPatch.context() as patch:
         fail_at(1, patch, UserError(f"{shards}/shard-00000.tar is damaged"))
         with pytest.raises(UserError):

@@ -24,7 +24,8 @@ def config_words(files: Sequence[str], overrides: Sequence[str]) -> list[str]:
 def training_command(words: Sequence[str], processes: int = 1, on_cpu: bool = False) -> str:
     """A command line that trains with so many processes. (accelerate launch starts one of several on the CPU.)"""
     if processes == 1:
-        return command("train.py", *words)
+        asked = "ACCELERATE_USE_CPU=true " if on_cpu and "ACCELERATE_USE_CPU" in os.environ else ""
+        return asked + command("train.py", *words)
     launcher = ["torchrun", "--nproc_per_node"] if on_cpu else ["accelerate", "launch", "--num_processes"]
     line = shlex.join([*launcher, str(processes), find_script("train.py"), *words])
     return f"ACCELERATE_USE_CPU=true {line}" if on_cpu else line

@@ -44,7 +44,7 @@ def run_command(main: Callable[[], object], resume: str = "") -> None:
     starting it again does. A reader that has gone, as in ``script | head``, ends it without a word.
     """
     output, began = read_output(), time.monotonic()
-    silence_libraries()
+    silence_libraries(quiet=output.quiet)
     try:
         with speaking(output):
             result = main()

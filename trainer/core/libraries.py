@@ -9,8 +9,10 @@ import os
 import warnings
 
 
-def silence_libraries() -> None:
-    """Before they are imported."""
+def silence_libraries(*, quiet: bool = False) -> None:
+    """Before they are imported; ``quiet``: what they say at their end too."""
+    if quiet:
+        os.environ.setdefault("WANDB_SILENT", "true")
     # transformers asks for torchvision at import, which nothing here uses
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # bitsandbytes looks for a CPU kernel of 4-bit matrices, which nothing here uses

@@ -28,7 +28,12 @@ def parse_metrics(text: str | bytes) -> dict[str, Any] | None:
     if not isinstance(line, dict):
         return None
     whole = is_count(line.get("step")) and is_count(line.get("attempt"))
-    return line if whole and isinstance(line.get("time"), int | float) else None
+    return line if whole and is_time(line.get("time")) else None
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value can be seconds since 1970."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
 
 
 def is_count(value: Any) -> bool:

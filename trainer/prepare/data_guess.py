@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.config.schema import BucketsConfig, CaptionsConfig, DataConfig, SourceConfig
 from trainer.core.errors import UserError
+from trainer.core.progress import metered
 from trainer.core.rng import rng
 from trainer.data.buckets import Size, list_buckets, nearest_bucket
 from trainer.data.captions import compose_caption, draw_caption
@@ -191,7 +192,7 @@ def iterate_input_rows(source: SourceConfig) -> Iterator[dict[str, Any] | Item]:
 def count_source(source: SourceConfig, others: list[str]) -> DataGuess:
     """Read a source once."""
     guess = DataGuess(source, others=others)
-    for item in iterate_input_rows(source):
+    for item in metered(iterate_input_rows(source), f"look at {source.path}", "post"):
         if isinstance(item, Reject):
             guess.set_aside[item.reason] += 1
         elif isinstance(item, dict):

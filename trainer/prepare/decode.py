@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver, get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 
 import numpy as np
 from PIL import Image
@@ -161,13 +161,12 @@ def start_pool(processes: int) -> ProcessPoolExecutor:
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, [signal.SIGINT]
-    )  # which the new process inherits: stopping is the parent's
+    resource_tracker.ensure_running()  # else the next does it, and lets go of the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: stopping is the parent's
     try:
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ProcessPoolExecutor(processes, context, initializer=begin_process)
 
 

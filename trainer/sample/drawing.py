@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 import trainer
+from trainer.config.fixed import INTERPOLATION
 from trainer.config.schema import (
     BucketsConfig,
     CaptionsConfig,
@@ -173,7 +174,12 @@ def trained_sampling(lineage: Lineage | None) -> SamplingConfig:
     sampling, buckets = (section if isinstance(section, dict) else {} for section in sections)
     side = buckets.get("base_resolution")
     given = {"width": side, "height": side, **{name: value for name, value in sampling.items() if value is not None}}
-    known = {name: given[name] for name, kinds in SETTINGS.items() if isinstance(given.get(name), kinds)}
+    known = {
+        name: given[name]
+        for name, kinds in SETTINGS.items()
+        # a config lies there as written, with its interpolations
+        if type(given.get(name)) in kinds and INTERPOLATION not in str(given[name])
+    }
     side = BucketsConfig.base_resolution
     return replace(SamplingConfig(width=side, height=side), **known)
 

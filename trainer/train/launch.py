@@ -18,6 +18,7 @@ from accelerate.utils import (
     patch_environment,
 )
 
+from trainer.config.environment import hide_environment
 from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
@@ -218,7 +219,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     check_latents_made_by(config.data.shards, index.manifest["latents"], vae)
     tokenizers = load_tokenizers(*folders, read_vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
-    wrote, lineage = config.written["model"]["pretrained"], read_lineage(base.path)
+    lineage = read_lineage(base.path)
     plan = build_plan(index, config.run.seed, config.data)
     thresholds = run_thresholds(config, index, resumed, lineage)
     if thresholds.source:
@@ -228,7 +229,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     facts = {
         "base": {
             # what an environment variable holds is not written to a file
-            "reference": wrote if "oc.env" in wrote else base.reference,
+            "reference": hide_environment(base.reference, config.written),
             "revision": base.revision,
             "sha256": broadcast_object_list(hashed)[0],
             "prediction": asdict(prediction),

@@ -4,14 +4,13 @@ It reads what the run has written anyway, on the host, after the steps were read
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from trainer.config.fixed import INTERPOLATION
-from trainer.config.load import resolved_values
+from trainer.config.environment import hide_environment
 from trainer.config.run_names import name_run
-from trainer.config.schema import Config
 from trainer.core.commands import command, training_command
 from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
@@ -25,6 +24,7 @@ from trainer.report.sheets import Sheets
 from trainer.train.launch import RunInputs
 from trainer.train.run import run_path
 
+Timed = Callable[[str], AbstractContextManager[None]]
 SECONDS_BETWEEN = 30.0
 SHARE = 0.01  # of the time that writing pages may take
 
@@ -32,15 +32,15 @@ SHARE = 0.01  # of the time that writing pages may take
 class LivePage:
     """The page of an attempt; only the main process writes one. Around the steps, so that it sees how they end."""
 
-    def __init__(self, inputs: RunInputs, warnings: Sequence[str]) -> None:
-        self.inputs, self.warnings, self.made = inputs, warnings, inputs.first
+    def __init__(self, inputs: RunInputs, warnings: Sequence[str], timed: Timed) -> None:
+        self.inputs, self.warnings, self.made, self.timed = inputs, warnings, inputs.first, timed
         self.folder = run_path(inputs.config)
         self.records = read_run(self.folder) if inputs.accelerator.is_main_process else {}
         self.curves, self.sheets = Curves(first_steps(self.records)), Sheets(self.folder)
         self.failed, self.due = False, 0.0
 
     def __enter__(self) -> "LivePage":
-        self.write(RunState("running"))
+        self.write_between_steps()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
@@ -54,7 +54,13 @@ class LivePage:
         """So many steps are made; the page follows at once, or when it is time."""
         self.made = made
         if at_once or time.monotonic() >= self.due:
-            self.write(RunState("running"))
+            self.write_between_steps()
+
+    def write_between_steps(self) -> None:
+        """Write the page of a run that goes on, in time that is not the steps'."""
+        if self.inputs.accelerator.is_main_process:
+            with self.timed("page"):
+                self.write(RunState("running"))
 
     def write(self, state: RunState) -> None:
         """Write the page as it is now. Whatever is wrong with it is said once, and never stops a run."""
@@ -75,8 +81,10 @@ class LivePage:
         """What the page is made of, now."""
         config, sampling = self.inputs.config, self.inputs.config.sampling
         self.curves.read(self.folder / METRICS_FILE)
-        side = config.buckets.base_resolution
-        sheets = self.sheets.read(sampling.prompts, (sampling.width or side, sampling.height or side))
+        side, hide = config.buckets.base_resolution, partial(hide_environment, written=config.written)
+        sheets = self.sheets.read(
+            [hide(prompt) for prompt in sampling.prompts], (sampling.width or side, sampling.height or side)
+        )
         return RunView(
             page=self.folder / RUN_PAGE_FILE,
             written=config.written,
@@ -86,11 +94,11 @@ class LivePage:
             unreadable=self.sheets.unreadable,
             made=self.made,
             last=self.inputs.last,
-            state=RunState(state.kind, hide_values(state.message, config)),
+            state=RunState(state.kind, hide(state.message)),
             written_at=time.time(),
-            warnings=[hide_values(warning, config) for warning in self.warnings],
-            resume=hide_values(self.resume_command(), config),
-            export=hide_values(command("scripts/export.py", name_run(self.folder)), config),
+            warnings=[hide(warning) for warning in self.warnings],
+            resume=hide(self.resume_command()),
+            export=hide(command("scripts/export.py", name_run(self.folder))),
             shards=Path(config.data.shards) if "oc.env" not in str(config.written["data"]["shards"]) else None,
         )
 
@@ -99,23 +107,3 @@ class LivePage:
         words = [str(self.folder / CONFIG_FILE)]
         words += [] if self.inputs.config.checkpoint.resume == "auto" else ["checkpoint.resume=auto"]
         return training_command(words, self.inputs.accelerator.num_processes, uses_cpu())
-
-
-def hide_values(text: str, config: Config) -> str:
-    """A text without what interpolations stand for, such as an environment variable: it goes to a file."""
-    pairs = set(find_hidden(config.written, resolved_values(config)))
-    for resolved, written in sorted(pairs, key=lambda pair: -len(pair[0])):
-        text = text.replace(resolved, written)
-    return text
-
-
-def find_hidden(written: Any, resolved: Any) -> Iterator[tuple[str, str]]:
-    """(what it stands for, what was written) of every text that holds an interpolation."""
-    if isinstance(written, dict) and isinstance(resolved, dict):
-        for key, value in written.items():
-            yield from find_hidden(value, resolved.get(key))
-    elif isinstance(written, list) and isinstance(resolved, list):
-        for one, other in zip(written, resolved, strict=False):
-            yield from find_hidden(one, other)
-    elif isinstance(written, str) and INTERPOLATION in written and isinstance(resolved, str) and resolved:
-        yield resolved, written

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
+from trainer.config.environment import hide_environment
 from trainer.config.schema import Config
 from trainer.core.console import Result, log
 from trainer.core.distributed import describe_device
@@ -134,7 +135,7 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -
     progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
-    page = LivePage(inputs, find_warnings(inputs, sdxl))
+    page = LivePage(inputs, find_warnings(inputs, sdxl), progress.timed)
     return Run(inputs, model, sdxl, optimizer, objective, progress, page, tracker_run_id)
 
 
@@ -214,12 +215,13 @@ def sample(run: Run, made: int) -> None:
             for number in numbers
         }  # fmt: skip
     images = dict(sorted(gather_object(list(own.items()))))
+    prompts = [hide_environment(prompt, config.written) for prompt in sampling.prompts]
     if accelerator.is_main_process:
         columns = lay_out_sheet(size, len(images)).columns
-        grid = make_grid(list(images.values()), sampling.prompts, columns=columns)
-        texts = {SHEET_PROMPTS: json.dumps(sampling.prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
+        grid = make_grid(list(images.values()), prompts, columns=columns)
+        texts = {SHEET_PROMPTS: json.dumps(prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
         write_png(run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png", grid, texts)
-        run.progress.show_samples(list(images.values()), sampling.prompts, made)
+        run.progress.show_samples(list(images.values()), prompts, made)
     accelerator.wait_for_everyone()
 
 

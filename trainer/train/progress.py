@@ -147,7 +147,7 @@ class Progress:
         return time.perf_counter() - self.begun
 
     def timed(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Around what is done between steps: "checkpoint" or "sample"."""
+        """Around what is done between steps: "checkpoint", "sample" or "page"."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)  # the rest of the step itself is the step's
         return self.window.timed(what)
