@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def split_log(data: bytes) -> Iterator[bytes]:
             place += 32768 - place % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):  # still being written
+            return
         record += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part; 2 and 3 are the first and those between
@@ -88,12 +91,21 @@ def split_log(data: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def read_offline(folder: Path) -> list[Any]:
-    """The records that a real wandb run wrote into its folder, without a network."""
+def read_offline(folder: Path, runs: int) -> list[Any]:
+    """The records that real wandb runs wrote into their folder, without a network.
+
+    wandb's own process may still be writing when ``finish`` has returned: a whole file ends with the exit's record.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
-    return [Record.FromString(data) for file in files for data in split_log(file.read_bytes())]
+    until = time.monotonic() + 60
+    while True:
+        files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))  # named by their time
+        records = [Record.FromString(data) for file in files for data in split_log(file.read_bytes())]
+        ended = sum(record.WhichOneof("record_type") == "exit" for record in records)
+        if ended == runs or time.monotonic() > until:
+            return records
+        time.sleep(0.1)
 
 
 def test_a_real_run_of_both(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +123,7 @@ def test_a_real_run_of_both(make_config: MakeConfig, monkeypatch: pytest.MonkeyP
     run_id = json.loads((folder / "run.json").read_text())["tracker_run_id"]
     assert {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")} == {run_id}
 
-    records = read_offline(folder)
+    records = read_offline(folder, runs=2)
     settings = {
         item.key: json.loads(item.value_json)
         for record in records for item in (*record.config.update, *record.run.config.update)
