@@ -9,6 +9,7 @@ import os
 
 from trainer.config.command_line import config_parser, finish_command_line
 from trainer.config.load import load_config
+from trainer.core.allocator import use_expandable_segments
 from trainer.core.commands import config_words, training_command
 from trainer.core.console import NextStep, Result
 from trainer.core.errors import run_command
@@ -19,6 +20,7 @@ def main() -> Result:
     parser.add_argument("--check", action="store_true", help="stop before the first step: say what would be trained")
     arguments = finish_command_line(parser)
     config = load_config(arguments.config, arguments.overrides)
+    use_expandable_segments()
     from trainer.core.distributed import uses_cpu
     from trainer.train.loop import train  # after what can be refused at once: torch takes seconds to import
 

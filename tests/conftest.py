@@ -50,7 +50,7 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> 
         "data.global_batch_size=4", "data.bucket_batch_size=2", "data.micro_batch_size=2",
         "data.loader_threads=0", "data.decode_processes=0",
         "buckets.base_resolution=64", "buckets.min_side=32", "buckets.max_side=128", "buckets.step=32",
-        "optim.unet_lr=1e-3", "precision.compute=fp32", "precision.frozen=fp32", "memory.gradient_checkpointing=false",
+        "optim.unet_lr=1e-3", "precision.compute=fp32", "precision.frozen=fp32", "memory.policy=none",
         "captions.max_token_length=75", "logging.every_steps=1", "checkpoint.every_steps=1000",
     ]  # fmt: skip
     prepare(load_config([], [*words, "run.name=prepare", "schedule.max_steps=1"]))

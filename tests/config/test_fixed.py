@@ -35,7 +35,7 @@ FREE_WORDS = [
     "model.vae=v", "model.tokenizer=t", "model.attention=xformers", "model.compile=true",
     "data.shards=moved", "data.posts=[p.jsonl]", "data.images=i", "data.max_bad_fraction=0.5",
     "data.micro_batch_size=1", "data.loader_threads=9", "data.decode_processes=9", "data.prefetch_factor=3",
-    "schedule.epochs=3", "memory.gradient_checkpointing=false",
+    "schedule.epochs=3", "memory.policy=none",
     "checkpoint.every_steps=7", "logging.every_steps=1", "sampling.num_inference_steps=3", "publish.title=t",
     "publish.base_only=true", "publish.notes=n", "publish.acknowledgements=a",
 ]  # fmt: skip

@@ -59,8 +59,8 @@ def test_every_name_leads_to_fields_that_there_are() -> None:
         ("optim.epochs=3", "optim.epochs: unknown key, did you mean schedule.epochs?"),
         ("seed=3", "seed: unknown key, did you mean run.seed?"),
         ("unet_lr=1e-5", "unet_lr: unknown key, did you mean optim.unet_lr?"),
-        ("gradient_checkpointing=true", "gradient_checkpointing: unknown key, did you mean "
-         "memory.gradient_checkpointing?"),
+        ("gradient_checkpointing=true", "gradient_checkpointing: unknown key, here it is memory.policy (full, or none "
+         "for none)"),
         ("noise_offset=0.03", "noise_offset: unknown key, did you mean diffusion.noise_offset?"),
         ("data.every_steps=3", "data.every_steps: unknown key, did you mean checkpoint.every_steps or "
          "logging.every_steps or sampling.every_steps?"),

@@ -60,3 +60,19 @@ def test_the_licences_name_can_only_be_one(tmp_path: Path, notes: Callable[[], s
     for other in ("openrail++", "null", "[faipl-1.0-sd]"):
         with pytest.raises(UserError, match=r"publish\.license_name: can only be faipl-1\.0-sd, which"):
             load_config([tmp_path / "config.yaml"], [f"publish.license_name={other}"])
+
+
+def test_gradient_checkpointing_is_a_policy(tmp_path: Path, notes: Callable[[], str]) -> None:
+    for old, new in (("true", "full"), ("false", "none")):
+        config = load_config([write(tmp_path, "loader_threads: 2")], [f"memory.gradient_checkpointing={old}"])
+        assert config.memory.policy == new and config.written["memory"] == {"policy": new}
+        assert notes() == (
+            f"note: memory.gradient_checkpointing: {old} is memory.policy: {new} now: write that in its place"
+        )
+    file = tmp_path / "old.yaml"
+    file.write_text("memory: {gradient_checkpointing: false, policy: selective}\n")
+    assert load_config([tmp_path / "config.yaml", file]).memory.policy == "selective"
+    assert load_config([tmp_path / "config.yaml"]).memory.policy == "full"  # as it was without a word
+    for other in ("some", "null", "1"):
+        with pytest.raises(UserError, match=r"memory\.gradient_checkpointing: unknown key, here it is memory\.policy"):
+            load_config([tmp_path / "config.yaml"], [f"memory.gradient_checkpointing={other}"])

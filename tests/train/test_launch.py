@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
+from trainer.core.allocator import use_expandable_segments
 from trainer.core.errors import UserError
 from trainer.model import lineage
 from trainer.model.checkpoint import list_checkpoints, read_train_state
@@ -120,3 +122,30 @@ def test_commit_and_versions_are_those_of_the_launch(make_config: MakeConfig, mo
     assert [state["lineage"]["code"]["commit"] for state in states] == ["commit 1"] * 3
     assert all(state["lineage"]["versions"]["torch"] != "another" for state in states)
     assert asked == ["commit"]
+
+
+def test_the_allocators_segments_grow_unless_the_user_set_it() -> None:
+    environment: dict[str, str] = {}
+    use_expandable_segments(environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment = {name: "max_split_size_mb:64"}
+        use_expandable_segments(environment)
+        assert environment == {name: "max_split_size_mb:64"}
+
+
+def test_training_sets_the_allocator_before_torch_is_imported() -> None:
+    text = (REPOSITORY / "train.py").read_text(encoding="utf-8")
+    assert text.index("    use_expandable_segments()") < text.index("from trainer.core.distributed import uses_cpu")
+
+
+def test_autocast_keeps_no_copies_of_weights(make_config: MakeConfig) -> None:
+    accelerator = launch.build_accelerator(make_config("precision.compute=bf16"))
+
+    class Seeing(torch.nn.Module):
+        def forward(self) -> bool:
+            return torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()  # PyTorch's default
+    assert accelerator.prepare_model(Seeing())() is True

@@ -61,7 +61,7 @@ def test_eight_drawings_are_learned_by_heart(tiny_base: Path, tmp_path: Path, ma
         "optim.unet_lr=2e-3", "optim.text_encoder_1_lr=2e-3", "optim.text_encoder_2_lr=2e-3",
         f"schedule.max_steps={STEPS}", "schedule.lr=cosine", "optim.weight_decay=0",
         "precision.compute=fp32", "precision.frozen=fp32",
-        "memory.gradient_checkpointing=false", "publish.dtype=fp32",
+        "memory.policy=none", "publish.dtype=fp32",
     ])  # fmt: skip
     prepare(config)
     train(config)

@@ -116,7 +116,7 @@ def test_micro_batches_and_workers_may_change_on_the_way(make_config: Callable[.
     changed = make_config(*words, "run.name=changed")
     run_until(changed, 2)
     train(make_config(*words, "run.name=changed", "data.micro_batch_size=1", "data.loader_threads=1",
-                      "memory.gradient_checkpointing=true"))  # fmt: skip
+                      "memory.policy=full"))  # fmt: skip
     path = Path(straight.run.output_dir)
     before, after = (read_metrics(path / name / "metrics.jsonl")[4] for name in ("straight", "changed"))
     assert after["train/loss"] == pytest.approx(before["train/loss"], rel=1e-4)  # the same samples, other sums

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.host_reads import HostReads
-from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
+from trainer.config.schema import DiffusionConfig, MemoryConfig, MemoryPolicy, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
@@ -27,7 +27,7 @@ RATES = OptimConfig(unet_lr=1e-3, text_encoder_1_lr=1e-3, text_encoder_2_lr=1e-3
 @pytest.fixture
 def model(tiny_base: Path) -> SDXL:
     parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
-    return build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig(False))
+    return build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig("none"))
 
 
 def make_batch(first: int, count: int) -> Batch:
@@ -207,9 +207,9 @@ def test_what_the_host_reads_is_seen() -> None:
             read()
 
 
-@pytest.mark.parametrize(("scaled", "checkpointing"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("scaled", "policy"), [(False, "full"), (True, "none"), (False, "selective")])
 def test_a_step_on_a_device_is_launched_without_waiting(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool, checkpointing: bool
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool, policy: MemoryPolicy
 ) -> None:
     """The meta device stands for a GPU: it holds no values, so that whatever reads one raises.
 
@@ -218,7 +218,7 @@ def test_a_step_on_a_device_is_launched_without_waiting(
     module = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
     parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
-    model = build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig(checkpointing))
+    model = build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig(policy))
     objective = dataclasses.replace(CHANNELS_AND_WEIGHTS, cumulative=alphas_cumprod().to("meta"))
     optimizer = build_optimizer(model.to("meta"), RATES)
     scaler = torch.amp.GradScaler("cpu") if scaled else None

@@ -179,6 +179,8 @@ OTHER_NAMES: dict[str, Counterpart] = {
     "wandb_run_name": ("run.name", ""),
     "tracker_run_name": ("run.name", ""),
     "logging_dir": ("", "what is logged lies in the run's folder: leave it out"),
+    # memory
+    "gradient_checkpointing": ("memory.policy", "full, or none for none"),
     # samples and publishing
     "sample_prompts": ("sampling.prompts", "a list in the config; sampling.every_steps says how often"),
     "validation_prompt": ("sampling.prompts", "a list; sampling.every_steps says how often"),

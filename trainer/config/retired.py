@@ -4,6 +4,8 @@ from typing import Any
 
 # old key -> the keys of the same section that took its place, each of which gets its value
 RENAMED = {"data.num_workers": ("data.loader_threads", "data.decode_processes")}
+# old key -> the key of the same section that took its place, and what each value is called there
+REWORDED = {"memory.gradient_checkpointing": ("memory.policy", {True: "full", False: "none"})}
 # a key that is gone -> the only value that it could have to any use
 ONLY_VALUES = {"publish.license_name": "faipl-1.0-sd"}
 
@@ -23,6 +25,13 @@ def carry_over(layer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             rest = {key: value for key, value in values.items() if key != name}
             layer = layer | {section: carried | rest}
             notes.append(f"{old} is {' and '.join(new)} now: write these in its place")
+    for old, (key_now, values_of) in REWORDED.items():
+        section, _, name = old.partition(".")
+        values = layer.get(section)
+        if isinstance(values, dict) and isinstance(value := values.get(name), bool):
+            rest = {key: each for key, each in values.items() if key != name}
+            layer = layer | {section: {key_now.partition(".")[2]: values_of[value]} | rest}
+            notes.append(f"{old}: {str(value).lower()} is {key_now}: {values_of[value]} now: write that in its place")
     for old, only in ONLY_VALUES.items():
         section, _, name = old.partition(".")
         values = layer.get(section)

@@ -13,6 +13,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 Format = Literal["single_file", "diffusers"]  # of what is exported and published
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor"]
 PredictionType = Literal["epsilon", "v_prediction"]  # what they mean: trainer.model.diffusion
+MemoryPolicy = Literal["none", "selective", "full"]
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
 RATINGS = ("g", "s", "q", "e")  # general, sensitive, questionable, explicit
 Place = Annotated[str, "a path; a leading ~ is the home folder"]  # in some fields a hub id or a word may stand instead
@@ -287,7 +288,9 @@ class PrecisionConfig:
 class MemoryConfig:
     """What saves memory at the price of time."""
 
-    gradient_checkpointing: bool = True  # activations are computed again in the backward pass instead of kept
+    # which results the backward pass finds: none computes nothing again, selective keeps those of matrix products,
+    # convolutions and attention and computes the rest again, full computes all of a block again
+    policy: MemoryPolicy = "full"
 
 
 @dataclass(frozen=True)

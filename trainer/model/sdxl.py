@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from trainer.config.schema import Dtype, MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.core.errors import UserError, shorten
 from trainer.model.base import Base, read_config, read_state
+from trainer.model.recompute import use_policy
 from trainer.model.weights_file import check_finite
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,11 +130,8 @@ def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memor
         parts[part] = build_part(base, part, dtype)
         parts[part].requires_grad_(trained).train(trained)
         # through a frozen UNet gradients still flow to a trained encoder; nothing flows through a frozen encoder
-        if memory.gradient_checkpointing and (trained or part == "unet"):
-            if part == "unet":
-                parts[part].enable_gradient_checkpointing()
-            else:
-                parts[part].activation_checkpointing_enable({"use_reentrant": False})
+        if trained or part == "unet":
+            use_policy(parts[part], memory.policy, compiled=model.compile)
     sdxl = SDXL(**parts)
     for layer in unused_layers(sdxl.text_encoder_1):  # they get no gradient, and DDP fails on such parameters
         layer.requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -118,6 +119,8 @@ def build_accelerator(config: Config) -> Accelerator:
             log_with=list(config.logging.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(run_path(config) / "trackers")),
             kwargs_handlers=[
+                # each weight is used once in a forward: a cache would hold 16-bit copies of all of them until its end
+                AutocastKwargs(cache_enabled=False),
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 # one rank hashes and writes tens of gigabytes while the others wait
                 InitProcessGroupKwargs(timeout=timedelta(hours=2)),
