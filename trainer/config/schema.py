@@ -13,7 +13,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 Format = Literal["single_file", "diffusers"]  # of what is exported and published
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor"]
 PredictionType = Literal["epsilon", "v_prediction"]  # what they mean: trainer.model.diffusion
-MemoryPolicy = Literal["none", "selective", "full"]
+MemoryPolicy = Literal["auto", "none", "selective", "full"]
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
 RATINGS = ("g", "s", "q", "e")  # general, sensitive, questionable, explicit
 Place = Annotated[str, "a path; a leading ~ is the home folder"]  # in some fields a hub id or a word may stand instead
@@ -289,7 +289,8 @@ class MemoryConfig:
     """What saves memory at the price of time."""
 
     # which results the backward pass finds: none computes nothing again, selective keeps those of matrix products,
-    # convolutions and attention and computes the rest again, full computes all of a block again
+    # convolutions and attention and computes the rest again, full computes all of a block again. auto: the first of
+    # them that fits the GPU with the largest bucket, counted before the first step; on the CPU full
     policy: MemoryPolicy = "full"
 
 

@@ -88,3 +88,8 @@ def choose_device() -> torch.device:
 def describe_device(device: torch.device) -> str:
     """The device in words, such as "NVIDIA A100-SXM4-80GB", or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None on the CPU."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None

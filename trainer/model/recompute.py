@@ -54,6 +54,8 @@ def use_policy(part: Any, policy: MemoryPolicy, compiled: bool = False) -> None:
             options: dict[str, Any] = {"use_reentrant": False}
         case "selective":
             options = {"use_reentrant": False, "context_fn": keep_products_contexts}
+        case "auto":
+            raise AssertionError("auto is resolved before a model is built")
         case _:
             assert_never(policy)
     if not hasattr(part, "enable_gradient_checkpointing"):  # transformers' word for the same

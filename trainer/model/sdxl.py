@@ -125,13 +125,8 @@ def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memor
     """The model with the base's weights on the CPU: trained parts in fp32, frozen ones in ``precision.frozen``."""
     parts: dict[str, Any] = {}
     for part in COMPONENTS:
-        trained = getattr(model, f"train_{part}")
-        dtype = torch.float32 if trained else DTYPES[precision.frozen]
-        parts[part] = build_part(base, part, dtype)
-        parts[part].requires_grad_(trained).train(trained)
-        # through a frozen UNet gradients still flow to a trained encoder; nothing flows through a frozen encoder
-        if trained or part == "unet":
-            use_policy(parts[part], memory.policy, compiled=model.compile)
+        parts[part] = build_part(base, part, part_dtype(part, model, precision))
+        set_part(parts[part], part, model, memory)
     sdxl = SDXL(**parts)
     for layer in unused_layers(sdxl.text_encoder_1):  # they get no gradient, and DDP fails on such parameters
         layer.requires_grad_(False)
@@ -140,6 +135,20 @@ def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memor
         # block by block with free sizes: whole, the UNet would be compiled anew for each of 33 buckets
         parts["unet"].compile_repeated_blocks(dynamic=True)
     return sdxl
+
+
+def part_dtype(part: str, model: ModelConfig, precision: PrecisionConfig) -> torch.dtype:
+    """The format of a part's weights."""
+    return torch.float32 if getattr(model, f"train_{part}") else DTYPES[precision.frozen]
+
+
+def set_part(module: Any, part: str, model: ModelConfig, memory: MemoryConfig) -> None:
+    """Whether a part learns, and what of it the backward pass computes again."""
+    trained = getattr(model, f"train_{part}")
+    module.requires_grad_(trained).train(trained)
+    # through a frozen UNet gradients still flow to a trained encoder; nothing flows through a frozen encoder
+    if trained or part == "unet":
+        use_policy(module, memory.policy, compiled=model.compile)
 
 
 def build_part(base: Base, part: str, dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest, list_checkpoints, measure_checkpoint, step_of
 from trainer.model.sdxl import trained_parameters
 from trainer.train.launch import RunInputs
+from trainer.train.policy import describe_policy, warn_of_memory
 from trainer.train.run import run_path
 from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers
 
@@ -43,6 +44,7 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
         f"x {data.micro_batch_size} in a micro-batch x {inputs.data.per_step // processes} accumulated",
         "trained": f"{sum(value.numel() for value in parameters.values()):,} parameters of {parts}, "
         f"{config.precision.compute} over fp32 weights, on {inputs.accelerator.device.type}",
+        "memory": describe_policy(inputs.facts["memory"]),
         "checkpoints": f"every {keep.every_steps:,} steps and at the end, the last {keep.keep_last}{milestones} kept, "
         f"about {format_bytes(size)} each",
         "page": f"{run_path(config) / RUN_PAGE_FILE}, rewritten as the run goes on",
@@ -58,7 +60,8 @@ def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
     of_data = warn_of_data(inputs.data.plan, inputs.facts["images"], data.global_batch_size, inputs.last)
     gpus = 0 if uses_cpu() else torch.cuda.device_count()
     of_gpus = warn_of_gpus(inputs.accelerator.num_processes, gpus, inputs.config.run.num_processes)
-    return [*of_data, *of_gpus, *warn_of_disk(inputs, size)]
+    of_memory = warn_of_memory(inputs.facts["memory"], inputs.config)
+    return [*of_data, *of_gpus, *of_memory, *warn_of_disk(inputs, size)]
 
 
 def warn_of_gpus(processes: int, gpus: int, asked: int | None) -> Iterator[str]:

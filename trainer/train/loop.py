@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.optim import Optimizer
 
 from trainer.config.environment import hide_environment
-from trainer.config.schema import Config
+from trainer.config.schema import Config, MemoryConfig
 from trainer.core.console import Result, log
-from trainer.core.distributed import describe_device
+from trainer.core.distributed import describe_device, device_memory
 from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
 from trainer.core.progress import Meter
 from trainer.data.loader import Batch, load_batches
@@ -34,6 +34,7 @@ from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
+from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
 from trainer.train.resume import check_resumed, restore_scaler
 from trainer.train.run import begin_attempt, find_resumed, lock_run, read_work, run_path
@@ -55,6 +56,7 @@ def train(config: Config, check: bool = False) -> Result:
         first, last = inputs.first, inputs.last
         if first >= last:
             return make_result(inputs, f"{run_path(config)} has made all of its {last:,} steps; nothing to do", first)
+        inputs = settle_memory(inputs)
         model, sdxl, optimizer = load_model(inputs)
         log.info(describe_start(inputs, sdxl))
         for warning in find_warnings(inputs, sdxl):
@@ -105,10 +107,20 @@ class Run:
     tracker_run_id: str
 
 
+def settle_memory(inputs: RunInputs) -> RunInputs:
+    """With the policy that all processes train by among the facts that are recorded."""
+    accelerator = inputs.accelerator
+    memory = device_memory(accelerator.device)
+    smallest = None if memory is None else min(gather_object([memory]))
+    chosen = [choose_policy(inputs, smallest) if accelerator.is_main_process else None]
+    return replace(inputs, facts=inputs.facts | {"memory": broadcast_object_list(chosen)[0]})
+
+
 def load_model(inputs: RunInputs) -> tuple[Any, SDXL, Optimizer]:
     """The model with Accelerate's wrappers and without, and the optimizer, as the base or a checkpoint has them."""
     config, accelerator = inputs.config, inputs.accelerator
-    model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, config.memory))
+    memory = MemoryConfig(inputs.facts["memory"]["policy"])
+    model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, memory))
     sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
     optimizer = build_optimizer(sdxl, config.optim)
     if inputs.resumed is not None:
