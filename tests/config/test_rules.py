@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config import rules
+from trainer.config import precision_rules, rules
 from trainer.config.load import find_config_problems, load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -132,6 +132,11 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["optim.weight_decay=0", "optim.decay_norms_and_biases=false"],
      "optim.decay_norms_and_biases", "has no effect: optim.weight_decay is 0"),
     (["precision.compute=fp32"], "precision.frozen", "must be fp32 where precision.compute is"),
+    (["precision.gradients=bf16"], "precision.gradients", "bf16 has no effect: with autocast"),
+    (["precision.compute=fp32", "precision.weights=master"], "precision.weights", "master has no effect"),
+    (["precision.weights=stochastic"], "precision.weights", "stochastic needs precision.compute bf16, not fp16"),
+    (["precision.weights=master", "precision.gradients=bf16"], "precision.gradients", "must be fp32 where"),
+    (["precision.compute=bf16", "precision.weights=master"], "precision.frozen", "must be bf16, as precision.compute"),
     (["schedule.max_steps=5"], "schedule.epochs", "set exactly one of"),
     (["schedule.epochs=null"], "schedule.epochs", "set exactly one of"),
     (["schedule.min_lr_ratio=0.1"], "schedule.min_lr_ratio", "has no effect with a constant rate"),
@@ -199,16 +204,16 @@ def test_the_borders_of_the_rules_are_allowed(words: list[str]) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    """Each ``yield`` of config.rules is reached by one of RULES: a rule without a case fails here."""
-    path = inspect.getfile(rules)
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    yields = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
-    reached: set[int] = set()
+    """Each ``yield`` of the rules is reached by one of RULES: a rule without a case fails here."""
+    paths = [inspect.getfile(module) for module in (rules, precision_rules)]
+    trees = {path: ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))) for path in paths}
+    yields = {(path, node.lineno) for path, nodes in trees.items() for node in nodes if isinstance(node, ast.Yield)}
+    reached: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_filename != path:
+        if frame.f_code.co_filename not in paths:
             return None
-        reached.add(frame.f_lineno)
+        reached.add((frame.f_code.co_filename, frame.f_lineno))
         return trace
 
     before = sys.gettrace()

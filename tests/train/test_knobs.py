@@ -17,6 +17,7 @@ from trainer.train.loop import train
 
 ENCODER_1 = ["model.train_text_encoder_1=true", "optim.text_encoder_1_lr=1e-3"]
 ENCODER_2 = ["model.train_text_encoder_2=true", "optim.text_encoder_2_lr=1e-3"]
+BF16 = ["precision.compute=bf16", "precision.frozen=bf16"]
 CONVERTED = ["diffusion.prediction_type=v_prediction", "diffusion.convert_prediction=true"]  # the base has epsilon
 # what each knob that training's numbers depend on is turned to, last, and before it what that needs
 KNOBS: dict[str, list[str]] = {
@@ -53,6 +54,8 @@ KNOBS: dict[str, list[str]] = {
     "schedule.cycle_gamma": ["schedule.lr=cosine_restarts", "schedule.num_cycles=2", "schedule.cycle_gamma=0.5"],
     "precision.compute": ["precision.compute=bf16"],
     "precision.frozen": ["precision.compute=bf16", "precision.frozen=bf16"],
+    "precision.weights": [*BF16, "precision.weights=master"],
+    "precision.gradients": [*BF16, "precision.weights=master", "precision.gradients=bf16"],
 }
 
 

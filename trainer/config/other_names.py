@@ -150,8 +150,8 @@ OTHER_NAMES: dict[str, Counterpart] = {
     "output_dtype": ("publish.dtype", "fp16, bf16 or fp32"),
     "no_half_vae": ("precision.vae", "fp32"),
     "allow_tf32": ("precision.tf32", "true or false"),
-    "full_fp16": ("", "trained weights are always fp32; precision.compute is fp16 or bf16"),
-    "full_bf16": ("", "trained weights are always fp32; precision.compute is fp16 or bf16"),
+    "full_fp16": ("precision.weights", "master, with precision.compute=fp16"),
+    "full_bf16": ("precision.weights", "stochastic, or master, with precision.compute=bf16"),
     # what a run writes
     "output_dir": ("run.output_dir", "the run's files lie in it under run.name"),
     "workspace_dir": ("run.output_dir", "the run's files lie in it under run.name"),

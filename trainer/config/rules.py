@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import assert_never
 
 from trainer.config.free_text import find_unfit
+from trainer.config.precision_rules import precision_rules
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
 
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
@@ -17,7 +18,7 @@ def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broke
     """Every rule that a well-typed config breaks; a preparation needs neither rates nor a length."""
     rules = [
         range_rules, run_and_model_rules, source_rules, batch_rules, filter_rules, caption_rules, bucket_rules,
-        diffusion_rules, optim_rules, schedule_rules, output_rules, publish_rules,
+        diffusion_rules, optim_rules, precision_rules, schedule_rules, output_rules, publish_rules,
     ]  # fmt: skip
     for find_broken in rules if preparing else [training_rules, *rules]:
         yield from find_broken(config)
@@ -65,11 +66,7 @@ def training_rules(config: Config) -> Iterator[Broken]:
 def run_and_model_rules(config: Config) -> Iterator[Broken]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
-    model, precision = config.model, config.precision
-    all_trained = model.train_unet and model.train_text_encoder_1 and model.train_text_encoder_2
-    if precision.compute == "fp32" and precision.frozen != "fp32" and not all_trained:
-        keys = ("precision.frozen", "precision.compute")
-        yield keys, "must be fp32 where precision.compute is: nothing casts between"
+    model = config.model
     if not (model.train_unet or model.train_text_encoder_1 or model.train_text_encoder_2):
         yield ("model.train_unet", "model.train_text_encoder_1", "model.train_text_encoder_2"), "nothing is trained"
     if model.revision is not None and Path(model.pretrained).exists():

@@ -7,7 +7,7 @@ temporary name, forced to the disk, hashed and renamed: a folder with the final 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from trainer.core.layout import (
     STATE_FILE,
 )
 from trainer.core.progress import BYTES, Meter
-from trainer.model.sdxl import load_trained, trained_parameters
+from trainer.model.sdxl import load_trained, put_weights, trained_parameters
 from trainer.model.weights_file import LazyFile, check_finite
 
 CHECKPOINT_FORMAT = 1
@@ -147,13 +147,18 @@ def verify_checkpoint(checkpoint: Path) -> None:
             raise UserError(f"{file} is {what}. Move {checkpoint} away to resume from the checkpoint before it")
 
 
-def restore_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state into place, bit by bit."""
+def restore_checkpoint(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    put: Callable[[nn.Parameter, Tensor], None] = put_weights,
+) -> None:
+    """Put a checkpoint's weights and optimizer state into place, bit by bit; ``put`` sets a parameter."""
     file = checkpoint / MODEL_FILE
     with Meter(f"read {shown_name(file)}", file.stat().st_size, BYTES) as meter:
         tensors = dict(LazyFile(file, meter))
     check_finite(tensors, str(checkpoint / MODEL_FILE), OLDER)
-    load_trained(model, tensors)
+    load_trained(model, tensors, put)
     states = dict(read_optimizer_state(checkpoint / OPTIMIZER_FILE))
     floats = {name: value for name, value in states.items() if isinstance(value, Tensor) and value.is_floating_point()}
     check_finite(floats, str(checkpoint / OPTIMIZER_FILE), OLDER)

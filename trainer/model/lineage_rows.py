@@ -80,6 +80,13 @@ def stage_rows(made: Lineage) -> dict[str, str]:
     }
 
 
+WEIGHT_WORDS = {  # precision.weights
+    "autocast": "trained weights in fp32",
+    "master": "trained weights in 16 bits with fp32 masters",
+    "stochastic": "trained weights in 16 bits, rounded stochastically",
+}
+
+
 def config_rows(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The rows that come from a stage's config, in which sections and fields may be missing."""
 
@@ -93,6 +100,7 @@ def config_rows(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     optim, model = config.get("optim", {}), config.get("model", {})
     trained = [part for part in PART_NAMES if model.get(f"train_{part}")]
+    weights = str(config.get("precision", {}).get("weights", "autocast"))  # older configs lack it
     betas = "" if optim.get("betas") is None else f"betas {optim['betas']}, "
     return {
         "samples per step": value("data.global_batch_size"),
@@ -106,7 +114,7 @@ def config_rows(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "prediction": value("diffusion.prediction_type"),
         "zero terminal SNR": value("diffusion.zero_terminal_snr"),
         "min-SNR gamma": value("diffusion.min_snr_gamma", off="off"),
-        "arithmetic": f"{value('precision.compute')}, trained weights in fp32",
+        "arithmetic": f"{value('precision.compute')}, {WEIGHT_WORDS.get(weights, f'weights {weights}')}",
         "resolution": f"buckets of {value('buckets.base_resolution')}², sides {value('buckets.min_side')} to "
         f"{value('buckets.max_side')}",
         "captions": f"{value('captions.max_token_length')} tokens, shuffled: {value('captions.shuffle')}, dropped: "

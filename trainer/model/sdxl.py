@@ -203,8 +203,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {classic_name(name): value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into the trained parameters.
+def put_weights(parameter: nn.Parameter, values: Tensor) -> None:
+    """Set a parameter."""
+    parameter.copy_(values)
+
+
+def load_trained(
+    model: nn.Module, tensors: Mapping[str, Tensor], put: Callable[[nn.Parameter, Tensor], None] = put_weights
+) -> None:
+    """Put a checkpoint's tensors into the trained parameters.
 
     Raises:
         UserError: when names or shapes differ.
@@ -216,7 +223,7 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}")
-            parameter.copy_(tensors[name])
+            put(parameter, tensors[name])
 
 
 def unused_layers(text_encoder_1: Any) -> Iterator[nn.Module]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trainer.config.run_names import name_run
+from trainer.config.schema import PrecisionConfig
 from trainer.core.commands import command
 from trainer.core.console import NextStep, Result, format_duration
 from trainer.core.disk import format_bytes, free_bytes
@@ -43,7 +44,7 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
         "batch": f"{data.global_batch_size} samples a step = {processes} process{'es' if processes > 1 else ''} "
         f"x {data.micro_batch_size} in a micro-batch x {inputs.data.per_step // processes} accumulated",
         "trained": f"{sum(value.numel() for value in parameters.values()):,} parameters of {parts}, "
-        f"{config.precision.compute} over fp32 weights, on {inputs.accelerator.device.type}",
+        f"{describe_weights(config.precision)}, on {inputs.accelerator.device.type}",
         "memory": describe_policy(inputs.facts["memory"]),
         "checkpoints": f"every {keep.every_steps:,} steps and at the end, the last {keep.keep_last}{milestones} kept, "
         f"about {format_bytes(size)} each",
@@ -51,6 +52,18 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
     }
     lines = [f"{config.run.name}, stage {config.run.stage}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
     return "\n".join(lines)
+
+
+def describe_weights(precision: PrecisionConfig) -> str:
+    """The arithmetic of a training, in some words."""
+    compute = precision.compute
+    match precision.weights:
+        case "autocast":
+            return f"{compute} over fp32 weights"
+        case "master":
+            return f"{compute} weights with fp32 masters, gradients summed in {precision.gradients}"
+        case "stochastic":
+            return f"{compute} weights rounded stochastically, gradients summed in {precision.gradients}"
 
 
 def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:

@@ -113,9 +113,11 @@ def build_accelerator(config: Config) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     torch.backends.cudnn.allow_tf32 = config.precision.tf32
+    compute = config.precision.compute
+    autocast = config.precision.weights == "autocast" and compute != "fp32"
     with patch_environment(ACCELERATE_DYNAMO_BACKEND="no", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1"):
         accelerator = Accelerator(
-            mixed_precision="no" if config.precision.compute == "fp32" else config.precision.compute,
+            mixed_precision=config.precision.compute if autocast else "no",
             log_with=list(config.logging.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(run_path(config) / "trackers")),
             kwargs_handlers=[
@@ -126,6 +128,8 @@ def build_accelerator(config: Config) -> Accelerator:
                 InitProcessGroupKwargs(timeout=timedelta(hours=2)),
             ],
         )
+    if compute == "fp16" and not autocast:  # Accelerate scales losses only under autocast
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     for note in ignored_settings():
         log.info("note: %s", note)
     check_processes(config, accelerator.num_processes)

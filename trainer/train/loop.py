@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.optim import Optimizer
 
@@ -25,7 +26,7 @@ from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod, trained_prediction
 from trainer.model.lineage import build_lineage
-from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl
+from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
@@ -33,6 +34,7 @@ from trainer.train.announce import describe_end, describe_start, find_warnings, 
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.metrics import find_peak_flops, training_flops
+from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
@@ -120,11 +122,16 @@ def load_model(inputs: RunInputs) -> tuple[Any, SDXL, Optimizer]:
     """The model with Accelerate's wrappers and without, and the optimizer, as the base or a checkpoint has them."""
     config, accelerator = inputs.config, inputs.accelerator
     memory = MemoryConfig(inputs.facts["memory"]["policy"])
-    model = accelerator.prepare_model(build_sdxl(inputs.base, config.model, config.precision, memory))
-    sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    optimizer = build_optimizer(sdxl, config.optim)
+    model = sdxl = build_sdxl(inputs.base, config.model, config.precision, memory)
+    if config.precision.weights == "autocast":
+        model = accelerator.prepare_model(sdxl)
+        sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+        optimizer = build_optimizer(sdxl, config.optim)
+    else:  # neither autocast nor DDP: what is 16-bit is so, and the optimizer averages the gradients
+        optimizer = NarrowOptimizer(sdxl, config.optim, config.precision, config.run.seed, accelerator.device)
     if inputs.resumed is not None:
-        restore_checkpoint(inputs.resumed.folder, sdxl, optimizer)
+        put = optimizer.weights.put if isinstance(optimizer, NarrowOptimizer) else put_weights
+        restore_checkpoint(inputs.resumed.folder, sdxl, optimizer, put)
         restore_scaler(accelerator.scaler, inputs.resumed.state["loss_scaler"])
     return model, sdxl, optimizer
 
@@ -146,7 +153,8 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -
     flops = training_flops(inputs.base, side, side, chunks, trained) if peak else None
     progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
-    objective = Objective(config.diffusion, cumulative, inputs.vae.scale)
+    cast = torch.float32 if config.precision.weights == "autocast" else DTYPES[config.precision.compute]
+    objective = Objective(config.diffusion, cumulative, inputs.vae.scale, cast)
     page = LivePage(inputs, find_warnings(inputs, sdxl), progress.timed)
     return Run(inputs, model, sdxl, optimizer, objective, progress, page, tracker_run_id)
 
@@ -160,7 +168,7 @@ def start_loading(run: Run) -> Generator[Batch, None, None]:
         threads=data.loader_threads, prefetch_factor=data.prefetch_factor,
         pin_memory=inputs.accelerator.device.type == "cuda",
     )  # fmt: skip
-    if world > 1:
+    if run.model is not run.sdxl and world > 1:
         batch = inputs.data[inputs.first * inputs.data.per_step + rank]
         settle_gradient_buckets(run.model, batch, run.objective, run.optimizer)
     return batches

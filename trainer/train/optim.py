@@ -31,7 +31,11 @@ def build_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of all trained parameters."""
-    groups = build_groups(model, config)
+    return choose_optimizer(build_groups(model, config), config)
+
+
+def choose_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
+    """The optimizer of these groups."""
     match config.name:
         case "adamw":
             assert config.betas is not None and config.eps is not None
@@ -70,15 +74,15 @@ def state_bytes(shape: torch.Size, name: OptimizerName) -> int:
 def gated_step(optimizer: Optimizer, bad: Tensor) -> None:
     """Step unless ``bad`` (bool scalar on the device) is true.
 
-    Fused AdamW reads the flag on the device, so the host does not wait. adamw8bit and adafactor have no such gate:
-    there the host reads the flag first, as torch's GradScaler does for them under loss scaling.
+    Fused AdamW and NarrowOptimizer read the flag on the device, so the host does not wait. adamw8bit and adafactor have
+    no such gate: there the host reads the flag first, as torch's GradScaler does for them under loss scaling.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # under Accelerate's wrapper
-    if isinstance(inner, torch.optim.AdamW) and inner.defaults["fused"]:
-        inner.found_inf = bad.float()  # type: ignore[attr-defined]  # what torch's GradScaler sets
-        inner.grad_scale = None  # type: ignore[attr-defined]
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # under Accelerate's wrapper
+    if getattr(inner, "_step_supports_amp_scaling", False):  # torch's word for it
+        inner.found_inf = bad.float()  # what torch's GradScaler sets
+        inner.grad_scale = None
         inner.step()
-        del inner.found_inf, inner.grad_scale  # type: ignore[attr-defined]
+        del inner.found_inf, inner.grad_scale
     elif not bool(bad):
         inner.step()
 

@@ -17,6 +17,7 @@ from trainer.core.layout import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoi
 from trainer.model.checkpoint import CHECKPOINT_FORMAT, SHARED, list_checkpoints, step_of
 from trainer.model.sdxl import trained_parameters
 from trainer.model.weights_file import save_tensors
+from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import state_bytes
 
 OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen
@@ -37,7 +38,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_
     for leftover in find_leftovers(folder):
         shutil.rmtree(leftover)
     parameters = trained_parameters(model)
-    weights = {name: value.detach().contiguous() for name, value in parameters.items()}
+    weights = read_weights(parameters, optimizer)
     tensors, metadata = collect_optimizer_state(parameters, optimizer)
     size = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values())) + OVERHEAD
     temporary = temporary_path(final)
@@ -91,6 +92,13 @@ def count_more_checkpoints(
 def find_leftovers(folder: Path) -> list[Path]:
     """Temporary checkpoints that a killed process left: each save begins with their removal."""
     return list(folder.glob(f"{TEMPORARY_PREFIX}step-*"))
+
+
+def read_weights(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
+    """fp32 values of trained parameters, whatever holds them."""
+    if isinstance(optimizer, NarrowOptimizer):
+        return {name: optimizer.weights.get(value) for name, value in parameters.items()}
+    return {name: value.detach().contiguous() for name, value in parameters.items()}
 
 
 def collect_optimizer_state(

@@ -21,6 +21,7 @@ from trainer.config.schema import DiffusionConfig
 from trainer.data.loader import Batch
 from trainer.model.diffusion import add_noise, loss_weights, make_target, sample_losses
 from trainer.model.latents import LatentScale, scale_latents
+from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import gated_step
 
 
@@ -31,6 +32,7 @@ class Objective:
     diffusion: DiffusionConfig
     cumulative: Tensor  # fp32 (1000,), on the device
     scale: LatentScale  # of the VAE
+    inputs: torch.dtype = torch.float32  # of the noisy latents as the model gets them; without autocast its weights'
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,12 @@ def batch_losses(model: nn.Module, batch: Batch, objective: Objective) -> Tensor
     latents = scale_latents(batch.raw_latents.float(), objective.scale)  # (B, 4, H/8, W/8)
     noisy_latents = add_noise(latents, batch.noise, batch.timesteps, objective.cumulative)
     model_pred = model(
-        noisy_latents, batch.timesteps, batch.input_ids_1, batch.input_ids_2, batch.chunk_map, batch.time_ids
+        noisy_latents.to(objective.inputs),
+        batch.timesteps,
+        batch.input_ids_1,
+        batch.input_ids_2,
+        batch.chunk_map,
+        batch.time_ids,
     )
     target = make_target(latents, batch.noise, batch.timesteps, objective.cumulative, objective.diffusion)
     weights = loss_weights(batch.timesteps, objective.cumulative, objective.diffusion)
@@ -120,9 +127,13 @@ def training_step(
     own = torch.cat(losses)
     loss, stop = all_mean(torch.stack([own.mean(), own.new_full((), float(stop_requested))]))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    narrow = optimizer if isinstance(optimizer, NarrowOptimizer) else None
+    if narrow:
+        narrow.begin(step, all_mean)
     if scaler:
         scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    grad_norm = narrow.clip(limit) if narrow else torch.nn.utils.clip_grad_norm_(parameters, limit)
     bad, *scales = update(optimizer, scaler, loss, grad_norm)
     optimizer.zero_grad(set_to_none=not keep_gradients)
     head = torch.stack([value.float() for value in (loss, grad_norm, bad, stop, *scales)])

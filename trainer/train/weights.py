@@ -1,0 +1,234 @@
+"""Trained weights and gradients in few bits: flat tensors that a model's parameters are views of.
+
+A 16-bit weight cannot take up the small changes of a step, so an update needs the fp32 value behind it. ``FlatWeights``
+reads and writes that value, a portion at a time; ``FlatGradients`` adds up the gradients of the micro-steps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.schema import GradientDtype
+from trainer.model.weights_file import check_finite
+from trainer.train.rounding import (
+    draw_random,
+    join_fp32,
+    place_key,
+    round_stochastically,
+    split_fp32,
+    step_key,
+)
+
+ALIGNMENT = 64  # elements: a parameter begins at a multiple of 128 bytes, as if it had memory of its own
+STRETCH = 2**26  # elements of gradients that are averaged or clipped at once
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the elements of a parameter lie in the flat tensors."""
+
+    name: str  # the checkpoint's
+    parameter: nn.Parameter
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parameter.numel()
+
+    @property
+    def end(self) -> int:
+        """Where the next parameter may begin."""
+        return self.start + -(-self.parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The parameter's elements in its own shape."""
+        return flat[self.start : self.stop].view(self.parameter.shape)
+
+
+def lay_out(parameters: Mapping[str, nn.Parameter]) -> dict[str, Span]:
+    """Places one after the other, by name."""
+    spans: dict[str, Span] = {}
+    end = 0
+    for name, parameter in parameters.items():
+        spans[name] = Span(name, parameter, end)
+        end = spans[name].end
+    return spans
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some elements of a parameter, at ``start`` of the flat tensors; ``first`` of them is which of its own."""
+
+    span: Span
+    first: int
+    start: int
+    stop: int
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """These elements of a tensor of the parameter's shape."""
+        return whole.view(-1)[self.first : self.first + self.stop - self.start]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What is updated at once: pieces one after the other, and the gaps between them."""
+
+    pieces: list[Piece]
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0].start
+
+    @property
+    def stop(self) -> int:
+        """Without a last gap shorter than ALIGNMENT it would not be whole pairs of elements."""
+        return self.pieces[-1].start + -(-(self.pieces[-1].stop - self.pieces[-1].start) // ALIGNMENT) * ALIGNMENT
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each piece's part of a flat tensor of this portion."""
+        return [flat[piece.start - self.start : piece.stop - self.start] for piece in self.pieces]
+
+
+def cut_portions(spans: Iterable[Span], size: int) -> Iterator[Portion]:
+    """Portions of at most ``size`` elements, a multiple of ALIGNMENT; large parameters are cut."""
+    pieces: list[Piece] = []
+    for span in spans:
+        start = span.start
+        while start < span.stop:
+            limit = (pieces[0].start if pieces else start) + size
+            stop = min(span.stop, limit)
+            pieces.append(Piece(span, start - span.start, start, stop))
+            start = stop
+            if min(span.end, limit) == limit:
+                yield Portion(pieces)
+                pieces = []
+    if pieces:
+        yield Portion(pieces)
+
+
+class FlatWeights:
+    """16-bit weights of a model's trained parameters, and what brings back the fp32 values behind them.
+
+    For bf16 that is the remainder of an exact split, or with ``seed`` nothing: the weights are all there is, and
+    updates are rounded stochastically. For fp16, whose range is another, it is the fp32 values themselves.
+    """
+
+    def __init__(self, spans: Sequence[Span], dtype: torch.dtype, device: torch.device, seed: int | None = None):
+        assert dtype == torch.bfloat16 or seed is None
+        self.seed, self.step, self.spans = seed, 0, {span.parameter: span for span in spans}
+        self.origins: dict[int, Tensor] = {}  # see find_places; by the portion's start
+        size = spans[-1].end
+        self.weights = torch.zeros(size, dtype=dtype, device=device)
+        behind = torch.float32 if dtype == torch.float16 else torch.int16
+        self.behind = torch.zeros(size, dtype=behind, device=device) if seed is None else None
+        for span in spans:
+            values = span.parameter.detach()
+            span.parameter.data = span.view(self.weights)
+            self.put(span.parameter, values)
+        if dtype == torch.float16:
+            state = {span.name: span.parameter.detach() for span in spans}
+            check_finite(state, "trained weights in fp16", "fp16 does not hold them: set precision.weights to autocast")
+
+    def put(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Set a parameter to fp32 values, rounded to the nearest 16-bit ones."""
+        span = self.spans[parameter]
+        self._write(span.start, span.stop, values.to(self.weights.device, torch.float32, copy=True).flatten())
+
+    def get(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's fp32 values, on the CPU."""
+        span = self.spans[parameter]
+        return self.read(span.start, span.stop).view(parameter.shape).to("cpu", copy=True)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The fp32 values behind a stretch; for fp16 they are where they are kept."""
+        weights = self.weights[start:stop]
+        if self.behind is None:
+            return weights.float()
+        behind = self.behind[start:stop]
+        return behind if behind.dtype == torch.float32 else join_fp32(weights, behind)
+
+    def write(self, portion: Portion, values: Tensor) -> None:
+        """Set a portion to updated values, which are lost."""
+        if self.seed is None:
+            self._write(portion.start, portion.stop, values)
+            return
+        random = draw_random(self.find_places(portion), step_key(self.seed, self.step))
+        round_stochastically(values, random, self.weights[portion.start : portion.stop])
+
+    def find_places(self, portion: Portion) -> Tensor:
+        """What ``draw_random`` makes the portion's random numbers of; nothing is copied from the host."""
+        if portion.start not in self.origins:
+            self.origins[portion.start] = find_origins(portion, self.seed or 0).to(self.weights.device)
+        counts, shifts, keys = self.origins[portion.start].unbind()
+        pairs = (portion.stop - portion.start) // 2
+        places = torch.arange(pairs, dtype=torch.int32, device=self.weights.device)
+        places += torch.repeat_interleave(shifts, counts, output_size=pairs)
+        return places.bitwise_xor_(torch.repeat_interleave(keys, counts, output_size=pairs))
+
+    def _write(self, start: int, stop: int, values: Tensor) -> None:
+        weights, behind = self.weights[start:stop], None if self.behind is None else self.behind[start:stop]
+        if behind is None:
+            weights.copy_(values)
+        elif behind.dtype == torch.float32:
+            weights.copy_(behind.copy_(values))
+        else:
+            split_fp32(values, weights, behind)
+
+
+def find_origins(portion: Portion, seed: int) -> Tensor:
+    """Of each piece: pairs of elements, the first one's number less its place in the portion, key; int32 (3, N)."""
+    stops = [piece.start for piece in portion.pieces[1:]] + [portion.stop]
+    counts = [(stop - piece.start) // 2 for piece, stop in zip(portion.pieces, stops, strict=True)]
+    shifts = [(piece.first - piece.start + portion.start) // 2 for piece in portion.pieces]
+    keys = [place_key(seed, piece.span.name) for piece in portion.pieces]
+    return torch.tensor([counts, shifts, keys], dtype=torch.int32)
+
+
+class FlatGradients:
+    """The gradients of a step: sums over its micro-steps, in fp32 or in bf16.
+
+    Autograd makes a gradient in the weight's own 16 bits. In fp32 it is added to the sum at once and freed; in bf16 the
+    sum is the parameter's ``grad``, to which autograd adds.
+    """
+
+    def __init__(self, spans: Sequence[Span], dtype: GradientDtype, device: torch.device):
+        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self.flat = torch.zeros(spans[-1].end, dtype=kind, device=device)
+        self.views = [span.view(self.flat) for span in spans]
+        for span, view in zip(spans, self.views, strict=True):
+            if span.parameter.dtype == kind:
+                span.parameter.grad = view
+            else:
+                span.parameter.register_post_accumulate_grad_hook(add_to(view))
+
+    def average(self, all_mean: Callable[[Tensor], Tensor]) -> None:
+        """Average over the processes, in fp32, whatever the sums are in."""
+        for part in self.flat.split(STRETCH):
+            own = part.float()
+            if (mean := all_mean(own)) is not own:
+                part.copy_(mean)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip all together; the norm before, fp32. The arithmetic is that of torch's clip_grad_norm_."""
+        norms = torch._foreach_norm(self.views, 2.0, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for part in self.flat.split(STRETCH):  # in bf16 the product would round the factor first
+            part.copy_(part.float().mul_(factor))
+        return norm
+
+    def zero(self) -> None:
+        self.flat.zero_()
+
+
+def add_to(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's gradient to ``total`` and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
