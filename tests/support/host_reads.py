@@ -33,6 +33,8 @@ class HostReads(TorchDispatchMode):
         reads = operator in READING
         if operator in INDEXING:
             reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        elif operator is aten.repeat_interleave:
+            reads = kwargs.get("output_size") is None  # else its size is known
         elif operator in COPYING and args[COPYING[operator]].device != result.device:
             reads = not (kwargs.get("non_blocking") or True in args[2:3])
         self.found[operator.__name__] += reads

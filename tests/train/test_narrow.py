@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 
+from support.host_reads import HostReads
 from support.tiny_model import random_parts, write_folder
 from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.core.errors import UserError
@@ -255,20 +257,17 @@ def make_batch(seed: int) -> Batch:
     )
 
 
-def step(model: SDXL, optimizer: Any, compute: Any, *seeds: int, broken: bool = False, scaler: Any = None) -> Any:
+def step(
+    model: SDXL, optimizer: Any, compute: Any, *seeds: int, broken: bool = False, scaler: Any = None
+) -> StepResult:
     objective = Objective(DiffusionConfig(), alphas_cumprod(), LatentScale(0.5), DTYPES[compute])
     batches = [make_batch(seed) for seed in seeds]
     if broken:
         batches[-1] = dataclasses.replace(batches[-1], noise=batches[-1].noise * float("inf"))
-    return finish(training_step(
+    return training_step(
         model, batches, optimizer, objective, step=0, micro_steps=len(batches), max_grad_norm=1.0,
         no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
-    ))  # fmt: skip
-
-
-def finish(result: Any) -> StepResult:
-    """The numbers of a step, however they come to the host."""
-    return result.wait() if hasattr(result, "wait") else result
+    ).wait()  # fmt: skip
 
 
 @pytest.mark.parametrize(("compute", "mode"), [("bf16", "master"), ("bf16", "stochastic")])
@@ -301,6 +300,43 @@ def test_fp16_with_loss_scaling(base: Path) -> None:
     assert not step(model, optimizer, "fp16", 2, 3, scaler=scaler).skipped
     assert everything(model, optimizer) != before
     assert step(model, optimizer, "fp16", 4, broken=True, scaler=scaler).bad
+
+
+@pytest.mark.parametrize("mode", ["master", "stochastic"])
+def test_a_step_on_a_device_is_launched_without_waiting(base: Path, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU: whatever reads a value there raises; copies from the host are counted."""
+    module = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+    meta = torch.device("meta")
+    parts, precision = ModelConfig(pretrained=""), PrecisionConfig("bf16", mode, frozen="bf16")
+    model = build_sdxl(find_base(str(base)), parts, precision, MemoryConfig(False))
+    optimizer = NarrowOptimizer(model.to(meta), OptimConfig(unet_lr=1e-3), precision, 42, meta)
+    assert {value.device for value in (*model.parameters(), *model.buffers())} == {meta}
+    objective = Objective(DiffusionConfig(), alphas_cumprod().to(meta), LatentScale(0.5), torch.bfloat16)
+    for number in range(2):  # the first makes the optimizer's state
+        batch = make_batch(number)
+        with HostReads() as host:
+            training_step(
+                model, [batch], optimizer, objective, step=number, micro_steps=1, max_grad_norm=1.0,
+                no_sync=contextlib.nullcontext, all_mean=lambda value: value,
+            )  # fmt: skip
+        assert not host.found
+
+
+@pytest.mark.parametrize(("name", "flags"), [("adamw", 0), ("adamw8bit", 1), ("adafactor", 1)])
+@pytest.mark.parametrize(("compute", "mode"), MODES)
+def test_of_a_step_the_host_reads_at_most_one_flag(base: Path, name: str, flags: int, compute: str, mode: str) -> None:
+    model, optimizer = load(base, OPTIMIZERS[name], compute, mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if compute == "fp16" else None
+    objective = Objective(DiffusionConfig(), alphas_cumprod(), LatentScale(0.5), DTYPES[compute])  # type: ignore[index]
+    for number in range(2):
+        batch = make_batch(number)
+        with HostReads() as host:
+            training_step(
+                model, [batch], optimizer, objective, step=number, micro_steps=1, max_grad_norm=1.0,
+                no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
+            )  # fmt: skip
+        assert host.found == ({"_local_scalar_dense": flags} if flags else {})
 
 
 def test_what_needs_fp32_has_it(base: Path) -> None:

@@ -140,6 +140,7 @@ def updated(places: dict[str, Span], size: int, step: int = 3) -> dict[str, torc
     copies = lay_out({name: nn.Parameter(place.parameter.detach().clone()) for name, place in places.items()})
     flat = FlatWeights(list(copies.values()), torch.bfloat16, CPU, seed=42)
     flat.step = step
+    flat.expect(cut_portions(copies.values(), size))
     for portion in cut_portions(copies.values(), size):
         flat.write(portion, flat.read(portion.start, portion.stop).add_(1e-3))
     return {name: place.parameter.detach().clone() for name, place in copies.items()}
@@ -158,10 +159,12 @@ def test_random_numbers_do_not_depend_on_chunks(places: dict[str, Span]) -> None
 def test_a_slice_of_a_parameter_draws_what_the_whole_does(places: dict[str, Span]) -> None:
     flat = FlatWeights(list(places.values()), torch.bfloat16, CPU, seed=42)
     place = places["three"]
-    whole = flat.find_places(Portion([Piece(place, 0, place.start, place.stop)]))
-    flat.origins.clear()
-    part = flat.find_places(Portion([Piece(place, 1024, place.start + 1024, place.start + 2048)]))
-    assert torch.equal(part, whole[512:1024])
+    whole, part = (
+        Portion([Piece(place, 0, place.start, place.stop)]),
+        Portion([Piece(place, 1024, place.start + 1024, place.start + 2048)]),
+    )
+    flat.expect([whole, part])
+    assert torch.equal(flat.find_places(part), flat.find_places(whole)[512:1024])
 
 
 def test_weights_are_put_and_got_bit_by_bit(places: dict[str, Span]) -> None:

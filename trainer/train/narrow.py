@@ -1,4 +1,8 @@
-"""The optimizer of 16-bit weights: gradients are summed, weights updated, as if they were fp32."""
+"""The optimizer of 16-bit weights: gradients are added up and weights updated as if they were fp32.
+
+There is neither autocast nor DDP around such a model: nothing has to be cast, and DDP would average gradients in 16
+bits at a time at which they are not added up yet. Gradients lie in one flat tensor, which is averaged here.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,7 +15,7 @@ from torch.optim import Optimizer
 from trainer.config.schema import OptimConfig, PrecisionConfig
 from trainer.model.sdxl import DTYPES, trained_parameters
 from trainer.train.optim import build_groups, choose_optimizer
-from trainer.train.weights import FlatGradients, FlatWeights, Portion, Span, cut_portions, lay_out
+from trainer.train.weights import FlatGradients, FlatWeights, Piece, Portion, Span, cut_portions, lay_out
 
 PORTION = 2**23  # elements that are updated at once: about 150 MB of fp32 values, gradients and random numbers
 
@@ -53,13 +57,14 @@ class NarrowOptimizer(Optimizer):
         super().__init__(self.inner.param_groups, {})
         self.param_groups, self.state = self.inner.param_groups, own_state
         self.fused = isinstance(self.inner, torch.optim.AdamW)
-        self.portions = [list(self.cut(some)) for some in placed]
+        self.portions = [self.cut(some) for some in placed]
+        self.weights.expect(portion for portions in self.portions for portion in portions)
 
     def cut(self, spans: list[Span]) -> list[Portion]:
         """What is updated at once of a group."""
         if self.fused:
             return list(cut_portions(spans, PORTION))
-        return [Portion([piece]) for span in spans for piece in next(cut_portions([span], span.end)).pieces]
+        return [Portion([Piece(span, 0, span.start, span.stop)]) for span in spans]
 
     def begin(self, step: int, all_mean: Callable[[Tensor], Tensor]) -> None:
         """After the micro-steps: which step this is, and the gradients of all processes."""

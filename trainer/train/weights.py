@@ -39,12 +39,17 @@ class Span:
 
     @property
     def end(self) -> int:
-        """Where the next parameter may begin."""
-        return self.start + -(-self.parameter.numel() // ALIGNMENT) * ALIGNMENT
+        """Where the next parameter begins."""
+        return round_up(self.stop)
 
     def view(self, flat: Tensor) -> Tensor:
         """The parameter's elements in its own shape."""
         return flat[self.start : self.stop].view(self.parameter.shape)
+
+
+def round_up(place: int) -> int:
+    """The first place from here on at which a parameter may begin."""
+    return -(-place // ALIGNMENT) * ALIGNMENT
 
 
 def lay_out(parameters: Mapping[str, nn.Parameter]) -> dict[str, Span]:
@@ -83,8 +88,8 @@ class Portion:
 
     @property
     def stop(self) -> int:
-        """Without a last gap shorter than ALIGNMENT it would not be whole pairs of elements."""
-        return self.pieces[-1].start + -(-(self.pieces[-1].stop - self.pieces[-1].start) // ALIGNMENT) * ALIGNMENT
+        """With the gap after the last piece, so that all are whole pairs of elements."""
+        return round_up(self.pieces[-1].stop)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each piece's part of a flat tensor of this portion."""
@@ -118,7 +123,7 @@ class FlatWeights:
     def __init__(self, spans: Sequence[Span], dtype: torch.dtype, device: torch.device, seed: int | None = None):
         assert dtype == torch.bfloat16 or seed is None
         self.seed, self.step, self.spans = seed, 0, {span.parameter: span for span in spans}
-        self.origins: dict[int, Tensor] = {}  # see find_places; by the portion's start
+        self.origins: dict[int, Tensor] = {}  # see find_origins; by the portion's start
         size = spans[-1].end
         self.weights = torch.zeros(size, dtype=dtype, device=device)
         behind = torch.float32 if dtype == torch.float16 else torch.int16
@@ -157,10 +162,14 @@ class FlatWeights:
         random = draw_random(self.find_places(portion), step_key(self.seed, self.step))
         round_stochastically(values, random, self.weights[portion.start : portion.stop])
 
+    def expect(self, portions: Iterable[Portion]) -> None:
+        """Before the first ``write``: what comes from the host for it; a step waits for no copy."""
+        if self.seed is not None:
+            for portion in portions:
+                self.origins[portion.start] = find_origins(portion, self.seed).to(self.weights.device)
+
     def find_places(self, portion: Portion) -> Tensor:
-        """What ``draw_random`` makes the portion's random numbers of; nothing is copied from the host."""
-        if portion.start not in self.origins:
-            self.origins[portion.start] = find_origins(portion, self.seed or 0).to(self.weights.device)
+        """What ``draw_random`` makes the portion's random numbers of."""
         counts, shifts, keys = self.origins[portion.start].unbind()
         pairs = (portion.stop - portion.start) // 2
         places = torch.arange(pairs, dtype=torch.int32, device=self.weights.device)
