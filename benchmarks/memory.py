@@ -29,11 +29,14 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=3, help="of 75 tokens, all of them different")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 48], help="in a micro-batch")
     parser.add_argument("--compute", choices=DTYPES, default="fp16")
+    parser.add_argument("--weights", choices=["autocast", "master", "stochastic"], default="autocast")
+    parser.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--optimizer", choices=["adamw", "adamw8bit", "adafactor"], default="adamw")
     arguments = parser.parse_args()
     print(
-        f"{arguments.width} x {arguments.height}, {arguments.chunks} chunks, {arguments.compute} under autocast, "
-        f"{arguments.optimizer}. GB; fits: what of 80 GB and of 141 GB ({FITS:.0%} of them)\n"
+        f"{arguments.width} x {arguments.height}, {arguments.chunks} chunks, {arguments.compute}, weights "
+        f"{arguments.weights}, gradients {arguments.gradients}, {arguments.optimizer}. GB; "
+        f"fits: what of 80 GB and of 141 GB ({FITS:.0%} of them)\n"
     )
     print("| stage | policy | micro-batch | static | saved | peak beside static | total | fits | TFLOP a sample |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -47,10 +50,13 @@ def main() -> None:
 
 def count_row(base: Base, stage: int, policy: MemoryPolicy, samples: int, arguments: argparse.Namespace) -> str:
     """One row of the table."""
-    model = build_meta(base, STAGES[stage], PrecisionConfig(arguments.compute, arguments.compute), policy)
+    precision = PrecisionConfig(
+        arguments.compute, weights=arguments.weights, gradients=arguments.gradients, frozen=arguments.compute
+    )
+    model = build_meta(base, STAGES[stage], precision, policy)
     shape = Shape(samples, arguments.width, arguments.height, arguments.chunks)
-    counted = count_step(model, shape, DTYPES[arguments.compute])
-    needs = estimate(model, arguments.optimizer, counted.peak)
+    counted = count_step(model, shape, precision)
+    needs = estimate(model, arguments.optimizer, precision, counted.peak)
     fits = ", ".join(str(size) for size in (80, 141) if needs.total <= FITS * size * 1e9) or "no"
     gigabytes = (needs.total - needs.activations, counted.saved, counted.peak, needs.total)
     numbers = " | ".join(f"{value / 1e9:.1f}" for value in gigabytes)

@@ -41,7 +41,7 @@ class Products(TorchDispatchMode):
 
 
 def build(base: Path, policy: MemoryPolicy, model: ModelConfig = ALL) -> SDXL:
-    return build_sdxl(find_base(str(base)), model, PrecisionConfig("fp32", "fp32"), MemoryConfig(policy))
+    return build_sdxl(find_base(str(base)), model, PrecisionConfig("fp32", frozen="fp32"), MemoryConfig(policy))
 
 
 def step(

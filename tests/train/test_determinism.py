@@ -56,7 +56,9 @@ def test_joining_chunks(threads: int) -> None:
 
 def test_every_part_of_the_model(tiny_base: Path, threads: int) -> None:
     parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
-    model: SDXL = build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig("none"))
+    model: SDXL = build_sdxl(
+        find_base(str(tiny_base)), parts, PrecisionConfig("fp32", frozen="fp32"), MemoryConfig("none")
+    )
     ids = (torch.arange(77) * torch.arange(3, 10)[:, None]) % 50  # ids repeat within and between chunks
     batch = Batch(
         keys=list("abcdefgh"), raw_latents=numbers(8, 4, 8, 8).half(), noise=numbers(8, 4, 8, 8),

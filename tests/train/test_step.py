@@ -27,7 +27,7 @@ RATES = OptimConfig(unet_lr=1e-3, text_encoder_1_lr=1e-3, text_encoder_2_lr=1e-3
 @pytest.fixture
 def model(tiny_base: Path) -> SDXL:
     parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
-    return build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig("none"))
+    return build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", frozen="fp32"), MemoryConfig("none"))
 
 
 def make_batch(first: int, count: int) -> Batch:
@@ -218,7 +218,7 @@ def test_a_step_on_a_device_is_launched_without_waiting(
     module = sys.modules[torch.optim.Optimizer.__module__]
     monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
     parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
-    model = build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", "fp32"), MemoryConfig(policy))
+    model = build_sdxl(find_base(str(tiny_base)), parts, PrecisionConfig("fp32", frozen="fp32"), MemoryConfig(policy))
     objective = dataclasses.replace(CHANNELS_AND_WEIGHTS, cumulative=alphas_cumprod().to("meta"))
     optimizer = build_optimizer(model.to("meta"), RATES)
     scaler = torch.amp.GradScaler("cpu") if scaled else None

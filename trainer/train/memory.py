@@ -22,7 +22,16 @@ from torch.utils.flop_counter import flop_registry
 from trainer.config.schema import MemoryConfig, MemoryPolicy, ModelConfig, OptimizerName, PrecisionConfig
 from trainer.data.tokens import CHUNK_LENGTH
 from trainer.model.base import Base, read_config
-from trainer.model.sdxl import COMPONENTS, SDXL, build_empty, part_dtype, set_part, trained_parameters, unused_layers
+from trainer.model.sdxl import (
+    COMPONENTS,
+    DTYPES,
+    SDXL,
+    build_empty,
+    part_dtype,
+    set_part,
+    trained_parameters,
+    unused_layers,
+)
 from trainer.train.optim import state_bytes
 
 # What torch.autocast does on CUDA to the functions of this model: https://docs.pytorch.org/docs/stable/amp.html
@@ -65,15 +74,28 @@ class Estimate:
         return self.weights + self.gradients + self.state + self.activations
 
 
-def estimate(model: nn.Module, optimizer: OptimizerName, activations: int) -> Estimate:
+def estimate(model: nn.Module, optimizer: OptimizerName, precision: PrecisionConfig, activations: int) -> Estimate:
     """The parts, by a model of any device."""
     trained = trained_parameters(model).values()
+    gradient = 2 if precision.weights != "autocast" and precision.gradients == "bf16" else 4
     return Estimate(
-        weights=sum(value.nbytes for value in model.parameters()),
-        gradients=sum(value.nbytes for value in trained),
+        weights=sum(value.nbytes for value in model.parameters() if not value.requires_grad)
+        + trained_weight_bytes(precision) * sum(value.numel() for value in trained),
+        gradients=gradient * sum(value.numel() for value in trained),
         state=sum(state_bytes(value.shape, optimizer) for value in trained),
         activations=activations,
     )
+
+
+def trained_weight_bytes(precision: PrecisionConfig) -> int:
+    """Of each trained weight, with what brings back its fp32 value (train/weights.py)."""
+    match precision.weights:
+        case "autocast":
+            return 4
+        case "master":
+            return 2 + (4 if precision.compute == "fp16" else 2)
+        case "stochastic":
+            return 2
 
 
 def build_meta(base: Base, model: ModelConfig, precision: PrecisionConfig, policy: MemoryPolicy) -> SDXL:
@@ -81,7 +103,9 @@ def build_meta(base: Base, model: ModelConfig, precision: PrecisionConfig, polic
     parts = {}
     for part, component in COMPONENTS.items():
         empty = build_empty(part, read_config(base, component))
-        parts[part] = nn.Module.to(empty, "meta", part_dtype(part, model, precision))  # diffusers' own says more
+        narrow = precision.weights != "autocast"
+        dtype = DTYPES[precision.compute] if narrow else part_dtype(part, model, precision)
+        parts[part] = nn.Module.to(empty, "meta", dtype)  # diffusers' own says more
         set_part(parts[part], part, model, MemoryConfig(policy))
     sdxl = SDXL(**parts)
     for layer in unused_layers(sdxl.text_encoder_1):
@@ -89,13 +113,17 @@ def build_meta(base: Base, model: ModelConfig, precision: PrecisionConfig, polic
     return sdxl
 
 
-def count_step(model: SDXL, shape: Shape, compute: torch.dtype) -> StepCount:
-    """Forward and backward of a micro-batch with a model on the meta device, as they are on CUDA under autocast.
+def count_step(model: SDXL, shape: Shape, precision: PrecisionConfig) -> StepCount:
+    """Forward and backward of a micro-batch with a model on the meta device, as they are on CUDA.
 
     All samples have other chunks, which is the most that the text encoders can get. Gradients are there already, as in
     every micro-batch of a step but the first.
     """
-    return run_counted(model, make_inputs(shape, torch.device("meta")), CudaFunctions(compute))
+    inputs, compute = make_inputs(shape, torch.device("meta")), DTYPES[precision.compute]
+    if precision.weights == "autocast":
+        return run_counted(model, inputs, CudaFunctions(compute))
+    inputs["noisy_latents"] = inputs["noisy_latents"].to(compute)
+    return run_counted(model, inputs, CudaFunctions(torch.float32))  # nothing is cast
 
 
 def run_counted(model: SDXL, inputs: dict[str, Tensor], functions: TorchFunctionMode) -> StepCount:

@@ -7,7 +7,6 @@ from trainer.config.schema import Config, MemoryPolicy
 from trainer.core.console import log
 from trainer.core.disk import format_bytes
 from trainer.model.base import Base
-from trainer.model.sdxl import DTYPES
 from trainer.train.launch import RunInputs
 from trainer.train.memory import Shape, build_meta, count_step, estimate
 
@@ -59,8 +58,8 @@ def find_fitting(
     needs: dict[str, int] = {}
     for policy in FASTEST_FIRST:
         model = build_meta(base, config.model, config.precision, policy)
-        counted = count_step(model, shape, DTYPES[config.precision.compute])
-        needs[policy] = estimate(model, config.optim.name, counted.peak).total
+        counted = count_step(model, shape, config.precision)
+        needs[policy] = estimate(model, config.optim.name, config.precision, counted.peak).total
         if needs[policy] <= limit:
             return policy, needs
     return "full", needs
@@ -91,6 +90,8 @@ def warn_of_memory(chosen: dict[str, Any], config: Config) -> Iterator[str]:
         remedies.append(
             f"lower data.micro_batch_size ({config.data.micro_batch_size}), which changes no step's samples"
         )
+    if config.precision.weights == "autocast" and config.precision.compute != "fp32":
+        remedies.append("precision.weights=master for weights in 16 bits (a new run)")
     if config.optim.name == "adamw":
         remedies.append("optim.name=adamw8bit or adafactor for a smaller state of the optimizer (a new run)")
     remedies.append("train fewer parts (a new run)")
