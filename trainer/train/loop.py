@@ -106,6 +106,7 @@ class Run:
     objective: Objective
     progress: Progress
     page: LivePage
+    vae: Any  # for samples; None where none are drawn
     tracker_run_id: str
 
 
@@ -150,13 +151,17 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -
     peak = find_peak_flops(device, config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in COMPONENTS}
-    flops = training_flops(inputs.base, side, side, chunks, trained) if peak else None
+    counts = peak is not None and accelerator.is_main_process  # which alone writes the share of the peak
+    flops = training_flops(inputs.base, side, side, chunks, trained) if counts else None
     progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     cast = torch.float32 if config.precision.weights == "autocast" else DTYPES[config.precision.compute]
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale, cast)
     page = LivePage(inputs, find_warnings(inputs, sdxl), progress.timed)
-    return Run(inputs, model, sdxl, optimizer, objective, progress, page, tracker_run_id)
+    vae = None
+    if config.sampling.every_steps:
+        vae = build_vae(inputs.vae.config, inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
+    return Run(inputs, model, sdxl, optimizer, objective, progress, page, vae, tracker_run_id)
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
@@ -222,8 +227,7 @@ def sample(run: Run, made: int) -> None:
     """Draw the fixed prompts, shared out over the ranks, as one grid."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
     sampling, side = config.sampling, config.buckets.base_resolution
-    vae = build_vae(run.inputs.vae.config, run.inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
-    pipeline = build_pipeline(run.sdxl, vae, trained_prediction(config.diffusion))
+    pipeline = build_pipeline(run.sdxl, run.vae, trained_prediction(config.diffusion))
     length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
     model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
     size = (sampling.width or side, sampling.height or side)
