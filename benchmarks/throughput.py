@@ -92,7 +92,7 @@ VARIANTS = {
     "stochastic, selective": Variant(weights="stochastic", policy="selective"),
     "stochastic, selective, bf16 gradients": Variant("stochastic", "bf16", "selective"),
     "stochastic, selective, adafactor": Variant("stochastic", policy="selective", optimizer="adafactor"),
-    "master, selective, channels last": Variant("master", policy="selective", channels_last=True),
+    "selective, channels last": Variant(policy="selective", channels_last=True),  # flat weights are contiguous
     "master, selective, compiled": Variant("master", policy="selective", compile=True),
     "original in fp16": Variant(compute="fp16"),
     "master, selective in fp16": Variant("master", policy="selective", compute="fp16"),
