@@ -41,10 +41,10 @@ STAGES = ("read", "hash", "header", "decode", "to RGB", "resize", "crop", "hand 
 Work = Callable[[list[Task]], object]
 
 
-def make_image(drawing: Path, number: int, grain: float) -> Image.Image:
-    """A drawing of some size, on a ground and with a grain of its own."""
+def make_image(drawing: Path, number: int, grain: float, size: tuple[int, int] | None = None) -> Image.Image:
+    """A drawing of this or some size, on a ground and with a grain of its own."""
     generator = np.random.default_rng(number)
-    width, height = (int(side) for side in generator.integers(1000, 3501, 2))
+    width, height = size or (int(side) for side in generator.integers(1000, 3501, 2))
     with Image.open(drawing) as small:
         layer = small.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
     ground = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))

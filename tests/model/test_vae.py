@@ -1,10 +1,15 @@
 """Pixels, raw latents, latents: the posterior's mean, both scalings, and weights that are not the config's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.host_reads import HostReads
+from support.posts_on_disk import to_floats
 from trainer.core.errors import UserError
 from trainer.model.latents import read_latent_scale, scale_latents
 from trainer.model.vae import build_vae, decode_latents, encode_raw_latents, pixels_to_tensor
@@ -18,11 +23,40 @@ def make(**options: object) -> AutoencoderKL:
     return AutoencoderKL(**{**LEVELS, "latent_channels": 4, **options})
 
 
-def test_tensor_range() -> None:
-    pixels = np.array([[[0, 255, 51]]], dtype=np.uint8).repeat(2, axis=1)  # (1, 2, 3)
-    tensor = pixels_to_tensor(pixels)
-    assert tensor.shape == (3, 1, 2) and tensor.dtype == torch.float32
-    assert torch.allclose(tensor[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+def test_every_byte_becomes_the_float_that_it_always_was() -> None:
+    images = [np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3) for _ in range(2)]
+    images[1] = images[1][::-1, :, ::-1]  # as a view
+    images[1].flags.writeable = False  # as Pillow's arrays are
+    tensor = pixels_to_tensor(images, torch.device("cpu"))
+    expected = torch.stack([to_floats(image) for image in images])
+    assert tensor.dtype == torch.float32 and torch.equal(tensor, expected)
+    assert tensor.stride() == expected.stride()  # convolutions of another layout give other bits
+    assert tensor[0, :, 0, 0].tolist() == [-1.0] * 3 and tensor[0, :, 15, 15].tolist() == [1.0] * 3
+
+
+class OtherOperands(TorchDispatchMode):
+    """A context that notes what is divided by a number of the host's, and how many bytes leave it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.divided_by_numbers, self.sent = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.divided_by_numbers += not (isinstance(args[1], torch.Tensor) and args[1].device == args[0].device)
+        if function.overloadpacket is torch.ops.aten._to_copy and args[0].device != result.device:
+            self.sent += args[0].nbytes
+        return result
+
+
+def test_pixels_go_to_a_device_as_bytes_and_are_divided_there() -> None:
+    """CUDA would multiply by the reciprocal of a number of the host's; this is what can be seen of it on a CPU."""
+    with HostReads() as reads, OtherOperands() as operands:
+        tensor = pixels_to_tensor([np.zeros((8, 16, 3), np.uint8)] * 2, torch.device("meta"))
+    assert tensor.shape == (2, 3, 8, 16) and tensor.is_meta and tensor.is_contiguous()
+    assert (operands.divided_by_numbers, operands.sent) == (0, 2 * 8 * 16 * 3)
+    assert reads.found == {}
 
 
 def test_raw_latents_are_the_posteriors_mean() -> None:

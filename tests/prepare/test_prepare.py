@@ -31,6 +31,7 @@ from support.posts_on_disk import (
     make_vae,
     read_jsonl,
     run,
+    to_floats,
     write_yaml,
 )  # fmt: skip
 from trainer.config.schema import Config
@@ -40,7 +41,6 @@ from trainer.data.buckets import fit_image
 from trainer.data.images import read_bytes, read_pixels
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.post import ImagePlace
-from trainer.model.vae import pixels_to_tensor
 from trainer.prepare import encode as encoding
 from trainer.prepare import prepare as prepare_module
 from trainer.prepare.prepare import Summary
@@ -77,7 +77,7 @@ def test_every_sample_is_what_the_recipe_says(base: Path, done: tuple[Config, Su
         assert (row["bucket_width"], row["bucket_height"]) == fit.bucket
         assert (row["crop_left"], row["crop_top"]) == (fit.left, fit.top)
         assert row["content_hash"] == sha256_file(path)
-        mean = vae.encode(pixels_to_tensor(read_pixels(read_bytes(ImagePlace(path)), fit))[None]).latent_dist.mean[0]
+        mean = vae.encode(to_floats(read_pixels(read_bytes(ImagePlace(path)), fit))[None]).latent_dist.mean[0]
         assert np.array_equal(read_raw_latents(index, number), mean.half().numpy())
         assert (row["rating"], row["year"], row["source"]) == ("g", 2020, "posts.jsonl")
         assert (row["caption"], row["tags_general"], row["tags_artist"]) == (None, f"1girl tag_{row['key']}", None)

@@ -93,3 +93,18 @@ def describe_device(device: torch.device) -> str:
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU's memory; None on the CPU."""
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
+def send_to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it is whole; from the CPU it is whole at once.
+
+    The event is what lets the host wait for this copy alone: reading a tensor on the device waits for all that has been
+    launched on the stream by then, which is the next step or batch.
+    """
+    if not values.is_cuda:
+        return values, None
+    copy = torch.empty_like(values, device="cpu", pin_memory=True)  # else the copy itself would wait
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)  # the host sleeps: its cores are the loader's, or the decoders'
+    arrived.record(torch.cuda.current_stream(values.device))
+    return copy, arrived

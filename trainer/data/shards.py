@@ -61,6 +61,7 @@ class ShardWriter:
         self._path = folder / self.name
         self._temporary = folder / f".tmp-{self.name}"  # a fixed name: what a killed run left is written over
         self._file = self._temporary.open("wb")
+        self._digest = hashlib.sha256()
 
     def add(self, row: Mapping[str, Any], raw_latents: np.ndarray) -> Row:
         """Append one sample; ``row`` has the index's columns but for shard, offset, length and crc32. The full row."""
@@ -77,20 +78,25 @@ class ShardWriter:
 
     def _write_member(self, name: str, payload: bytes) -> int:
         """Header, payload, padding; returns the payload's offset."""
-        self._file.write(member_header(name, len(payload)))
+        self._write(member_header(name, len(payload)))
         offset = self._file.tell()
-        self._file.write(payload + bytes(-len(payload) % tarfile.BLOCKSIZE))
+        self._write(payload + bytes(-len(payload) % tarfile.BLOCKSIZE))
         return offset
+
+    def _write(self, content: bytes) -> None:
+        """Hashed as it is written, so that the device does not wait for that at the end of a shard."""
+        self._file.write(content)
+        self._digest.update(content)
 
     def finish(self) -> ShardFile:
         """End the tar, force it to the disk and give it its name."""
-        self._file.write(bytes(2 * tarfile.BLOCKSIZE))
-        self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
         self._file.close()
         sync_file(self._temporary)
         self._temporary.replace(self._path)
         sync_file(self._path.parent)
-        return ShardFile(self.name, len(self.rows), self._path.stat().st_size, sha256_file(self._path))
+        return ShardFile(self.name, len(self.rows), self._path.stat().st_size, self._digest.hexdigest())
 
 
 def member_header(name: str, size: int) -> bytes:

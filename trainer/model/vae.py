@@ -1,6 +1,6 @@
 """The autoencoder: pixels -> raw latents, and latents -> pixels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,14 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(raw_latents.to(vae.device, vae.dtype)).sample.float()
 
 
-def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1.0
+def pixels_to_tensor(images: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Images of a size, uint8 (H, W, 3) -> float32 (B, 3, H, W) in [-1, 1] on the device, to which they go as bytes."""
+    on_host = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.stack(images, out=on_host.numpy())
+    on_device = on_host.to(device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last
+    values = on_device.to(torch.float32, memory_format=torch.contiguous_format)  # another layout, other bits of latents
+    # CUDA divides by a number of the host's as it multiplies by its reciprocal: other last bits than the CPU's
+    return values.div_(torch.full((), 127.5, device=device)).sub_(1.0)
 
 
 def pixels_to_image(pixels: torch.Tensor) -> Image.Image:

@@ -2,11 +2,15 @@
 
 What a chunk gives depends on the chunk alone. Images of a bucket may share a forward of the VAE: with one at a time
 latents are a function of the image alone, in a batch its neighbours decide the last bits.
+
+A GPU never waits for the host: a batch's latents are read and written when the next batch has been launched, and images
+are looked at ahead across the ends of chunks.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from trainer.config.schema import BucketsConfig
+from trainer.core.distributed import send_to_host
 from trainer.core.layout import done_name
 from trainer.data.buckets import Size
 from trainer.data.shards import Row, ShardWriter
@@ -36,6 +41,15 @@ class Encoder:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class PendingBatch:
+    """Images that the device may still be at; their latents are on their way to the host."""
+
+    images: list[tuple[Row, Decoded]]
+    raw_latents: torch.Tensor  # fp16 (B, 4, H/8, W/8), on the host
+    arrived: torch.cuda.Event | None  # None where nothing has to be waited for
+
+
 class Chunk:
     """What has become of a chunk's posts so far, and its shard on its way."""
 
@@ -43,6 +57,7 @@ class Chunk:
         self.work, self.number, self.encoder = work, number, encoder
         self.writer: ShardWriter | None = None
         self.waiting: dict[Size, list[tuple[Row, Decoded]]] = {}  # by bucket, fewer than a batch each
+        self.launched: PendingBatch | None = None
         self.latents: list[Row] = []
         self.set_aside: list[dict[str, Any]] = []
         self.filtered: Counter[str] = Counter()
@@ -51,6 +66,7 @@ class Chunk:
         """Take the outcome of one post, a row of the pending ones."""
         match outcome:
             case Reject():
+                self.settle()  # what is set aside stays in order
                 self.set_aside.append(describe_reject(outcome))
             case Filtered():
                 self.filtered[outcome.name] += 1
@@ -63,10 +79,21 @@ class Chunk:
                     self.encode(self.waiting.pop(outcome.fit.bucket))
 
     def encode(self, batch: list[tuple[Row, Decoded]]) -> None:
-        """Encode images of one bucket and write them."""
-        pixels = torch.stack([pixels_to_tensor(image.pixels) for _, image in batch])  # (B, 3, H, W)
-        raw_latents = encode_raw_latents(self.encoder.vae, pixels).half().cpu().numpy()  # (B, 4, H/8, W/8)
-        for (row, image), latents in zip(batch, raw_latents, strict=True):
+        """Launch the encoding of images of one bucket; then, while the device is at it, write those before."""
+        vae = self.encoder.vae
+        pixels = pixels_to_tensor([image.pixels for _, image in batch], vae.device)  # (B, 3, H, W)
+        launched = PendingBatch(batch, *send_to_host(encode_raw_latents(vae, pixels).half()))
+        self.settle()
+        self.launched = launched
+
+    def settle(self) -> None:
+        """Wait for the latents of the batch that was launched, if there is one, and write them."""
+        if self.launched is None:
+            return
+        batch, self.launched = self.launched, None
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+        for (row, image), latents in zip(batch.images, batch.raw_latents.numpy(), strict=True):
             if not np.isfinite(latents).all():
                 detail = "the VAE gave NaN or infinity; SDXL's own overflows in fp16: set precision.vae to fp32"
                 self.set_aside.append(describe_reject(Reject(row["key"], row["origin"], "non_finite_latents", detail)))
@@ -76,10 +103,14 @@ class Chunk:
             made = {name: written.get(name, row.get(name)) for name in LATENTS_SCHEMA.names}
             self.latents.append(made | {"several_frames": image.several_frames or None})
 
-    def finish(self) -> DoneChunk:
-        """Encode the rest, which waits for full batches, end the shard, and make the chunk count."""
+    def encode_rest(self) -> None:
+        """Encode what waits for full batches, and write all that is not written yet."""
         for bucket in list(self.waiting):
             self.encode(self.waiting.pop(bucket))
+        self.settle()
+
+    def finish(self) -> DoneChunk:
+        """End the shard, and make the chunk count."""
         shards = [self.writer.finish()] if self.writer else []
         done = DoneChunk(self.work.done / done_name(self.number), shards, self.set_aside, dict(self.filtered))
         write_done(done, pa.Table.from_pylist(self.latents, schema=LATENTS_SCHEMA))
@@ -99,15 +130,27 @@ def place_image(image: Decoded) -> Row:
     }
 
 
-def encode_chunk(chunk: Chunk, pending: pa.RecordBatch, advance: Callable[[Chunk], object]) -> DoneChunk:
-    """Encode the pending posts of a chunk and make it count; ``advance`` is called after each image."""
-    posts, encoder = pending.to_pylist(), chunk.encoder
-    tasks = [
+def look_ahead(encoder: Encoder, chunks: Iterable[pa.RecordBatch]) -> Iterator[tuple[Row, Outcome]]:
+    """The pending posts of one chunk after the other, each with its outcome; some images are looked at in advance."""
+    posts, same = tee(post for pending in chunks for post in pending.to_pylist())
+    tasks = (
         Task(post["key"], post["origin"], read_place(post["image"]), post["known"] and post["known"]["content_hash"],
              encoder.min_side, encoder.buckets)
-        for post in posts
-    ]  # fmt: skip
-    for post, outcome in zip(posts, encoder.decoders.look_at(tasks), strict=True):
+        for post in same
+    )  # fmt: skip
+    return zip(posts, encoder.decoders.look_at(tasks), strict=True)
+
+
+def encode_chunk(
+    chunk: Chunk, posts: Iterable[tuple[Row, Outcome]], advance: Callable[[Chunk, int], object]
+) -> DoneChunk:
+    """Encode the posts of a chunk and make it count.
+
+    ``advance`` is called after each image with 1, and once more with 0 before the chunk counts.
+    """
+    for post, outcome in posts:
         chunk.add(post, outcome)
-        advance(chunk)
+        advance(chunk, 1)
+    chunk.encode_rest()
+    advance(chunk, 0)
     return chunk.finish()

@@ -7,6 +7,7 @@ whatever was encoded before, in a run that was killed or in a complete set, is n
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from trainer.model.latents import describe_numbers
 from trainer.model.sdxl import DTYPES
 from trainer.model.vae import build_vae
 from trainer.prepare.decode import decoders
-from trainer.prepare.encode import Chunk, Encoder, encode_chunk
+from trainer.prepare.encode import Chunk, Encoder, encode_chunk, look_ahead
 from trainer.prepare.inputs import Survey, refuse_empty_captions, survey_inputs
 from trainer.prepare.merge import find_lost, merge_set, plan_chunks
 from trainer.prepare.remarks import count_reasons, format_counts, format_remarks, list_examples, write_jsonl
@@ -219,7 +220,10 @@ def encode_share(work: Work, config: Config, weights: VaeWeights, processes: Pro
     if not own:
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
-    vae = build_vae(weights.config, weights.state, DTYPES[config.precision.vae]).to(choose_device())
+    device = choose_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory is the current one's
+    vae = build_vae(weights.config, weights.state, DTYPES[config.precision.vae]).to(device)
     pending, done = read_pending(work), read_done(work)
     set_aside = begun.survey.set_aside + [
         line for number in pending if number in done for line in done[number].set_aside
@@ -228,14 +232,16 @@ def encode_share(work: Work, config: Config, weights: VaeWeights, processes: Pro
     with decoders(config.data.decode_processes) as pool, Meter("encode", total, "image", total - left) as meter:
         encoder = Encoder(vae, pool, config.buckets, config.filters.min_side, config.data.encode_batch_size)
 
-        def advance(chunk: Chunk) -> None:
-            meter.update(min(processes.world, total - meter.done))  # the others are about as far
+        def advance(chunk: Chunk, images: int) -> None:
+            meter.update(min(processes.world * images, total - meter.done))  # the others are about as far
             if chunk.set_aside:  # before the chunk counts: what is mended, by a plug-in too, is looked at again
                 check_bad_fraction(work, set_aside + chunk.set_aside, begun.survey.total, config)
 
+        outcomes = look_ahead(encoder, (pending[number] for number in own))
         for number in own:
+            posts = islice(outcomes, len(pending[number]))
             with disk_space(work.set, f"shard {number} of {config.data.shards}"):
-                set_aside += encode_chunk(Chunk(work, number, encoder), pending[number], advance).set_aside
+                set_aside += encode_chunk(Chunk(work, number, encoder), posts, advance).set_aside
 
 
 def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, config: Config) -> None:

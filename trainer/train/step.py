@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.config.schema import DiffusionConfig
+from trainer.core.distributed import send_to_host
 from trainer.data.loader import Batch
 from trainer.model.diffusion import add_noise, loss_weights, make_target, sample_losses
 from trainer.model.latents import LatentScale, scale_latents
@@ -154,21 +155,6 @@ def update(optimizer: Optimizer, scaler: Any, loss: Tensor, grad_norm: Tensor) -
     scaler.step(optimizer)
     scaler.update()
     return ~torch.isfinite(loss), before, scaler.scale(one)
-
-
-def send_to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the host, and the event after which it is whole; from the CPU it is whole at once.
-
-    The event is what lets the host wait for this copy alone: reading a tensor on the device waits for all that has been
-    launched on the stream by then, which is the next step.
-    """
-    if not numbers.is_cuda:
-        return numbers, None
-    copy = torch.empty_like(numbers, device="cpu", pin_memory=True)  # else the copy itself would wait
-    copy.copy_(numbers, non_blocking=True)
-    arrived = torch.cuda.Event(blocking=True)  # the host sleeps: its cores are the loader's
-    arrived.record()
-    return copy, arrived
 
 
 def settle_gradient_buckets(model: nn.Module, batch: Batch, objective: Objective, optimizer: Optimizer) -> None:
