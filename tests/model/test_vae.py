@@ -59,6 +59,15 @@ def test_pixels_go_to_a_device_as_bytes_and_are_divided_there() -> None:
     assert reads.found == {}
 
 
+def test_the_host_waits_for_nothing_while_it_launches_the_encoder() -> None:
+    with torch.device("meta"):
+        vae = make().eval().requires_grad_(False).to(torch.bfloat16)
+    with HostReads() as reads:
+        pixels = pixels_to_tensor([np.zeros((64, 32, 3), np.uint8)], vae.device)
+        raw_latents = encode_raw_latents(vae, pixels).half()
+    assert raw_latents.shape == (1, 4, 8, 4) and reads.found == {}
+
+
 def test_raw_latents_are_the_posteriors_mean() -> None:
     original = make()
     vae = build_vae(original.config, original.state_dict(), torch.float32)

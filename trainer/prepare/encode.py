@@ -111,6 +111,7 @@ class Chunk:
 
     def finish(self) -> DoneChunk:
         """End the shard, and make the chunk count."""
+        assert not self.waiting and self.launched is None
         shards = [self.writer.finish()] if self.writer else []
         done = DoneChunk(self.work.done / done_name(self.number), shards, self.set_aside, dict(self.filtered))
         write_done(done, pa.Table.from_pylist(self.latents, schema=LATENTS_SCHEMA))
