@@ -12,6 +12,7 @@ from support.card_release import COMMIT, make_release, rows, section
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.core.errors import UserError
+from trainer.data.index import CAPTION_FIELDS
 from trainer.release.card import Release, describe_release, describe_use, write_card, write_changes
 from trainer.release.licence import FAIPL, Terms
 from trainer.release.markdown import cell
@@ -53,7 +54,7 @@ def test_a_base_that_the_hub_does_not_know_is_not_named_in_the_header() -> None:
     release.stages[0]["base"]["revision"] = None
     data = ModelCard(write_card(release)).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data and "widget" not in data
-    assert "Linaqruf/animagine-xl-2.0, SHA-256 `ab`" in write_card(release)
+    assert '**Finetuned from**: a local folder "animagine-xl-2.0", SHA-256 `ab`' in write_card(release)
     named = dataclasses.replace(release, base_id="owner/base")  # and checked by its hash
     assert ModelCard(write_card(named)).data.to_dict()["base_model"] == "owner/base"
 
@@ -109,6 +110,62 @@ def test_the_caution_about_quality_tags_is_in_the_captions_own_tags() -> None:
     assert "Put `safe` into the prompt, and `nsfw`, `sensitive` into the negative prompt." in said
     said = section(write_card(make_release("captions.ratings={q: nsfw, e: nsfw}")), "Usage guidelines")
     assert "Put `nsfw` into the negative prompt." in said
+
+
+BARE = dict.fromkeys(["caption", *CAPTION_FIELDS], 0)
+
+
+def test_of_finished_captions_no_tag_is_taught() -> None:
+    words = ["sampling.prompts=['a red fox, snow']", "sampling.negative_prompt=''"]
+    card = write_card(taught({"caption": 40}, {"caption": 12}, *words))
+    for word in ("masterpiece", "best quality", "rating:", "newest", "Special tags", "Tag ordering", "1girl",
+                 "Danbooru", "Rating tags", "careful", "Sentences"):  # fmt: skip
+        assert word not in card, word
+    assert "trained on finished captions in 2 stages and prompted in their manner." in card
+    assert "- **Text**: finished captions, as written: no tag of quality, rating or date was added\n" in card
+    assert "| captions made of | finished captions, as written (12 samples) |" in card
+    assert "\n```\na red fox, snow\n```\n" in section(card, "Prompts")
+
+
+def test_a_field_that_no_sample_had_has_no_tags() -> None:
+    card = write_card(taught({"tags_general": 9, "score": 9}, {"tags_general": 5, "rating": 5, "caption": 2}))
+    assert re.findall(r"^#### (.*)", card, flags=re.MULTILINE) == ["Quality modifiers", "Rating modifiers"]
+    assert "made of a post's score, rating, which some posts had." in card
+    order = section(card, "Tag ordering")
+    assert "`1boy` and so on), everything else, the latter" in order and "Some training captions were finished" in order
+    assert "\nmasterpiece, best quality, 1girl,\neverything else, rating: general\n" in order
+    assert "composed of general (9), score (9)" in card
+
+
+def test_a_stage_that_did_not_record_it_keeps_all_tables() -> None:
+    assert write_card(taught({"caption": 40}, None)).count("\n#### ") == 3
+    fork = {"run": "other", "step": 7, "samples_seen": 9, "lineage": {"caption_fields": BARE | {"year": 3}}}
+    release = taught({"caption": 40}, {"caption": 12})
+    release.stages[1]["fork"] = fork
+    assert re.findall(r"^#### (.*)", write_card(release), flags=re.MULTILINE) == ["Year modifiers"]
+    fork["lineage"] = {"run": "of an older version"}
+    assert write_card(release).count("\n#### ") == 3
+
+
+def test_no_prompt_begins_with_tags_that_were_not_taught() -> None:
+    drawn = [Sample(Path("a.png"), "masterpiece, best quality, a fox", "", {}), Sample(Path("b.png"), "a cat", "", {})]
+    release = dataclasses.replace(taught({"caption": 40}, {"caption": 2}), samples=drawn)
+    assert '\nprompt = "a cat"\n' in write_card(release)
+    assert [each["text"] for each in ModelCard(write_card(release)).data.to_dict()["widget"]] == ["a cat"]
+    assert "| a fox | a cat |" in write_card(release)  # the gallery shows all that was drawn
+    alone = write_card(dataclasses.replace(release, samples=drawn[:1]))
+    assert '\nprompt = "a red fox, snow"\n' in alone
+    assert ModelCard(alone).data.to_dict()["widget"] == [{"text": "a red fox, snow"}]
+    bare = write_card(taught({"caption": 40}, {"caption": 2}, "sampling.prompts=['masterpiece, best quality, a fox']"))
+    assert '\nprompt = "a fox"\n' in bare
+
+
+def taught(first: dict[str, int] | None, second: dict[str, int] | None, *words: str) -> Release:
+    """A release whose stages had so many samples with each field."""
+    release = make_release(*(words or ["sampling.prompts=['a red fox, snow']"]))
+    for stage, counts in zip(release.stages, (first, second), strict=True):
+        stage["caption_fields"] = None if counts is None else BARE | counts
+    return release
 
 
 def test_settings_and_sizes_are_the_configs() -> None:
@@ -210,7 +267,8 @@ def test_changes_come_from_the_lineage() -> None:
     assert "weights of UNet, text encoder 1, text encoder 2" in first and "Not trained: VAE" in first
     assert "132,499 optimizer steps, 12,719,904 samples seen, of 1,271,990 images" in first
     assert (
-        "Base: export/stage1, SHA-256 `cd`" in second and "Not trained: text encoder 1, text encoder 2, VAE" in second
+        'Base: a local folder "stage1", SHA-256 `cd`' in second
+        and "Not trained: text encoder 1, text encoder 2, VAE" in second
     )
     assert "`fingerprint2`" in second and COMMIT in second and "configs/2-stage2_refine_unet.yaml" in second
     assert "converted to fp16" in second and "madebyollin/sdxl-vae-fp16-fix" in second
@@ -288,7 +346,7 @@ EARLIER = """---
 def test_a_template_of_an_older_version_still_renders(tmp_path: Path) -> None:
     card = write_card(make_release(samples=SAMPLES, card_template=write_template(tmp_path, EARLIER)))
     assert ModelCard(card).data.to_dict()["license_name"] == FAIPL
-    assert "2, refine UNet configs/2-stage2_refine_unet.yaml export/stage1, SHA-256 `cd` not recorded" in card
+    assert '2, refine UNet configs/2-stage2_refine_unet.yaml a local folder "stage1", SHA-256 `cd` not recorded' in card
     assert "| ![a](samples/a.png) | 1girl, \\|\\|\\|, &lt;b> |lowres | 28 steps, seed 1 |" in card
     assert "masterpiece 151 and above\ngeneral rating: general" in card and "LICENSE-base.md: Open RAIL" in card
 

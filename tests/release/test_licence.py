@@ -200,8 +200,9 @@ def test_the_nearest_base_that_says_something_decides(tiny_base: Path, tmp_path:
     second = lineage_of("export/stage1", sha256, before=first)
     with pytest.raises(UserError, match=r"the base models/tiny \(SHA-256 .*say where it is with --base"):
         find_terms(second, [str(export)], None)
-    assert find_terms(second, [str(export)], str(tiny_base)) == Terms("models/tiny", None)
-    assert find_terms(first, [str(tiny_base)], None) == Terms("models/tiny", None)
+    assert find_terms(second, [str(export)], str(tiny_base)) == Terms(str(tiny_base), None)
+    found = find_terms(first, [str(tiny_base)], None)  # messages name the place, and what is published does not
+    assert found == Terms(str(tiny_base), None) and found.shown == 'a local folder "tiny"'
     with pytest.raises(UserError, match=r"--base .* is another model: SHA-256 .* names 00ff"):
         find_terms(lineage_of("models/tiny", "00ff"), [], str(tiny_base))
     # other weights under the name are not the base, whatever they say
@@ -217,7 +218,7 @@ def test_a_run_that_is_still_here_knows_where_its_base_lies(tiny_base: Path, tmp
     export.symlink_to(tiny_base)
     (tmp_path / "runs/stage1/run.json").write_text(json.dumps({"base": {"reference": str(tiny_base)}}))
     second = lineage_of("export/stage1", sha256, before=lineage_of("models/tiny", sha256))
-    assert find_terms(second, [str(export)], None) == Terms("models/tiny", None)
+    assert find_terms(second, [str(export)], None) == Terms(str(tiny_base), None)
 
 
 def test_a_repository_is_asked_for_its_card_and_licence_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

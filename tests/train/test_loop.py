@@ -21,7 +21,7 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.layout import RUN_LOCK_FILE
 from trainer.data import loader
-from trainer.data.index import open_index
+from trainer.data.index import count_fields, open_index
 from trainer.data.plan import build_plan
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.run_records import read_metrics
@@ -57,6 +57,10 @@ def test_a_run_writes_what_the_design_says(make_config: MakeConfig) -> None:
     state = read_train_state(folder / "checkpoints" / "step-00000003")
     assert state["step"] == 3 and state["seed"] == 7 and state["stage"] == "test"
     assert state["index_fingerprint"] and state["base"]["sha256"] and state["lineage"]["step"] == 3
+    counts = count_fields(open_index(config.data.shards).table)
+    records = json.loads((folder / "run.json").read_text())
+    assert state["caption_fields"] == state["lineage"]["caption_fields"] == records["caption_fields"] == counts
+    assert counts["tags_general"] > 0 and counts["caption"] < state["images"]
     run = json.loads((folder / "run.json").read_text())
     assert run["base"] == state["base"] and run["attempts"][0]["first_step"] == 0
     assert run["attempts"][0]["versions"]["torch"] == metadata.version("torch") and run["attempts"][0]["processes"] == 1

@@ -3,8 +3,9 @@
 import io
 import json
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,8 +19,11 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE
 from trainer.data.shards import SCHEMA, SET_FORMAT, Row
+from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.tables import read_table
 
+# of the index, from which captions are composed
+CAPTION_FIELDS = (*(f"tags_{category}" for category in TAG_CATEGORIES), "rating", "score", "year")
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
 
 
@@ -67,6 +71,30 @@ class Index:
             raise IndexError(f"row {number} of {len(self)}")
         # value by value: slicing a table and listing its one row takes four times as long
         return {name: column[int(number)].as_py() for name, column in self._columns.items()}
+
+
+def count_fields(table: pa.Table, columns: Iterable[str] = ()) -> dict[str, int]:
+    """How many samples have a finished caption (``caption``), and how many of the others each field that makes one.
+
+    What a finished caption stands beside is no part of it: no rule touches that sample. ``columns`` are those of
+    ``extra`` that are looked for, ``extra.NAME``, where they hold a number.
+    """
+    composed = pc.is_null(table["caption"])
+    counts = {"caption": len(table) - count_true(composed)}
+    for name in CAPTION_FIELDS:
+        column = table[name]
+        there = pc.greater(pc.binary_length(column), 0) if pa.types.is_string(column.type) else pc.is_valid(column)
+        counts[name] = count_true(pc.and_kleene(composed, there))
+    for name in columns:
+        number = re.escape(json.dumps(name, ensure_ascii=False)) + r":\s*-?[0-9]"  # parsing a million would take long
+        there = pc.match_substring_regex(table["extra"], number)
+        counts[f"extra.{name}"] = count_true(pc.and_kleene(composed, there))
+    return counts
+
+
+def count_true(values: pa.ChunkedArray) -> int:
+    """How many are true, and neither false nor null."""
+    return pc.sum(values).as_py() or 0
 
 
 def open_index(folder: str | Path) -> Index:

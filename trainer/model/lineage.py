@@ -53,8 +53,9 @@ def build_lineage(
 
     Args:
         config: of it only the run's names, the batch size and what the user wrote (``Config.written``).
-        facts: ``images`` in the index, ``index_fingerprint``, and ``base``: reference, revision and sha256 of the
-            start weights; their own ``lineage`` too, or else it is looked up where the reference is local.
+        facts: ``images`` in the index, ``index_fingerprint``, ``caption_fields`` where known (data.index.count_fields),
+            and ``base``: reference, revision and sha256 of the start weights; their own ``lineage`` too, or else it is
+            looked up where the reference is local.
         fork: the run that this one branched off, if it did: ``run``, ``step``, ``samples_seen`` and its own
             ``lineage``, without the base, which is the same.
         software: :func:`describe_software` as it was when the run was launched; None: as it is now.
@@ -70,6 +71,8 @@ def build_lineage(
         **({"fork": dict(fork)} if fork else {}),
         "images": facts["images"],
         "index_fingerprint": facts["index_fingerprint"],
+        # what captions could be made of: how many samples had it; not recorded by version 0.2
+        **({"caption_fields": facts["caption_fields"]} if "caption_fields" in facts else {}),
         **({"thresholds": facts["thresholds"]} if facts.get("thresholds") else {}),
         "started_at": started_at,
         "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -4,7 +4,9 @@ Lineages come from other people's files: any value may be missing or of another 
 Identifiers stand in backticks; the rest is as the file has it, and each printer escapes it in its own way.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,6 +41,7 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
     return {
         **lineage,
         **{key: recorded(lineage.get(key), kind) for key, kind in RECORDED_TYPES.items()},
+        "caption_fields": read_counts(lineage.get("caption_fields")),
         "fork": fork if isinstance(fork.get("run"), str) and isinstance(fork.get("step"), int) else None,
         "hardware": [str(device) for device in hardware] if isinstance(hardware, list) else [],
         "config": {name: values for name, values in part("config").items() if isinstance(values, dict)},
@@ -47,6 +50,51 @@ def complete_stage(lineage: Mapping[str, Any]) -> Lineage:
         "base": {key: texts.get(key) for key in ("reference", "revision", "sha256")}
         | {"lineage": before if before and isinstance(before, dict) else None},
     }
+
+
+def read_counts(value: Any) -> dict[str, int] | None:
+    """Whole numbers by name; None where they are not recorded, or are something else."""
+    if not isinstance(value, dict) or not all(isinstance(recorded(each, int), int) for each in value.values()):
+        return None
+    return value
+
+
+def find_taught(stages: Sequence[Lineage]) -> dict[str, int] | None:
+    """How many samples had what makes a caption (data.index.count_fields), over all stages and what they forked from.
+
+    None where one of them did not record it.
+    """
+    counts: Counter[str] = Counter()
+    for made in stages:
+        before = made["fork"]["lineage"] if made["fork"] and isinstance(made["fork"].get("lineage"), dict) else None
+        for one in [made, *([complete_stage(before)] if before else [])]:
+            if one["caption_fields"] is None:
+                return None
+            counts.update(one["caption_fields"])
+    return dict(counts)
+
+
+def name_base(base: Mapping[str, Any]) -> str:
+    """What strangers call a base: the hub's name; of what lay on a disk no more than its own name.
+
+    A folder before that would make it look like a model of somebody's on the hub.
+    """
+    reference = base["reference"]
+    if reference is None or base["revision"] is not None or "${" in reference:
+        return words(reference)
+    return f'a local {"file" if reference.endswith(".safetensors") else "folder"} "{Path(reference).name}"'
+
+
+def caption_words(counts: Mapping[str, int] | None) -> str:
+    """What captions were made of, of one stage or of several."""
+    if counts is None:
+        return NOT_RECORDED
+    finished, names = counts.get("caption", 0), [name for name in counts if name != "caption" and counts[name]]
+    parts = [f"{name.removeprefix('tags_').removeprefix('extra.')} ({counts[name]:,})" for name in names]
+    if not finished:
+        return f"composed of {', '.join(parts) or 'nothing'}"
+    rest = f"; the others composed of {', '.join(parts)}" if parts else ""
+    return f"finished captions, as written ({finished:,} samples){rest}"
 
 
 def recorded(value: Any, kind: type | tuple[type, ...]) -> Any:
@@ -61,7 +109,7 @@ def stage_rows(made: Lineage) -> dict[str, str]:
     versions = [f"{name} {made['versions'][name]}" for name in SHOWN_LIBRARIES if made["versions"].get(name)]
     return {
         "run": words(made["run"]) + (f", forked from {fork['run']} at step {words(fork['step'])}" if fork else ""),
-        "starts from": words(base["reference"]),
+        "starts from": name_base(base),
         "its commit": identifier(base["revision"]),
         "its SHA-256": identifier(base["sha256"]),
         "images": words(images),
@@ -70,6 +118,7 @@ def stage_rows(made: Lineage) -> dict[str, str]:
         "samples seen": words(seen),
         "epochs (samples seen / images)": f"{seen / images:.2f}" if seen is not None and images else NOT_RECORDED,
         **config_rows(made["config"]),
+        "captions made of": caption_words(made["caption_fields"]),
         "hardware": ", ".join(made["hardware"]) or NOT_RECORDED,
         "started": words(made["started_at"]),
         "written": words(made["written_at"]),

@@ -4,9 +4,9 @@ Nothing here is typed by hand for one model: what is not recorded is said to be 
 template of the user's may read. It is sandboxed, and all that it prints is escaped.
 """
 
-import math
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,17 +18,26 @@ from markupsafe import Markup
 from trainer.config.load import resolved_values
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.data.buckets import list_buckets
+from trainer.data.captions import split_caption
 from trainer.model.diffusion import spell
 from trainer.model.hub import HUB_ID
 from trainer.model.lineage import Lineage, shorten_paths
-from trainer.model.lineage_rows import identifier, stage_rows, words
+from trainer.model.lineage_rows import caption_words, find_taught, identifier, name_base, stage_rows, words
 from trainer.model.sdxl import DTYPES
 from trainer.release.gallery import caption_of, line_of_all, settings_line
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
 from trainer.release.markdown import cell, plain, render_markdown, spans
+from trainer.release.tag_rules import (
+    best_tags,
+    caution,
+    count_captions,
+    describe_tags,
+    keep_taught,
+    list_categories,
+    special_tags,
+)
 from trainer.sample.pictures import Sample
 
-RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 TEMPLATES = Path(str(resources.files("trainer.release")))
 SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
 HUB_TAGS = ["text-to-image", "stable-diffusion", "stable-diffusion-xl", "safetensors", "diffusers", "anime"]
@@ -54,6 +63,16 @@ class Release:
     @property
     def title(self) -> str:
         return self.config.publish.title or self.config.run.name
+
+    @property
+    def taught(self) -> dict[str, int] | None:
+        """How many samples had what makes a caption, over all stages; None where that is not recorded."""
+        return find_taught(self.stages)
+
+    @property
+    def captions(self) -> CaptionsConfig:
+        """The config's rules, without those of which no sample had what they ask for."""
+        return keep_taught(self.config.captions, self.taught)
 
     @property
     def base_model(self) -> str | None:
@@ -84,9 +103,12 @@ def stage_config_file(place: int, made: Lineage) -> str:
 
 def describe_release(release: Release) -> dict[str, Any]:
     """What a template may read of what the model is and where it comes from, as plain values."""
-    publish = release.config.publish
+    publish, finished, composed = release.config.publish, *count_captions(release.taught)
     return {
-        "config": resolved_values(release.config),
+        "config": resolved_values(dataclasses.replace(release.config, captions=release.captions)),
+        "finished": {"any": finished > 0, "all": finished > 0 and not composed},
+        "taught": caption_words(release.taught) if release.taught else None,
+        "categories": list_categories(release.taught),
         "title": release.title,
         "repository": publish.repo_id,
         "prediction": spell(release.config.diffusion.prediction_type).card,
@@ -114,15 +136,14 @@ def describe_release(release: Release) -> dict[str, Any]:
 
 def describe_use(release: Release) -> dict[str, Any]:
     """What a template may read of how the model is prompted, as plain values; and the card's header."""
-    captions, buckets = release.config.captions, release.config.buckets
+    captions, buckets = release.captions, release.config.buckets
     sides = list_buckets(buckets.base_resolution, buckets.min_side, buckets.max_side, buckets.step)
-    best, general = best_tags(captions), captions.ratings.get("g")
-    year, (width, height) = ["year tag"] if captions.years else [], choose_size(release, sides)
+    best, (width, height) = best_tags(captions), choose_size(release, sides)
     return {
         "header": yaml.safe_dump(build_header(release), sort_keys=False, allow_unicode=True, width=120),
         "people": [tag for tag in captions.people[:1] + captions.people[6:8] if tag],
         "best": best,
-        "example": [*best, "1girl", "character", "series", "everything else", *year, *([general] if general else [])],
+        "example": list_example(release),
         "caution": caution(captions),
         "sizes": [f"{width} x {height}" for width, height in sides],
         "prompt": choose_prompt(release),
@@ -150,14 +171,42 @@ def describe_samples(release: Release) -> list[dict[str, str]]:
     ]
 
 
+def list_example(release: Release) -> list[str]:
+    """The order of a prompt, in words; where all captions were finished ones, one as they are."""
+    finished, composed = count_captions(release.taught)
+    if finished and not composed:
+        return split_caption(choose_prompt(release))
+    captions, there = release.captions, list_categories(release.taught)
+    kinds = [word for word, name in (("character", "characters"), ("series", "series")) if name in there]
+    year, general = ["year tag"] if captions.years else [], captions.ratings.get("g")
+    people = ["1girl"] if captions.people or release.taught is None else []
+    return [*best_tags(captions), *people, *kinds, "everything else", *year, *([general] if general else [])]
+
+
 def choose_prompt(release: Release) -> str:
-    """A prompt to begin with, in the captions' order: a sample's, or one of the config's, with the best tags first."""
-    captions = release.config.captions
+    """A prompt to begin with, in the captions' order: a sample's, or one of the config's, with the best tags first.
+
+    Tags that no sample had are none to begin with: a prompt without any of them is preferred, else they are left out.
+    """
+    captions = release.captions
     best, people, general = best_tags(captions), captions.people[:1], captions.ratings.get("g")
     prompts = [sample.prompt for sample in release.samples] + release.config.sampling.prompts
+    known = [prompt for prompt in prompts if not find_untaught(release, prompt)]
+    prompts = known or [kept for prompt in prompts if (kept := leave_out(prompt, find_untaught(release, prompt)))]
     prompts.append(", ".join([*people, "solo", "smile", *([general] if general else [])]))
     begin = ", ".join(best)
     return next((text for text in prompts if text.startswith(begin)), f"{begin}, {prompts[0]}")
+
+
+def find_untaught(release: Release, prompt: str) -> set[str]:
+    """The tags of a prompt that rules of the config would give, and gave no sample."""
+    untaught = set(special_tags(release.config.captions)) - set(special_tags(release.captions))
+    return untaught & set(split_caption(prompt))
+
+
+def leave_out(prompt: str, tags: Collection[str]) -> str:
+    """A prompt without some of its tags."""
+    return ", ".join(tag for tag in split_caption(prompt) if tag not in tags)
 
 
 def choose_size(release: Release, sides: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -170,18 +219,6 @@ def choose_size(release: Release, sides: Sequence[tuple[int, int]]) -> tuple[int
     square = buckets.base_resolution
     size = sampling.width or square, sampling.height or square
     return size if sampling.prompts or size in sides else (square, square)
-
-
-def best_tags(captions: CaptionsConfig) -> list[str]:
-    """The two tags of the highest scores; fewer where there are no more."""
-    return list(dict.fromkeys(tag for tag, *_ in quality_rows(captions)))[:2]
-
-
-def special_tags(captions: CaptionsConfig) -> list[str]:
-    """All tags of quality, rating, years and numbers, of which none says what is in an image."""
-    ratings = [tag for tags in captions.ratings.values() for tag in tags.split(", ")]
-    quality, years = [rule.tag for rule in captions.quality], [rule.tag for rule in captions.years]
-    return quality + years + [rule.tag for rule in captions.columns] + ratings
 
 
 def build_header(release: Release) -> dict[str, Any]:
@@ -197,14 +234,17 @@ def build_header(release: Release) -> dict[str, Any]:
     }
     if release.base_model is not None:
         header |= {"base_model": release.base_model, "base_model_relation": "finetune"}
-    if release.samples:
+    fitting = [sample for sample in release.samples if not find_untaught(release, sample.prompt)]
+    if release.samples and not fitting:
+        header["widget"] = [{"text": choose_prompt(release)}]  # those pictures are of prompts that nobody should take
+    elif fitting:
         header["widget"] = [
             {
                 "text": sample.prompt,
                 "parameters": {"negative_prompt": sample.negative_prompt},
                 "output": {"url": f"samples/{sample.path.name}"},
             }
-            for sample in release.samples
+            for sample in fitting
         ]
     return header
 
@@ -212,51 +252,9 @@ def build_header(release: Release) -> dict[str, Any]:
 def link_base(base: dict[str, Any]) -> Markup:
     """A base by name, commit and hash; linked where the Hub knows it."""
     reference, revision = words(base["reference"]), base["revision"]
-    name = cell(plain(reference))
+    name = cell(plain(name_base(base)))
     if revision is not None and HUB_ID.fullmatch(reference):
         name = Markup(f"[{name}](https://huggingface.co/{reference})")
     if revision is not None:
         name = Markup(f"{name}, commit {cell(spans(identifier(revision)))}")
     return Markup(f"{name}, SHA-256 {cell(spans(identifier(base['sha256'])))}")
-
-
-def caution(captions: CaptionsConfig) -> dict[str, list[str]]:
-    """What the card of Animagine XL 3.0 says of its quality tags, in the tags of these captions.
-
-    The best ones go by scores, which many posts have that are not safe for work: ``general`` tags belong into the
-    prompt, ``unsafe`` ones into the negative prompt.
-    """
-    tags = {rating: captions.ratings[rating].split(", ") for rating in RATING_WORDS if captions.ratings.get(rating)}
-    unsafe = [tag for tag in tags.get("q", []) if tag in tags.get("e", [])] + tags.get("s", [])
-    return {"general": tags.get("g", []), "unsafe": unsafe}
-
-
-def describe_tags(captions: CaptionsConfig) -> dict[str, Any]:
-    """Rows of the tables of quality and rating tags."""
-    by_rating = any(rule.rating for rule in captions.quality)
-    return {
-        "quality": {"by_rating": by_rating, "rows": [row[: 2 + by_rating] for row in quality_rows(captions)]},
-        "ratings": [[RATING_WORDS[key], tag] for key, tag in captions.ratings.items()],
-    }
-
-
-def quality_rows(captions: CaptionsConfig) -> list[list[str]]:
-    """[tag, scores, rating] of each quality rule, from the highest to the lowest of each rating."""
-    rows = []
-    for rating in dict.fromkeys(rule.rating for rule in captions.quality):
-        own = [rule for rule in captions.quality if rule.rating == rating]
-        shares = any(rule.above_percentile is not None for rule in own)
-        limits = [(rule.above_percentile if shares else rule.min_score, rule.tag) for rule in own]
-        higher: float | None = None
-        for limit, tag in sorted(limits, key=lambda item: -math.inf if item[0] is None else item[0], reverse=True):
-            if shares:
-                above = [f"above that of {limit:g}%"] if limit is not None else []
-                up_to = [f"up to {higher:g}%"] if higher else []
-                scores = ", ".join(above + up_to) + " of the posts of its rating"
-            elif higher is None:
-                scores = "all" if limit is None else f"{limit} and above"
-            else:
-                scores = f"below {higher}" if limit is None else f"{limit} to {int(higher) - 1}"
-            rows.append([tag, scores, RATING_WORDS.get(str(rating), str(rating or "all"))])
-            higher = limit
-    return rows

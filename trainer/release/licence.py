@@ -5,6 +5,7 @@ known where it is stated as one of those in the table, and is no guess. The text
 come from the base, or from a file that the user gives. None of this is legal advice.
 """
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from trainer.model.base import find_base, hash_base
 from trainer.model.exports import find_run
 from trainer.model.hub import HUB_ERRORS
 from trainer.model.lineage import LINEAGE_KEY, Lineage
-from trainer.model.lineage_rows import list_stages
+from trainer.model.lineage_rows import list_stages, name_base
 from trainer.model.run_records import read_run
 from trainer.model.weights_file import LazyFile
 from trainer.train.run import locate_from_run
@@ -49,10 +50,11 @@ ACKNOWLEDGE = '--acknowledge-base-terms "what they are, and why you may publish"
 class Terms:
     """What a model says about its licence."""
 
-    where: str  # the model, for messages
+    where: str  # the model, for messages: the place as the user knows it
     name: str | None  # FAIPL, OPENRAIL, or whatever else it says; None: it says nothing
     texts: dict[str, str] = field(default_factory=dict)  # its licence files, by name
     extra: tuple[str, ...] = ()  # what it asks beyond a licence that is known here
+    shown: str = field(default="", compare=False)  # what strangers call it
 
 
 def licence_words(text: str) -> list[str]:
@@ -168,24 +170,25 @@ def find_terms(lineage: Lineage, places: Sequence[str], given: str | None) -> Te
     stages = list_stages(lineage)
     for made in reversed(stages):
         base, is_first = made["base"], made is stages[0]
+        named = next((place for place in places if Path(place).name == Path(base["reference"]).name), base["reference"])
         if is_first and given is not None:
             return terms_of_given(given, base)
         here: Path | None = None
         if base["revision"] is not None:
             terms = fetch_terms(base["reference"], base["revision"])
         elif here := locate([*places, base["reference"]], base["sha256"]):
-            terms = read_terms(here, base["reference"])
+            terms = read_terms(here, str(here))
         elif is_first:
             raise UserError(
-                f"the base {base['reference']} (SHA-256 {base['sha256']}), whose licence decides, is not where the run "
+                f"the base {named} (SHA-256 {base['sha256']}), whose licence decides, is not where the run "
                 "found it: say where it is with --base PATH_OR_HUB_ID"
             )
         else:
-            terms = Terms(base["reference"], None)
+            terms = Terms(named, None)
         if terms.name is not None or is_first:
             if given is not None:
-                raise UserError(f"--base has no effect: {base['reference']} itself says under which licence it is")
-            return terms
+                raise UserError(f"--base has no effect: {terms.where} itself says under which licence it is")
+            return dataclasses.replace(terms, shown=name_base(base))
         run = find_run(here.parent) if here is not None else None  # RUN/export/..., which knows its own base's place
         places = [locate_from_run(run[0], read_run(run[0])["base"]["reference"])] if run is not None else []
     raise AssertionError("the first stage returns or raises")
@@ -206,8 +209,9 @@ def terms_of_given(place: str, base: dict[str, Any]) -> Terms:
     found = find_base(place)
     if (sha256 := hash_base(found)) != base["sha256"]:
         raise UserError(f"--base {place} is another model: SHA-256 {sha256}, and the lineage names {base['sha256']}")
-    # named as in the lineage: the place is the user's own and does not belong into a card
-    return read_terms(found.path, base["reference"]) if found.revision is None else fetch_terms(place, found.revision)
+    if found.revision is not None:
+        return dataclasses.replace(fetch_terms(place, found.revision), shown=place)
+    return dataclasses.replace(read_terms(found.path, place), shown=name_base(base))
 
 
 def read_terms(path: Path, where: str) -> Terms:

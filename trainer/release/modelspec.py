@@ -5,7 +5,7 @@ by commas, they are what trainers write there and other programs read. Exports h
 their bytes follow from the checkpoint alone.
 """
 
-from trainer.release.card import HUB_TAGS, Release, describe_use
+from trainer.release.card import HUB_TAGS, Release, describe_release, describe_use
 from trainer.release.export import publish_entries
 from trainer.release.gallery import make_thumbnail_address
 
@@ -25,8 +25,9 @@ def listing_entries(release: Release) -> dict[str, str | None]:
 def usage_hint(release: Release) -> str:
     """How to prompt and with which settings, in two or three short sentences."""
     sampling = release.config.sampling
+    example, finished = ", ".join(describe_use(release)["example"]), describe_release(release)["finished"]["all"]
     parts = [
-        f"Prompt with tags: {', '.join(describe_use(release)['example'])}.",
+        f"Prompt as the captions are: {example}." if finished else f"Prompt with tags: {example}.",
         f"Euler ancestral, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g}.",
     ]
     if release.config.publish.base_only:

@@ -154,7 +154,7 @@ def collect_licences(terms: Terms, texts: dict[str, str]) -> dict[str, tuple[str
     """Licence files of the folder: name -> (what it is, text). The base's own texts travel along."""
     licences = {"LICENSE.md": (LICENCE_NAMES[FAIPL], texts[FAIPL])}
     others = [(LICENCE_NAMES[OPENRAIL], texts[OPENRAIL])] if OPENRAIL in texts else []
-    others += [(f"{name} of {terms.where}", text) for name, text in terms.texts.items() if recognise(text) is None]
+    others += [(f"{name} of {terms.shown}", text) for name, text in terms.texts.items() if recognise(text) is None]
     for place, (what, text) in enumerate(others):
         licences[f"LICENSE-base{f'-{place + 1}' if place else ''}.md"] = (what, text)
     return licences

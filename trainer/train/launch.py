@@ -26,7 +26,7 @@ from trainer.config.schema import Config
 from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
-from trainer.data.index import Index, open_index
+from trainer.data.index import Index, count_fields, open_index
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import build_plan
@@ -247,6 +247,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         "vae_numbers": describe_numbers(vae.scale),
         "index_fingerprint": index.fingerprint,
         "images": len(index),
+        "caption_fields": count_fields(index.table, dict.fromkeys(rule.column for rule in config.captions.columns)),
         "thresholds": thresholds.thresholds,
     }
     data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
