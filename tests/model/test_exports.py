@@ -32,7 +32,7 @@ def test_a_checkpoint_stands_for_the_export_of_its_step(run: Path) -> None:
     assert str(run / "export" / "tiny-step-00000900-fp16") in message
 
 
-@pytest.mark.parametrize("inner", ["checkpoints", "export"])
+@pytest.mark.parametrize("inner", ["checkpoints", "export", "latest", "newest"])
 def test_folders_within_a_run_stand_for_it(run: Path, inner: str) -> None:
     assert find_base(str(run / inner)).path.name == "tiny-step-00000900-fp16"
 

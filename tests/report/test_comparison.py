@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from support.html_reader import Reader
+from support.locks import held_by_another_process
 from support.paths import REPOSITORY
-from support.run_on_disk import write_run, write_sheet
+from support.run_on_disk import view_of, write_run, write_sheet
 from trainer.core.errors import UserError
 from trainer.report.comparison import COMPARISON_GENERATOR, read_runs, render_comparison, summarise_runs
 from trainer.report.pages import check_page_path
-from trainer.report.run_page import RUN_GENERATOR
+from trainer.report.run_page import RUN_GENERATOR, RunState, render_run
 
 OLD_RUN = REPOSITORY / "tests/data/v0_2_0/runs/tiny"
 PROMPTS = ["a cat", "<i>a dog</i>"]
@@ -125,6 +126,23 @@ def test_runs_without_any_line(two: list[Path], tmp_path: Path) -> None:
     page = Reader(render_comparison(read_runs(two), tmp_path / "compare.html"))
     assert ["steps", "0 of 1,000", "0 of 1,000"] in page.rows and "over samples seen" not in page.text
     assert "loss at the end" in summarise_runs(read_runs(two))
+
+
+def test_a_run_that_goes_on_or_was_killed_says_so(two: list[Path], tmp_path: Path) -> None:
+    first, second = two
+    (second / "metrics.jsonl").write_text("")
+    (second / "index.html").write_text(render_run(view_of(second, made=17)))
+    (first / "index.html").write_text(render_run(view_of(first, state=RunState("stopped"), made=30)))
+    page = Reader(render_comparison(read_runs(two), tmp_path / "compare.html"))
+    assert ["state", "stopped", "ended without a word"] in page.rows
+    assert ["steps", "30 of 1,000", "17 of 1,000, last known"] in page.rows  # as the page has it
+    assert page.text.count("-: no value: no line of metrics yet") == 1
+    assert summarise_runs(read_runs(two)).count("-: no value: no line of metrics yet") == 1
+    with held_by_another_process(second / ".lock"):
+        assert read_runs(two)[1].state == "running"
+    (second / "index.html").unlink()
+    assert read_runs(two)[1].state == "not finished"
+    assert [run.state for run in read_runs([OLD_RUN, first])] == ["-", "stopped"]
 
 
 def test_the_command(two: list[Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from support.run_on_disk import SIZE, view_of, write_run, write_sheet
 from trainer.core.errors import UserError
 from trainer.report.config_values import DEFAULTS, find_recipe, flatten_config
 from trainer.report.pages import write_html
-from trainer.report.run_page import RUN_GENERATOR, RunState, render_run
+from trainer.report.run_page import RUN_GENERATOR, RunState, read_page_state, render_run
 from trainer.report.sheets import WHOLE, Sheets, list_drawings, shelve, show_strips
 
 HOSTILE = "<script>alert('1')</script>&\"x\" {{ 7 * 7 }} </style>"
@@ -40,7 +40,10 @@ def test_three_steps(tmp_path: Path) -> None:
     page = render_run(view_of(folder))
     read = Reader(page)
     assert "Running, 3 of 1,000 steps made" in read.text and "About 16 min 37 s left, at 1.0 s a step" in read.text
-    assert "Without any value: perf/mfu." in read.text and "No checkpoint yet: one comes every 1000 steps" in read.text
+    assert (
+        "No value yet: model FLOPs utilisation (the peak of this device" in read.text
+        and "No checkpoint yet: one comes every 1000 steps" in read.text
+    )
     titles = re.findall(r'aria-label="([^"]+)"', page)
     assert titles[:3] == ["Loss", "Learning rates", "Gradient norm"]  # no mfu, which has no value
     chart = page_data(page)["charts"][0]
@@ -138,6 +141,50 @@ def test_the_page_asks_for_nothing_but_its_pictures(tmp_path: Path) -> None:
     assert not re.search(r"url\(|@import|https?:|fetch\(|XMLHttp|innerHTML|eval\(", page)
     policy = next(value for tag, name, value in read.attributes if tag == "meta" and "default-src" in value)
     assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[\w+/=]{44}'$", policy)
+
+
+def test_what_has_no_value_is_said_in_words(tmp_path: Path) -> None:
+    nothing = {"perf/checkpoint_seconds": None, "perf/sample_seconds": None, "train/loss_scale": None, "own/x": None}
+    folder = write_run(tmp_path / "run", lines(3, **nothing))
+    said = Reader(render_run(view_of(folder))).text
+    assert "how long a checkpoint takes (none is made yet), how long samples take (none are drawn yet)" in said
+    assert "loss scale (there is one in fp16 only), own/x." in said and "perf/" not in said
+    write_sheet(folder, 3, PROMPTS)
+    (folder / "checkpoints/step-00000003").mkdir(parents=True)
+    (folder / "checkpoints/step-00000003/train_state.json").write_text("{}")
+    said = Reader(render_run(view_of(folder))).text
+    assert "how long" not in said and "No value yet: model FLOPs" in said
+    assert "To make a model of the last checkpoint, where that is not done yet:" in said and "export it" in said
+    said = Reader(render_run(view_of(folder, onward=["draw it", "publish it"]))).text
+    assert "export it" not in said and "make a model" not in said and "draw it publish it" in said
+
+
+def test_a_running_run_may_have_ended_without_a_word(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [])
+    page = render_run(view_of(folder, made=3, every_seconds=90.0))
+    assert "written anew every 1 min 30 s or so" in page and "the same command resumes it" in page
+    (folder / "index.html").write_text(page)
+    assert read_page_state(folder / "index.html") == ("running", 3)
+    assert read_page_state(folder / "run.json") is None and read_page_state(folder / "none") is None
+    ended = render_run(view_of(folder, state=RunState("finished"), last=3, made=3))
+    assert "without a word" not in ended and "first value" not in ended
+    assert ("after step 10", "loss: first value, logging.every_steps") in facts_of(page)
+    page = render_run(view_of(folder, "logging.every_steps=7", made=15))
+    assert ("after step 21", "loss: first value, logging.every_steps") in facts_of(page)
+
+
+def facts_of(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"<div><b>(.*?)</b><span>(.*?)</span></div>", page)
+
+
+def test_samples_of_one_step_are_shown_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", lines(3))
+    write_sheet(folder, 2, PROMPTS[:2])
+    page = render_run(view_of(folder))
+    assert page.count("<figure") == 2 and 'type="range"' not in page and "first, step" not in page
+    write_sheet(folder, 3, PROMPTS[:2])
+    page = render_run(view_of(folder))
+    assert page.count("<figure") == 6 and 'type="range"' in page
 
 
 def test_samples_are_cut_out_of_their_files(tmp_path: Path) -> None:

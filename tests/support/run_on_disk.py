@@ -64,6 +64,6 @@ def view_of(folder: Path, *words: str, state: RunState | None = None, **changes:
         "page": folder / "index.html", "written": config.written, "records": records, "curves": curves,
         "sheets": found, "unreadable": sheets.unreadable, "made": max(curves.steps, default=0), "last": 1000,
         "state": state or RunState("running"), "written_at": 1.8e9, "warnings": [], "resume": "resume it",
-        "export": "export it", "shards": None,
+        "export": "export it", "onward": [], "every_seconds": 30.0, "shards": None,
     }  # fmt: skip
     return RunView(**values | changes)

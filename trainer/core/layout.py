@@ -35,6 +35,7 @@ EXPORT_FOLDER = "export"
 PUBLISHED_FOLDER = "published"
 
 # a checkpoint's folder
+NEWEST = ("latest", "newest", "last")  # words behind a run's folder for the newest
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

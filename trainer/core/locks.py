@@ -12,6 +12,18 @@ from pathlib import Path
 from trainer.core.errors import UserError
 
 
+def is_held(path: Path) -> bool:
+    """Whether another process holds a file alone; not to be asked by a process that holds it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return False
+
+
 @contextmanager
 def hold_lock(path: Path, held: str, shared: bool = False) -> Iterator[None]:
     """Hold a file, which is made where it is not there; a shared lock goes with others of its kind.

@@ -84,8 +84,9 @@ def find_base(
             raise UserError(f"{reference} is neither a diffusers folder nor a .safetensors file")
         check_model_file(path)
         return Base(reference, path, None)
-    if path.is_dir():
-        if not (path / MODEL_INDEX_FILE).is_file() and (run := find_run(path)) is not None:
+    run = None if (path / MODEL_INDEX_FILE).is_file() else find_run(path)
+    if path.is_dir() or run is not None:
+        if run is not None:
             path = find_export(*run)
             reference = str(path)  # a later export must not take its place
         check_model_folder(path, parts)

@@ -23,6 +23,7 @@ from trainer.core.layout import (
     CONFIG_FILE,
     MODEL_FILE,
     MODEL_INDEX_FILE,
+    NEWEST,
     OPTIMIZER_FILE,
     STATE_FILE,
 )
@@ -33,7 +34,6 @@ from trainer.model.weights_file import LazyFile, check_finite
 CHECKPOINT_FORMAT = 1
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 MAX_LISTED = 8  # checkpoints, or runs, in a message
-NEWEST = ("latest", "newest", "last")  # words for a run's newest checkpoint
 OLDER = "move this checkpoint away to resume from the one before"
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
 

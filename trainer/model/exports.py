@@ -11,6 +11,7 @@ from trainer.core.layout import (
     CHECKPOINTS_FOLDER,
     EXPORT_FOLDER,
     MODEL_INDEX_FILE,
+    NEWEST,
     RUN_FILE,
     STATE_FILE,
     checkpoint_name,
@@ -18,12 +19,16 @@ from trainer.core.layout import (
 
 
 def find_run(path: Path) -> tuple[Path, int | None] | None:
-    """The run's folder that a folder is or lies in, and the step if the folder is a checkpoint; None for others."""
+    """The run's folder that a folder is or lies in, and the step if the folder is a checkpoint; None for others.
+
+    ``RUN/latest`` is the run, as it is where a checkpoint is asked for.
+    """
     if CHECKPOINT_NAME.fullmatch(path.name) and (path / STATE_FILE).is_file():
         return path.parent.parent, int(path.name.removeprefix("step-"))
     if (path / RUN_FILE).is_file():
         return path, None
-    if path.name in (CHECKPOINTS_FOLDER, EXPORT_FOLDER) and (path.parent / RUN_FILE).is_file():
+    word = path.name in NEWEST and not path.exists()
+    if (word or path.name in (CHECKPOINTS_FOLDER, EXPORT_FOLDER)) and (path.parent / RUN_FILE).is_file():
         return path.parent, None
     return None
 

@@ -19,6 +19,7 @@ from trainer.model.base import (
     read_predictions,
 )
 from trainer.model.diffusion import Prediction
+from trainer.model.exports import find_run
 from trainer.model.hub import HUB_ERRORS, HUB_ID, find_cached, list_hub_files
 
 SDXL_TOKENIZERS = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -47,7 +48,7 @@ def guess_model(text: str) -> ModelGuess:
         UserError: for what cannot be trained, saying what it is.
     """
     reference = find_run_path(text)
-    if Path(reference).exists() or not HUB_ID.fullmatch(reference):
+    if Path(reference).exists() or find_run(Path(reference)) is not None or not HUB_ID.fullmatch(reference):
         return describe_model(reference, find_base(reference, key="--model"))
     if (index := find_cached(reference, None, MODEL_INDEX_FILE)) is not None:
         folder = index.parent
@@ -81,8 +82,9 @@ def describe_model(reference: str, base: Base, is_hub_id: bool = False) -> Model
     """A model that lies here, of a hub id its configs at least."""
     prediction = next(iter(read_predictions(base).values()))
     kind = "a hub id, in the cache" if is_hub_id else "a diffusers folder" if base.path.is_dir() else "a single file"
-    if not is_hub_id and Path(reference).is_dir() and Path(reference).resolve() != base.path.resolve():
-        kind = f"a run, whose newest export is {base.path.name}"
+    if not is_hub_id and Path(reference).resolve() != base.path.resolve() and (run := find_run(Path(reference))):
+        named = "a run, whose newest export" if run[1] is None else f"a checkpoint, of whose step {run[1]:,} the export"
+        kind = f"{named} is {base.path.name}"
     small = read_config(base, "unet")["cross_attention_dim"] < SMALL
     size = ", of the demo's size" if small else ""
     tokenizer = None if is_hub_id else find_own_tokenizer(base)

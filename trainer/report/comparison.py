@@ -9,7 +9,8 @@ import numpy as np
 
 from trainer.config.yaml_text import read_yaml
 from trainer.core.errors import UserError
-from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_PAGE_FILE, SAMPLES_FOLDER
+from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE, RUN_PAGE_FILE, SAMPLES_FOLDER
+from trainer.core.locks import is_held
 from trainer.model.checkpoint import find_newest, step_of
 from trainer.model.run_records import read_run
 from trainer.report.charts import MAX_COLOURS, Axis, Chart, Series, draw_chart
@@ -27,11 +28,14 @@ from trainer.report.run_page import (
     UNDRAWN,
     attempts_of,
     first_steps,
+    read_page_state,
 )
 from trainer.report.sheets import Sheet, Sheets, list_drawings, shelve, show_strips
 
 COMPARISON_GENERATOR = "anime-base-trainer compare_runs"
 NOT_KNOWN = "-"
+GONE = "ended without a word"  # killed, or its machine was
+WHY_NONE = "-: no value: no line of metrics yet (one comes every logging.every_steps), or it was not measured"
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,27 @@ class ComparedRun:
 
     @property
     def made(self) -> int:
-        """Steps, by what lies there: metrics come only every few steps."""
-        newest = find_newest(self.folder)
-        return max([0, *self.curves.steps[-1:], *([step_of(newest)] if newest else [])])
+        """Steps, by what lies there: metrics come only every few steps, and the run's page oftener."""
+        newest, page = find_newest(self.folder), read_page_state(self.folder / RUN_PAGE_FILE)
+        return max([0, *self.curves.steps[-1:], *([step_of(newest)] if newest else []), *([page[1]] if page else [])])
+
+    @property
+    def last(self) -> int | None:
+        """The step with which the run is to end; not recorded by version 0.2."""
+        entries = reversed(attempts_of(self.records))
+        return next((entry["last_step"] for entry in entries if "last_step" in entry), None)
+
+    @property
+    def state(self) -> str:
+        """Whether it goes on, by its lock, or how it ended, by its page."""
+        page = read_page_state(self.folder / RUN_PAGE_FILE)
+        if is_held(self.folder / RUN_LOCK_FILE):
+            return "running"
+        if self.last is not None and self.made >= self.last:
+            return "finished"
+        if page is None or page[0] == "finished":
+            return NOT_KNOWN if self.last is None else "not finished"
+        return {"running": GONE}.get(page[0], page[0])
 
     @property
     def samples_seen(self) -> np.ndarray:
@@ -107,7 +129,7 @@ def render_comparison(runs: Sequence[ComparedRun], page: Path) -> str:
     window = max((choose_window(run.curves.x) or 0.0 for run in runs), default=0.0) or None
     by_steps = compare_curves(runs, window, by_samples=False)
     by_samples = compare_curves(runs, window, by_samples=True)
-    sheets = [run.sheets for run in runs]
+    sheets, figures = [run.sheets for run in runs], list_figures(runs, window)
     drawings = list_drawings(sheets)
     prefixes = [link_from(page, run.folder / SAMPLES_FOLDER) + "/" for run in runs]
     return render(
@@ -115,7 +137,8 @@ def render_comparison(runs: Sequence[ComparedRun], page: Path) -> str:
         generator=COMPARISON_GENERATOR, runs=runs, labels=[run.label for run in runs], window=window,
         pages=[link_from(page, run.folder / RUN_PAGE_FILE) if (run.folder / RUN_PAGE_FILE).is_file() else None
                for run in runs],
-        by_steps=by_steps, by_samples=by_samples, figures=list_figures(runs, window), origins=list_origins(runs),
+        by_steps=by_steps, by_samples=by_samples, figures=figures, origins=list_origins(runs),
+        why_none=WHY_NONE if any(NOT_KNOWN in values for values in figures.values()) else "",
         differences=find_differences([run.values for run in runs]), drawings=drawings, prefixes=prefixes,
         strips=[{strip.number: strip for strip in show_strips(own, drawings)} for own in sheets],
         data={
@@ -172,14 +195,16 @@ def list_figures(runs: Sequence[ComparedRun], window: float | None) -> dict[str,
     rows: dict[str, list[str]] = {}
     for run in runs:
         curves, attempts = run.curves, attempts_of(run.records)
-        last = next((entry["last_step"] for entry in reversed(attempts) if "last_step" in entry), None)
         loss = curves.column(LOSS)
         if window and len(loss):
             loss = smooth(curves.x, loss, window)
         finite, memory = loss[np.isfinite(loss)], curves.column(MEMORY_GB)
         speed, seconds = curves.column(RATE), curves.seconds({entry["attempt"]: entry["began"] for entry in attempts})
         values = {
-            "steps": f"{run.made:,}" + (f" of {last:,}" if last is not None else ""),
+            "state": run.state,
+            "steps": f"{run.made:,}"
+            + (f" of {run.last:,}" if run.last is not None else "")
+            + (", last known" if run.state in ("running", GONE) else ""),
             "epochs": figure(curves.last(EPOCH)),
             "samples seen": NOT_KNOWN if (seen := curves.last(SAMPLES_SEEN)) is None else f"{seen:,.0f}",
             f"loss at the end{f', mean over {window:,.0f} steps' if window else ''}": last_of(finite),
@@ -246,7 +271,8 @@ def summarise_runs(runs: Sequence[ComparedRun]) -> str:
         for name, values in rows.items()
     ]
     rest = sum(not one.decides for one in differences)
-    return "\n".join([*lines, *([f"{rest} other settings differ, see the page"] if rest else [])])
+    more = [WHY_NONE] if any(NOT_KNOWN in values for values in rows.values()) else []
+    return "\n".join([*lines, *more, *([f"{rest} other settings differ, see the page"] if rest else [])])
 
 
 def shorten_cell(value: str, most: int = 32) -> str:

@@ -4,6 +4,7 @@ The training loop has it rewritten as the run goes on, so that nothing here may 
 """
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,14 @@ CHARTS: dict[str, tuple[str, Scale, str]] = {  # metric -> title, scale, note
     "perf/checkpoint_seconds": ("Checkpoints", "zero", "seconds each"),
     "perf/sample_seconds": ("Samples", "zero", "seconds each time"),
 }
+WITHOUT_VALUE = {  # metric -> what it is and why it has none
+    "perf/mfu": "model FLOPs utilisation (the peak of this device in this precision is not known)",
+    "perf/checkpoint_seconds": "how long a checkpoint takes (none is made yet)",
+    "perf/sample_seconds": "how long samples take (none are drawn yet)",
+    "train/loss_scale": "loss scale (there is one in fp16 only)",
+    SKIPPED: "steps that loss scaling skipped (there are some in fp16 only)",
+}
+STATE_ON_PAGE = re.compile(r'data-state="(\w+)" data-made="(\d+)"')
 UNDRAWN = {"train/loss_last", EPOCH, SAMPLES_SEEN}  # a part of the loss's mean, and axes
 
 
@@ -65,6 +74,8 @@ class RunView:
     warnings: Sequence[str]
     resume: str  # commands
     export: str
+    onward: Sequence[str]  # what comes after an export; empty where the last checkpoint has none
+    every_seconds: float  # after which the page of a running run is written anew
     shards: Path | None  # where the set lies, if that may be said
 
 
@@ -82,7 +93,7 @@ def render_run(view: RunView) -> str:
         view=view, values=values, generator=RUN_GENERATOR, axis=axis, window=window,
         recipe=recipe, deciding=pick_differences(differences, True), others=pick_differences(differences, False),
         charts=charts, facts=list_facts(view, window), left=describe_left(view),
-        valueless=[name for name in curves.columns if name not in curves.names],
+        valueless=list_valueless(view, values),
         strips=show_strips(view.sheets, drawings),
         data={
             "charts": [chart.data for chart in charts],
@@ -163,7 +174,9 @@ def list_facts(view: RunView, window: float | None) -> list[tuple[str, str]]:
     seconds = curves.seconds({entry["attempt"]: entry["began"] for entry in attempts})
     skipped, memory = curves.last(SKIPPED), curves.last(MEMORY_GB)
     facts = [
-        (f"{found[-1]:.4f}", f"loss, mean over {window:,.0f} steps" if window else "loss") if len(found) else None,
+        (f"{found[-1]:.4f}", f"loss, mean over {window:,.0f} steps" if window else "loss")
+        if len(found)
+        else describe_first_loss(view),
         (f"{epoch:.2f}", "epochs") if epoch is not None else None,
         (f"{seen:,.0f}", "images seen") if seen is not None else None,
         (f"{speed:.4g}", "images per second") if speed is not None else None,
@@ -173,6 +186,36 @@ def list_facts(view: RunView, window: float | None) -> list[tuple[str, str]]:
         (f"{len(attempts)}", "attempts") if len(attempts) > 1 else None,
     ]
     return [fact for fact in facts if fact is not None]
+
+
+def list_valueless(view: RunView, values: Mapping[str, Any]) -> list[str]:
+    """Metrics without any value yet, in words.
+
+    The last checkpoint and the last samples are made after the last line, and are no metric that is missing.
+    """
+    made = {
+        "perf/checkpoint_seconds": find_newest(view.page.parent) is not None,
+        "perf/sample_seconds": bool(view.sheets)
+        or not values["sampling.every_steps"]
+        or not values["sampling.prompts"],
+    }
+    names = [name for name in view.curves.columns if name not in view.curves.names and not made.get(name)]
+    return [WITHOUT_VALUE.get(name, CHARTS[name][0].lower() if name in CHARTS else name) for name in names]
+
+
+def describe_first_loss(view: RunView) -> tuple[str, str] | None:
+    """When the loss comes, before a running run's first line of metrics."""
+    every = flatten_config(view.written)["logging.every_steps"]
+    if view.state.kind != "running" or not isinstance(every, int):
+        return None
+    return f"after step {min(view.last, every * (view.made // every + 1)):,}", "loss: first value, logging.every_steps"
+
+
+def read_page_state(page: Path) -> tuple[str, int] | None:
+    """The state and the steps made that a run's page says; None where there is no such page."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    match = STATE_ON_PAGE.search(text)
+    return (match[1], int(match[2])) if match and f'content="{RUN_GENERATOR}"' in text else None
 
 
 def describe_left(view: RunView) -> str:

@@ -16,6 +16,8 @@ from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_PAGE_FILE
+from trainer.model.checkpoint import find_newest, step_of
+from trainer.model.exports import export_step, list_exports
 from trainer.model.run_records import read_run
 from trainer.report.curves import Curves
 from trainer.report.pages import write_html
@@ -37,7 +39,7 @@ class LivePage:
         self.folder = run_path(inputs.config)
         self.records = read_run(self.folder) if inputs.accelerator.is_main_process else {}
         self.curves, self.sheets = Curves(first_steps(self.records)), Sheets(self.folder)
-        self.failed, self.due = False, 0.0
+        self.failed, self.due, self.every = False, 0.0, SECONDS_BETWEEN
 
     def __enter__(self) -> "LivePage":
         self.write_between_steps()
@@ -75,7 +77,8 @@ class LivePage:
                 log.warning("warning: the run's page is not written, training goes on: %r", error)
             self.failed = True
         now = time.monotonic()
-        self.due = now + max(SECONDS_BETWEEN, (now - begun) / SHARE)
+        self.every = max(SECONDS_BETWEEN, (now - begun) / SHARE)
+        self.due = now + self.every
 
     def view(self, state: RunState) -> RunView:
         """What the page is made of, now."""
@@ -99,8 +102,20 @@ class LivePage:
             warnings=[hide(warning) for warning in self.warnings],
             resume=hide(self.resume_command()),
             export=hide(command("scripts/export.py", name_run(self.folder))),
+            onward=[hide(line) for line in self.list_onward()],
+            every_seconds=self.every,
             shards=Path(config.data.shards) if "oc.env" not in str(config.written["data"]["shards"]) else None,
         )
+
+    def list_onward(self) -> list[str]:
+        """The commands after an export, where the newest checkpoint has one."""
+        newest, run = find_newest(self.folder), name_run(self.folder)
+        if newest is None or step_of(newest) not in map(export_step, list_exports(self.folder)):
+            return []
+        prompts = self.inputs.config.sampling.prompts
+        drawing = ["--prompt", prompts[0]] if prompts else ["--prompt", "1girl, solo, smile"]
+        publishing = ["publish.source_url=https://...", "--license-file", "faipl-1.0-sd.md"]
+        return [command("scripts/sample.py", run, *drawing), command("scripts/publish.py", run, *publishing)]
 
     def resume_command(self) -> str:
         """The command that resumes this run: its own config, on as many processes."""
