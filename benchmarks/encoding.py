@@ -98,8 +98,9 @@ def prepare_as_before(bench: Bench) -> list[ShardFile]:
         writer, made = ShardWriter(bench.work.set, number), list[Row]()
         for post, image in look_ahead(bench.encoder, [pending]):
             assert isinstance(image, Decoded)
-            pixels = torch.stack([to_floats(image.pixels)])
-            latents = encoding.encode_raw_latents(bench.encoder.vae, pixels).half()
+            vae = bench.encoder.vae
+            pixels = torch.stack([to_floats(image.pixels)]).to(vae.device, vae.dtype)
+            latents = encoding.encode_raw_latents(vae, pixels).half()
             copy, arrived = encoding.send_to_host(latents)
             if arrived is not None:
                 arrived.synchronize()

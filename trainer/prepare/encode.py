@@ -81,7 +81,8 @@ class Chunk:
     def encode(self, batch: list[tuple[Row, Decoded]]) -> None:
         """Launch the encoding of images of one bucket; then, while the device is at it, write those before."""
         vae = self.encoder.vae
-        pixels = pixels_to_tensor([image.pixels for _, image in batch], vae.device)  # (B, 3, H, W)
+        device = next(vae.parameters()).device  # vae.device walks over all modules
+        pixels = pixels_to_tensor([image.pixels for _, image in batch], device)  # (B, 3, H, W)
         launched = PendingBatch(batch, *send_to_host(encode_raw_latents(vae, pixels).half()))
         self.settle()
         self.launched = launched
