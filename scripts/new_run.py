@@ -50,9 +50,7 @@ def main() -> Result:
         log.info("%s", line)
     if Path("shards", name, INDEX_FILE).is_file():
         log.info("shards/%s is there already: build_shards.py adds what is new to it", name)
-    if arguments.stage == 1:
-        log.info("a small curated set refines what comes out: --stage 2, with this run as the --model")
-    steps = list(suggest(arguments.file, machine.gpus))
+    steps = list(suggest(arguments.file, arguments.stage, machine.gpus))
     return Result(f"written: {arguments.file}", [arguments.file], next=steps)
 
 
@@ -77,7 +75,7 @@ def write_new(file: Path, text: str) -> None:
         raise
 
 
-def suggest(file: Path, gpus: int) -> Iterator[NextStep]:
+def suggest(file: Path, stage: int, gpus: int) -> Iterator[NextStep]:
     """The commands that follow, one after the other."""
     yield NextStep("prepare the images", command("scripts/build_shards.py", file))
     yield NextStep("look at the set", command("scripts/inspect_shards.py", file))
@@ -85,6 +83,9 @@ def suggest(file: Path, gpus: int) -> Iterator[NextStep]:
     yield NextStep("export what was trained", command("scripts/export.py", file))
     yield NextStep("draw with it", command("scripts/sample.py", file, "--prompt", "TEXT"))
     yield NextStep("build the folder that others get", command("scripts/publish.py", file))
+    if stage == 1:
+        words = [f"{file.with_suffix('')}2.yaml", "--stage", "2", "--data", "CURATED_IMAGES", "--model", str(file)]
+        yield NextStep("refine it later on a small curated set (stage 2)", command("scripts/new_run.py", *words))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_messages_name_the_file_of_a_key_where_several_are_merged(tmp_path: Path
     file = write(tmp_path / "my.yaml", "extends: [base.yaml, over.yaml]\ncaptions: {shuffle: sometimes}")
     assert message_of(file).splitlines()[0].endswith(f"(in {base})")
     found = message_of(file, "publish.title=t", "run.seed=x").splitlines()
-    assert found[0] == f"7 problem(s) in {file}:"
+    assert found[0] == f"7 problems in {file}:"
     assert [line.strip() for line in found[1:]] == [
         f"captions.shuffle: must be true or false, not 'sometimes' (in {file})",
         f"captions.years.0.tag: missing (in {base})",

@@ -36,7 +36,7 @@ def problems_of(files: list[Path], *words: str) -> list[str]:
     with pytest.raises(UserError) as caught:
         load_config(files, words)
     head, *lines = str(caught.value).splitlines()
-    assert head.startswith(f"{len(lines)} problem(s) in ")
+    assert head.startswith(f"{len(lines)} problem{'' if len(lines) == 1 else 's'} in ")
     return [line.strip() for line in lines]
 
 

@@ -14,7 +14,7 @@ import torch
 from support.paths import REPOSITORY
 from trainer.core import commands
 from trainer.core.commands import command, config_words, find_python, find_script, training_command
-from trainer.core.console import Output, Result, format_duration, print_result
+from trainer.core.console import Output, Result, format_duration, print_result, suggest_value
 from trainer.core.distributed import suggest_processes
 
 PROGRAM = """
@@ -25,7 +25,8 @@ from trainer.core.errors import UserError, run_command
 
 def main():
     parser = CommandParser("Try.")
-    parser.add_argument("--ending", choices=["result", "refusal", "interrupt", "full", "text"], default="result")
+    endings = ["result", "refusal", "interrupt", "full", "text", "bug", "pipe", "file"]
+    parser.add_argument("--ending", choices=endings, default="result")
     arguments = parser.parse_args()
     print("what a library prints")
     log.info("note: a note")
@@ -36,6 +37,12 @@ def main():
         raise KeyboardInterrupt
     if arguments.ending == "full":
         raise OSError(28, "No space left on device", "a/b")
+    if arguments.ending == "bug":
+        1 / 0
+    if arguments.ending == "pipe":
+        raise BrokenPipeError("of a worker")
+    if arguments.ending == "file":
+        raise FileNotFoundError(2, "gone")
     if arguments.ending == "text":
         return Result("lines\\nof text", facts={"lines": 2})
     return Result("made it", [Path("out/a b"), Path("out/c")], {"count": 2},
@@ -105,6 +112,40 @@ def test_an_error_is_json_where_the_result_would_be(words: list[str], code: int,
     assert message in err[-1] and not any("Traceback" in line for line in err)
     got, out, err = run(*words)
     assert got == code and "error" not in out and message in err[-1]
+
+
+def test_an_error_of_the_program_is_json_too_and_its_traceback_is_shown() -> None:
+    for ending, message in {"bug": "ZeroDivisionError: division by zero", "pipe": "BrokenPipeError: of a worker",
+                            "file": "FileNotFoundError: [Errno 2] gone"}.items():  # fmt: skip
+        code, out, err = run("--ending", ending, "--json")
+        assert (code, json.loads(out), err[-1]) == (1, {"error": message}, message)
+        assert any("Traceback" in line for line in err)
+        code, out, err = run("--ending", ending)
+        assert (code, out, err[-1]) == (1, "what a library prints\n", message)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"], ["--quiet"]])
+def test_help_is_on_stdout_however_the_command_speaks(words: list[str]) -> None:
+    code, out, err = run(*words, "--help")
+    assert code == 0 and not err and "--ending" in out
+    done = subprocess.run([sys.executable, "train.py", *words, "--help-config", "optim"], cwd=REPOSITORY,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert "unet_lr" in done.stdout and not done.stderr
+
+
+def test_a_value_that_begins_with_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "-dash").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = "argument --data: expected one argument"
+    for words, hint in {
+        ("--data", "-dash"): ": --data=./-dash for a value that begins with a dash",
+        ("--data", "-x y"): ": --data='-x y' for a value that begins with a dash",
+        ("--data", "--model"): "",
+        ("--data",): "",
+        ("--data", "-h"): "",
+    }.items():
+        assert suggest_value(message, words) == hint
+    assert suggest_value("unrecognized arguments: -dash", ["--data", "-dash"]) == ""
 
 
 def test_only_the_main_process_speaks() -> None:

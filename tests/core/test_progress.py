@@ -94,9 +94,9 @@ def test_what_is_short_says_nothing(clock: Callable[[float], None], notes: Notes
 def test_the_note_stays_to_the_end(clock: Callable[[float], None], notes: Notes) -> None:
     with Meter("verify", None, "shard") as meter:
         clock(31)
-        meter.update(1, "1 problem(s)")
-    assert notes().splitlines() == ["verify: 1 shard, 31.0 s/shard, 0:00:31, 1 problem(s)",
-                                    "verify: 1 shard in 0:00:31, 1 problem(s)"]  # fmt: skip
+        meter.update(1, "1 problem")
+    assert notes().splitlines() == ["verify: 1 shard, 31.0 s/shard, 0:00:31, 1 problem",
+                                    "verify: 1 shard in 0:00:31, 1 problem"]  # fmt: skip
 
 
 def test_without_a_command_nothing_is_shown(clock: Callable[[float], None], caplog: pytest.LogCaptureFixture) -> None:

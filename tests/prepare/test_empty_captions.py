@@ -68,7 +68,7 @@ def test_posts_without_an_image_are_no_fault_where_that_is_said(tmp_path: Path) 
     config = config_of(tmp_path, *WORDS, max_bad_fraction=0.0)
     with (tmp_path / "posts.jsonl").open("a") as file:
         file.write('{"id": 99, "tag_string_general": "1girl"}\n')
-    with pytest.raises(UserError, match=r"1 image_missing(.|\n)*missing_images: ignore"):
+    with pytest.raises(UserError, match=r"1 whose image is not there(.|\n)*missing_images: ignore"):
         run(config)
     source = SourceConfig("posts", str(tmp_path / "posts.jsonl"), str(tmp_path / "images"), missing_images="ignore")
     summary = run(replace(config, data=replace(config.data, posts=None, images=None, sources=[source])))

@@ -15,8 +15,10 @@ import pytest
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import Config, SourceConfig
+from trainer.data.index import open_index
+from trainer.data.plan import build_plan
 from trainer.prepare.data_guess import DataGuess, guess_data
-from trainer.prepare.draft import Machine, choose_batch, choose_extended, choose_unit, make_draft
+from trainer.prepare.draft import Machine, choose_batch, choose_extended, choose_least_unit, choose_unit, make_draft
 from trainer.prepare.draft_file import as_yaml, read_name, write_draft
 from trainer.prepare.model_guess import SDXL_TOKENIZERS, ModelGuess, guess_model
 from trainer.prepare.prepare import prepare
@@ -72,7 +74,8 @@ def test_images_with_captions_and_the_tiny_model(new_run: NewRun, here: Path, ti
         "data: pics: images with captions or posts beside them; 8 images, 7 captions (.txt), 1 without a caption"
         in printed
     )
-    assert "predicts epsilon, of the demo's size" in printed
+    assert "a tiny model like the demo's, which predicts the noise (epsilon), as SDXL does" in printed
+    assert "a small curated set refines" not in printed and "to refine it later on a small curated set" in printed
     for command in (
         "build_shards.py my.yaml",
         "train.py my.yaml",
@@ -89,11 +92,15 @@ def test_images_with_captions_and_the_tiny_model(new_run: NewRun, here: Path, ti
     assert config.precision.vae == "fp32"
     demo = load_config([REPOSITORY / "configs/demo_stage1.yaml"])
     assert config.optim == demo.optim and config.buckets == demo.buckets
-    assert config.data.global_batch_size == 16 and config.schedule.epochs == 1143  # 500 steps of 16 samples
+    assert config.data.global_batch_size == 16 and config.data.bucket_batch_size == 8
+    assert f"{config.schedule.epochs:,} epochs, 500 steps" in printed and "# 500 steps: at least 500" in text
     assert config.schedule.max_steps is None
     assert len(config.sampling.prompts) == 3 and config.sampling.negative_prompt == ""
     # it is prepared without another word: the one image without a caption is allowed for
     prepare(load_config(["my.yaml"], ["data.decode_processes=0"], preparing=True))
+    # and as long as was said
+    plan = build_plan(open_index("shards/my"), config.run.seed, config.data)
+    assert plan.steps_for_epochs(config.schedule.epochs) == 500
     assert len((here / "shards/my/quarantine.jsonl").read_text().splitlines()) == 1
 
 
@@ -191,10 +198,54 @@ def test_data_that_cannot_be_used(new_run: NewRun, here: Path, tiny_base: Path) 
     words = ("--model", str(tiny_base))
     assert "--data gone: there is no such file" in new_run("my.yaml", "--data", "gone", *words)
     assert "empty holds no images" in new_run("my.yaml", "--data", "empty", *words)
-    assert "as folder: pics: no post with an image" in new_run("my.yaml", "--data", "pics", *words)
-    assert "as posts: apart/posts.jsonl with images in apart: no post" in new_run("my.yaml", "--data", "apart", *words)
+    first = Path(posts[0]["file"]).stem
+    said = new_run("my.yaml", "--data", "pics", *words)
+    assert f"2 images, and none has a caption ({first}.txt beside {first}.png) or a post ({first}.json)" in said
+    assert "tar" not in said and "posts file" not in said and len(said.splitlines()) == 1
+    said = new_run("my.yaml", "--data", "apart", *words)
+    assert "apart/posts.jsonl with images in apart: 2 whose image is not there, such as posts.jsonl line 1: " in said
+    assert "data.sources" not in said and len(said.splitlines()) == 1
+    (here / "apart/0.tar").write_bytes(b"")
+    assert "0.tar" in new_run("my.yaml", "--data", "apart/0.tar", *words)
     assert not (here / "my.yaml").exists()
     assert "2 posts with tags" in new_run("my.yaml", "--data", "apart", "--images", "pics", *words)
+
+
+def test_images_that_cannot_be_read_are_refused_at_once(new_run: NewRun, here: Path, tiny_base: Path) -> None:
+    make_images(here / "pics", 3)
+    first, *others = sorted((here / "pics").glob("*.png"))
+    for image in others:
+        image.write_bytes(b"none")
+    words = ("--data", "pics", "--model", str(tiny_base))
+    printed = new_run("one.yaml", *words)
+    assert "1 image, 1 caption (.txt), 2 not an image" in printed
+    first.write_bytes(b"")
+    said = new_run("my.yaml", *words)
+    assert f"--data pics: none of the 3 images can be read: {first.name}: 0 bytes" in said
+    assert not (here / "my.yaml").exists()
+
+
+def test_a_posts_file_among_its_images_is_read(new_run: NewRun, here: Path, tiny_base: Path) -> None:
+    posts = make_images(here / "pics", 4, captions=None)
+    (here / "pics/posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    (here / "pics/other.jsonl").write_text("")
+    printed = new_run("my.yaml", "--data", "pics", "--model", str(tiny_base))
+    assert "4 posts with tags" in printed and "not read: 1 unread file: .jsonl" in printed  # the other one
+    (here / "pics/other.jsonl").unlink()
+    assert "not read" not in new_run("my2.yaml", "--data", "pics", "--model", str(tiny_base))
+
+
+def test_few_images_of_many_sizes_need_few_forwards(here: Path) -> None:
+    """A step of sixteen samples is no sixteen forwards, and the file says why images repeat."""
+    sizes = [(64 + 8 * number, 200 - 8 * number) for number in range(12)]
+    data = DataGuess(SourceConfig("folder", "pics"), captions=12, sizes=sizes)
+    tiny = ModelGuess("tiny", "a folder", is_small=True)
+    draft = make_draft(Path("my.yaml"), 2, data, tiny, Machine())
+    text = write_draft(draft, choose_extended(2, tiny), "pics")
+    Path("my.yaml").write_text(text)
+    chosen = load_config(["my.yaml"]).data
+    assert (chosen.global_batch_size, chosen.bucket_batch_size, chosen.micro_batch_size) == (16, 8, 8)
+    assert any("of which some repeat where few are" in line for line in draft.said)
 
 
 # --- models
@@ -300,6 +351,11 @@ def test_a_unit_is_what_buckets_can_fill() -> None:
     assert choose_unit(Counter(), 8, 8) == 8
 
 
+@pytest.mark.parametrize(("batch", "forward", "unit"), [(16, 16, 8), (4, 16, 2), (96, 4, 4), (16, 1, 1), (3, 8, 1)])
+def test_a_step_sees_two_buckets_however_few_images_they_hold(batch: int, forward: int, unit: int) -> None:
+    assert choose_least_unit(batch, forward) == unit
+
+
 def test_names_and_values() -> None:
     assert [read_name(Path(f"{name}.yaml")) for name in ("a b", "木", ".x", "-1", "ok_1.2")] == [
         "a_b", "_", "x", "1", "ok_1.2",
@@ -326,6 +382,6 @@ def test_from_images_to_a_drawing(here: Path, tiny_base: Path) -> None:
         "build_shards", "inspect_shards", "train", "export", "sample", "publish",
     ]  # fmt: skip
     for _, script, *words in lines[:-1]:
-        words += ["schedule.epochs=null", "schedule.max_steps=2"] if script == "train.py" else []
+        words += ["schedule.epochs=null", "schedule.max_steps=2"] if Path(script).name == "train.py" else []
         run(script, *["1girl" if word == "TEXT" else word for word in words])
     assert list((here / "runs/my/export").glob("*/*.png")) and list((here / "runs/my/samples").iterdir())

@@ -191,7 +191,13 @@ def test_broken_inputs_are_set_aside_and_the_rest_goes_on(done: tuple[Config, Su
     # 109's drawing is number 3's, and it has no tags
     assert [(n["key"], n["of"]) for n in notes if n["note"] == "duplicate"] == [("109", "3")]
     assert summary.notes == {"stated_size": 1, "empty_caption": 2, "duplicate": 1}
-    for text in ("25 samples", "undecodable: 1", "stated_size: 1", "quarantine.jsonl", "notes.jsonl"):
+    for text in (
+        "25 samples",
+        "set aside: 1 whose image cannot be decoded",
+        "stated_size: 1",
+        "quarantine.jsonl",
+        "notes.jsonl",
+    ):
         assert text in str(summary)
 
 
@@ -201,12 +207,8 @@ def test_too_many_bad_ones_stop_it(done: tuple[Config, Summary], tmp_path: Path)
     # 33 inputs: 7 set aside are within 0.22, the eighth, in the second chunk, is not, and ends it before it counts
     with pytest.raises(UserError) as caught:
         run(replace(config, data=replace(config.data, max_bad_fraction=0.22)))
-    assert (
-        "8 of 33" in str(caught.value)
-        and "1 undecodable" in str(caught.value)
-        and "max_bad_fraction" in str(caught.value)
-    )
-    assert "undecodable, such as" in str(caught.value)
+    for text in ("8 of 33 inputs", "1 whose image cannot be decoded", "max_bad_fraction", "be decoded, such as"):
+        assert text in str(caught.value)
     quarantine = Path(f"{config.data.shards}.unfinished") / "quarantine.jsonl"
     assert str(quarantine) in str(caught.value) and len(read_jsonl(quarantine)) == 8
     assert not Path(config.data.shards).exists()
@@ -218,10 +220,10 @@ def test_too_many_bad_ones_stop_it(done: tuple[Config, Summary], tmp_path: Path)
 def test_only_bad_ones(base: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "posts.jsonl").write_text('{"id": 1}\nnot\n{"id": 2}\n')
-    with pytest.raises(UserError, match="no sample is left of 3 inputs: 2 image_missing, 1 bad_json") as caught:
+    with pytest.raises(UserError, match="is left of 3 inputs: 2 whose image is not there, 1 not valid JSON") as caught:
         run(make_config(base, tmp_path, max_bad_fraction=1.0))
-    assert "image_missing, such as posts.jsonl line 1: no image is called 1" in str(caught.value)
-    assert "bad_json, such as posts.jsonl line 2: Expecting value" in str(caught.value)
+    assert "whose image is not there, such as posts.jsonl line 1: no image is called 1" in str(caught.value)
+    assert "not valid JSON, such as posts.jsonl line 2: Expecting value" in str(caught.value)
     quarantine = tmp_path / "shards.unfinished" / "quarantine.jsonl"
     assert str(quarantine) in str(caught.value) and len(read_jsonl(quarantine)) == 3
     (tmp_path / "posts.jsonl").write_text("\n")

@@ -69,7 +69,7 @@ def problems(folder: Path) -> list[str]:
         verify_shards(folder)
     first, *lines = str(caught.value).splitlines()
     found = [line.strip() for line in lines if line.startswith("  ")]
-    assert first == f"{len(found)} problem(s) in {folder}:"
+    assert first == f"{len(found)} problem{'' if len(found) == 1 else 's'} in {folder}:"
     return found
 
 

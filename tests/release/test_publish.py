@@ -108,7 +108,7 @@ def test_every_reason_is_told_and_nothing_is_written(run: Path) -> None:
     with pytest.raises(UserError) as caught:
         publish(Request(run=run))
     told = str(caught.value)
-    assert "is not published, for 3 reason(s)" in told
+    assert "is not published, for 3 reasons" in told
     for part in (
         "does not say under which licence",
         "the text of FAIPL-1.0-SD is missing",

@@ -64,7 +64,7 @@ def test_warnings_of_the_data() -> None:
     plan = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8)
     steps = plan.steps_for_epochs(1)
     (repeats,) = warn_of_data(plan, 43, 8, steps)
-    assert "1 of 2 buckets hold fewer images than data.bucket_batch_size 4" in repeats and "64x96" in repeats
+    assert "1 of 2 buckets holds fewer images than data.bucket_batch_size 4" in repeats and "64x96" in repeats
     few, _ = warn_of_data(plan, 43, 64, steps)
     assert "43 images are fewer than data.global_batch_size 64" in few
     _, short = warn_of_data(plan, 43, 8, 3)

@@ -11,7 +11,7 @@ from trainer.config.load import SECTIONS
 from trainer.config.other_names import explain_unknown, own_keys
 from trainer.config.reference import explain_config
 from trainer.config.yaml_text import YAML_ENDINGS
-from trainer.core.console import CommandParser
+from trainer.core.console import CommandParser, print_answer
 from trainer.core.files import home_path
 
 
@@ -36,7 +36,7 @@ class HelpConfig(argparse.Action):
     """Print what a config may hold and exit, as --help does for the command."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: object = None) -> None:
-        print(explain_config(values))
+        print_answer(explain_config(values))
         parser.exit()
 
 

@@ -24,6 +24,7 @@ from trainer.config.yaml_text import bare, field_types, is_place, read_override,
 from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home, home_path
+from trainer.core.progress import format_count
 
 KeyPath = tuple[str, ...]
 Layer = dict[str, Any]  # of a config: what one file, or one word, says
@@ -68,7 +69,9 @@ def load_config(
         raise UserError(f"{key}: {str(error).splitlines()[0]}{say_where(key, layers)}") from error
     if problems := sorted([*find_config_problems(resolved, preparing), *find_hidden_names(written)], key=str):
         listed = "\n".join(f"  {problem}{say_where(problem.key, layers)}" for problem in problems)
-        raise UserError(f"{len(problems)} problem(s) in {', '.join(map(str, files)) or 'the config'}:\n{listed}")
+        raise UserError(
+            f"{format_count(len(problems), 'problem')} in {', '.join(map(str, files)) or 'the config'}:\n{listed}"
+        )
     config = build_dataclass(Config, resolved)
     return dataclasses.replace(config, written=fill_in(written, dataclasses.asdict(config)))
 

@@ -9,6 +9,8 @@ import contextlib
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ QUIET_HELP = "show nothing but warnings and errors, and on stdout the paths of w
 SHORT = 1.0  # seconds; what takes less needs neither a bar nor its time said
 JSON_HELP = (
     "print one JSON object on stdout at the end (paths, counts, seconds, the next commands), and all else on stderr; "
-    'what is refused is {"error": ...}, with exit code 2'
+    'what is refused is {"error": ...}, with exit code 2, and so is an error of the program itself, with 1'
 )
 
 
@@ -58,16 +60,38 @@ class WrongWords(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command, with ``--quiet`` and ``--json``; what it refuses is JSON where that was asked for."""
+    """The parser of a command, with ``--quiet`` and ``--json``; what it refuses is JSON where that was asked for.
+
+    Help is a result, and so on stdout however the command speaks.
+    """
 
     def __init__(self, description: str, **more: Any) -> None:
         super().__init__(description=description, **more)
         add_output_options(self)
 
+    def print_help(self, file: Any = None) -> None:
+        if file is None:
+            print_answer(self.format_help())
+        else:
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
+        message += suggest_value(message, sys.argv[1:])
         if read_output().json:
             raise WrongWords(message)
         super().error(message)
+
+
+def suggest_value(message: str, words: Sequence[str]) -> str:
+    """The end of argparse's message about an option without a value, where one follows that begins with a dash."""
+    option = re.match(r"argument (?:-\w/)?(--[\w-]+).*expected (one|at least one) argument", message)
+    if option is None or option[1] not in words:
+        return ""
+    value = next(iter(words[words.index(option[1]) + 1 :]), "")
+    is_path = Path(value).exists()
+    if not value.startswith("-") or value in ("-h", "--help") or (value.startswith("--") and not is_path):
+        return ""
+    return f": {option[1]}={shlex.quote(f'./{value}' if is_path else value)} for a value that begins with a dash"
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +156,11 @@ def print_result(result: Result, output: Output, seconds: float) -> None:
     else:
         lines = [result.said, *([f"took {format_duration(seconds)}"] if result.paths and seconds >= SHORT else [])]
         print("\n".join(lines + [f"\nto {step.to}:\n  {step.command}" for step in result.next]))
+
+
+def print_answer(text: str) -> None:
+    """A text that was asked for in place of the command's work: on stdout, also where that is kept for the result."""
+    print(text.rstrip("\n"), file=sys.__stdout__ if sys.stdout is sys.stderr else None)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 
 from trainer.core.errors import UserError
+from trainer.core.progress import format_count
 
 Shared = TypeVar("Shared")
 
@@ -81,7 +82,9 @@ def choose_device() -> torch.device:
         return torch.device("cpu")
     number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= gpus:
-        raise UserError(f"this machine has {gpus} GPU(s), and more processes were started: lower --num_processes")
+        raise UserError(
+            f"this machine has {format_count(gpus, 'GPU')}, and more processes were started: lower --num_processes"
+        )
     return torch.device("cuda", number)
 
 

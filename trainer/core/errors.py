@@ -54,15 +54,20 @@ def run_command(main: Callable[[], object], resume: str = "") -> None:
         fail(str(error), output, 2)
     except KeyboardInterrupt:
         fail(f"interrupted{': ' if resume else ''}{resume}", output, 130)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         if not any(reader_has_gone(number) for number in (1, 2)):
-            raise  # of a worker or of the network
+            print_unexpected(error, output)  # of a worker or of the network
+            raise
         sys.exit(CLOSED_PIPE)
     except OSError as error:
         if error.errno not in FULL:
+            print_unexpected(error, output)
             raise
         place = f" while {error.filename} was written" if error.filename else ""
         fail(f"the disk is full{place}: make room and start again", output, 2)
+    except Exception as error:
+        print_unexpected(error, output)
+        raise
     finally:
         drop_unread_output()
 
@@ -78,6 +83,12 @@ def fail(message: str, output: Output, code: int) -> NoReturn:
     if (report := os.environ.get("TORCHELASTIC_ERROR_FILE")) and code != 130:  # torchrun's own words end with this
         write_report(Path(report), message)
     sys.exit(code)
+
+
+def print_unexpected(error: Exception, output: Output) -> None:
+    """For a program, what a traceback on stderr is about to end with; the exit code is Python's own, 1."""
+    if output.json:
+        print_json({"error": f"{type(error).__name__}: {error}"})
 
 
 def write_report(path: Path, message: str) -> None:

@@ -3,16 +3,16 @@
 Nothing is known here of the formats: a kind fits where its own code finds posts with images.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import BucketsConfig, CaptionsConfig, DataConfig, SourceConfig
-from trainer.core.errors import UserError
-from trainer.core.progress import metered
+from trainer.core.errors import UserError, shorten
+from trainer.core.progress import format_count, metered
 from trainer.core.rng import rng
 from trainer.data.buckets import Size, list_buckets, nearest_bucket
 from trainer.data.captions import compose_caption, draw_caption
@@ -23,7 +23,8 @@ from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.folders import CAPTIONS, POSTS
 from trainer.data.sources.record_files import COMPRESSED_ENDS
-from trainer.data.sources.records import Item, Reject
+from trainer.data.sources.records import Item, Reject, explain_reason
+from trainer.data.sources.tars import is_compressed
 from trainer.prepare.inputs import describe_post, read_place
 
 RECORD_ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -36,7 +37,6 @@ DATASET_FILES = (
 TRIED_ITEMS = 300  # of each candidate
 MOST_FILES, MOST_FOLDERS = 8, 8  # of a folder that are tried as posts files, and as their images
 MEASURED = 1000  # images whose size is read, and captions that prompts are chosen from
-REASONS = {"no_sidecar": "without a caption", "image_missing": "posts without their image"}
 IN_WORDS = {
     "posts": "posts in a file, images in a folder",
     "folder": "images with captions or posts beside them",
@@ -60,6 +60,7 @@ class DataGuess:
     sizes: list[Size] = field(default_factory=list)  # of the first images
     first: list[dict[str, Any]] = field(default_factory=list)  # rows of the first posts
     others: list[str] = field(default_factory=list)  # what else would have been possible
+    unreadable: str = ""  # the first image that cannot be read, and why
 
     @property
     def images(self) -> int:
@@ -76,13 +77,12 @@ class DataGuess:
         """As in ``412 images, 398 captions (.txt), 14 without a caption``."""
         endings = f" ({', '.join(f'.{end}' for end, _ in self.endings.most_common())})" if self.endings else ""
         beside = self.set_aside["no_sidecar"]  # images too
-        parts = [f"{self.images + beside} images"]
-        parts += [f"{self.captions} captions{endings}"] if self.captions else []
-        parts += [f"{self.tags} posts with tags{endings if not self.captions else ''}"] if self.tags else []
-        parts += [f"{self.wordless} posts without a word"] if self.wordless else []
-        return ", ".join(
-            parts + [f"{n} {REASONS.get(why, why.replace('_', ' '))}" for why, n in self.set_aside.items()]
-        )
+        parts = [format_count(self.images + beside, "image")]
+        parts += [format_count(self.captions, "caption") + endings] if self.captions else []
+        tags = f"{format_count(self.tags, 'post')} with tags{endings if not self.captions else ''}"
+        parts += [tags] if self.tags else []
+        parts += [f"{format_count(self.wordless, 'post')} without a word"] if self.wordless else []
+        return ", ".join(parts + [f"{count:,} {explain_reason(why)}" for why, count in self.set_aside.items()])
 
     def count_buckets(self, buckets: BucketsConfig) -> Counter[Size]:
         """Images by bucket, estimated from those whose size was read."""
@@ -115,32 +115,77 @@ def guess_data(path: Path, images: Path | None = None) -> DataGuess:
     """The source that ``path`` is. ``images`` is the folder of a posts file's images, where that cannot be guessed.
 
     Raises:
-        UserError: when nothing that is tried finds a post with an image, saying why each did not.
+        UserError: when nothing that is tried finds a post with an image that can be read, saying why each did not.
     """
     if not path.exists():
         raise UserError(f"--data {path}: there is no such file or folder")
     found: list[tuple[int, SourceConfig]] = []
-    why: list[str] = []
+    why: dict[str, str] = {}  # by file or folder: of a posts file, whose images may lie in many, the first is said
     for source in list_candidates(path, images):
         if source.kind == "dataset" and found:
             continue  # the package builds a cache of what it opens
+        place = f"{source.kind} {source.path}"
         try:
-            posts = sum(isinstance(each, dict) for each in islice(iterate_input_rows(source), TRIED_ITEMS))
+            tried = try_source(source)
         except UserError as error:
-            why.append(f"  as {source.kind}: {error}")
+            why.setdefault(place, re.sub(r"^data\.sources\.0: ", "", str(error)))
             continue
-        if posts:
-            found.append((posts, source))
-        else:
-            beside = f" with images in {source.images}" if source.images else ""
-            why.append(f"  as {source.kind}: {source.path}{beside}: no post with an image")
+        if tried.posts:
+            found.append((tried.posts, source))
+        elif tried.aside:
+            why.setdefault(place, explain_tried(source, tried))
     if not found:
-        tried = "\n".join(dict.fromkeys(why)) or "  it holds neither images nor posts"
-        raise UserError(f"--data {path}: nothing in it can be trained on\n{tried}")
+        own = f"folder {path}"
+        if len(why) > 1 and own in why and not any(map(is_image_name, map(str, path.rglob("*.*")))):
+            del why[own]  # that it holds no images is no news where its posts or tars were looked at
+        said = list(dict.fromkeys(why.values())) or [f"{path} holds neither images nor posts"]
+        end = f" {said[0]}" if len(said) == 1 else "".join(f"\n  {line}" for line in said)
+        raise UserError(f"--data {path}: nothing in it can be trained on:{end}")
     most = max(posts for posts, _ in found)
     chosen = next(source for posts, source in found if posts == most)
     others = [f"{each.kind} {each.path}" for _, each in found if (each.kind, each.path) != (chosen.kind, chosen.path)]
-    return count_source(chosen, list(dict.fromkeys(others)))
+    guess = count_source(chosen, list(dict.fromkeys(others)))
+    if not guess.images:
+        unreadable = guess.set_aside.total() - guess.set_aside["no_sidecar"]
+        none = "the image" if unreadable == 1 else f"none of the {unreadable:,} images"
+        raise UserError(f"--data {path}: {none} can{'not' if unreadable == 1 else ''} be read: {guess.unreadable}")
+    return guess
+
+
+@dataclass
+class Tried:
+    """What the first inputs of a source are."""
+
+    posts: int = 0  # with an image
+    aside: Counter[str] = field(default_factory=Counter)  # by reason
+    first: Reject | None = None
+
+
+def try_source(source: SourceConfig) -> Tried:
+    """Look at a source's first inputs, and on until there is a post."""
+    tried = Tried()
+    for number, item in enumerate(iterate_input_rows(source)):
+        if number >= TRIED_ITEMS and tried.posts:
+            break
+        tried.posts += isinstance(item, dict)
+        if isinstance(item, Reject):
+            tried.aside[item.reason] += 1
+            tried.first = tried.first or item
+    return tried
+
+
+def explain_tried(source: SourceConfig, tried: Tried) -> str:
+    """Why nothing of a source is of use."""
+    assert tried.first is not None
+    if source.kind == "folder" and set(tried.aside) == {"no_sidecar"}:
+        image = Path(tried.first.origin)
+        return (
+            f"{format_count(tried.aside.total(), 'image')}, and none has a caption ({image.stem}.txt beside "
+            f"{image.name}) or a post ({image.stem}.json)"
+        )
+    beside = f" with images in {source.images}" if source.images else ""
+    counted = ", ".join(f"{count:,} {explain_reason(reason)}" for reason, count in tried.aside.most_common())
+    return f"{source.path}{beside}: {counted}, such as {tried.first.origin}: {shorten(tried.first.detail)}"
 
 
 def list_candidates(path: Path, images: Path | None) -> Iterator[SourceConfig]:
@@ -161,7 +206,8 @@ def list_candidates(path: Path, images: Path | None) -> Iterator[SourceConfig]:
     ]  # fmt: skip
     yield from list_records(records[:MOST_FILES], path, images)
     yield SourceConfig("folder", str(path))
-    yield SourceConfig("tars", str(path))
+    if any(each.name.lower().endswith(".tar") or is_compressed(each.name) for each in path.rglob("*.t*")):
+        yield SourceConfig("tars", str(path))
     if any((path / name).is_file() for name in DATASET_FILES) or next(path.rglob("*.parquet"), None):
         yield SourceConfig("dataset", str(path))
 
@@ -217,7 +263,8 @@ def add_row(guess: DataGuess, row: dict[str, Any]) -> None:
         try:
             guess.sizes.append(read_image_header(read_bytes(place)))
         except BadImage as error:
-            guess.set_aside[f"{error.reason} images"] += 1
+            guess.set_aside[error.reason] += 1
+            guess.unreadable = guess.unreadable or f"{row['origin']}: {shorten(error.detail)}"
             return
         guess.first.append(row)
         if guess.source.kind == "folder":

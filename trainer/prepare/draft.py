@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from trainer.config.extends import find_extended
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.core.disk import format_bytes
+from trainer.core.progress import format_count
 from trainer.data.buckets import Size
+from trainer.data.plan import Plan
 from trainer.prepare.data_guess import DataGuess
 from trainer.prepare.draft_file import Draft, Written, as_yaml, read_name, write_source
 from trainer.prepare.model_guess import ModelGuess
@@ -24,6 +27,7 @@ LEAST_STEPS = 500  # of a run: with fewer a model has hardly moved
 STEPS_OF_AN_EPOCH = 10  # at least: a step holds a tenth of the images at most ...
 LEAST_BATCH = 4  # ... but no fewer, as far as there are images
 SHARE_OF_IMAGES = 0.9  # that lie in buckets which fill a unit
+LEAST_UNIT = 8  # samples of one bucket at a time, where a forward takes as many and a step holds twice as many
 PROMPTS = 3
 MOST_SET_ASIDE = 0.25  # share of inputs that is left out with a comment; above it the preparation stops
 
@@ -63,8 +67,8 @@ def make_draft(file: Path, stage: int, data: DataGuess, model: ModelGuess, machi
     choose_source(draft, name, data)
     if data.wordless > base.data.max_empty_captions * data.images:
         draft.said.append(
-            f"warning: {data.wordless} of {data.images} posts have neither a caption nor tags, so that build_shards.py "
-            f"stops: mend them, or raise data.max_empty_captions {base.data.max_empty_captions}"
+            f"warning: {data.wordless} of {format_count(data.images, 'post')} have neither a caption nor tags, so that "
+            f"build_shards.py stops: mend them, or raise data.max_empty_captions {base.data.max_empty_captions}"
         )
     steps = choose_sizes(draft, data, base, machine, model.is_small)
     if model.is_small:
@@ -119,8 +123,8 @@ def choose_source(draft: Draft, name: str, data: DataGuess) -> None:
         draft.said.append(f"set aside, and to be listed in shards/{name}/quarantine.jsonl: {aside}; the rest is used")
     elif share:
         draft.said.append(
-            f"warning: {aside} of {aside + data.images} inputs would be set aside, so that build_shards.py stops: mend "
-            "them, or raise data.max_bad_fraction"
+            f"warning: {aside} of {format_count(aside + data.images, 'input')} would be set aside, so that "
+            "build_shards.py stops: mend them, or raise data.max_bad_fraction"
         )
 
 
@@ -130,36 +134,51 @@ def choose_sizes(draft: Draft, data: DataGuess, base: Config, machine: Machine, 
     # a model made from nothing needs many views, of however few images
     batch = recipe.global_batch_size if is_small else choose_batch(data.images, recipe.global_batch_size)
     rule = "as in the demo" if is_small else f"a tenth of the images, {bounds}"
-    unit = choose_unit(data.count_buckets(base.buckets), batch, recipe.bucket_batch_size)
-    most = unit if is_small or machine.gpu is None else next(n for least, n in MICRO_BATCHES if machine.memory >= least)
-    micro = max(size for size in divisors(unit) if size <= max(1, min(most, recipe.micro_batch_size)))
+    buckets, no_limit = data.count_buckets(base.buckets), is_small or machine.gpu is None
+    most = recipe.micro_batch_size
+    most = most if no_limit else min(most, next(n for least, n in MICRO_BATCHES if machine.memory >= least))
+    filled = choose_unit(buckets, batch, recipe.bucket_batch_size)
+    unit = max(filled, choose_least_unit(batch, most))
+    micro = max(size for size in divisors(unit) if size <= max(1, most))
     if batch != recipe.global_batch_size:
         draft.add("data", "global_batch_size", batch, f"samples of a step: {rule}")
     if unit != recipe.bucket_batch_size:
-        draft.add("data", "bucket_batch_size", unit, "nine images in ten lie in buckets of at least as many")
+        why = "images of one size that follow each other"
+        if unit == filled:
+            why += ": nine images in ten find as many of their size"
+        else:
+            why += f", so that a forward takes {micro}: sizes with fewer images repeat some of them, with other noise"
+        draft.add("data", "bucket_batch_size", unit, why)
     if micro != recipe.micro_batch_size:
         measured = "" if is_small or machine.gpu is None else "; not measured yet on this GPU"
-        draft.add("data", "micro_batch_size", micro, f"samples of one forward{measured}")
-    epochs = choose_epochs(draft, data.images, batch, base)
-    steps = math.ceil(epochs * data.images / batch)
+        draft.add(
+            "data", "micro_batch_size", micro, f"samples of one forward, {batch // micro} of them a step{measured}"
+        )
+    plan = Plan(np.repeat(list(buckets), list(buckets.values()), axis=0), seed=0, bucket_batch_size=unit,
+                global_batch_size=batch)  # fmt: skip
+    epochs, steps = choose_epochs(draft, plan, base, "" if data.images == len(data.sizes) else "about ")
+    shared = "of one size at a time" if unit == filled else "of one size at a time, of which some repeat where few are"
     draft.said.append(
-        f"sizes: {batch} samples a step ({rule}), {unit} of them from one bucket, {epochs} epochs, about {steps:,} "
-        f"steps (10 epochs, or {LEAST_STEPS} steps where that is more)"
+        f"sizes: {batch} samples a step ({rule}), {unit} {shared}, {epochs:,} epochs, {steps} steps "
+        f"(10 epochs, or {LEAST_STEPS} steps where that is more)"
     )
-    return steps
+    return plan.steps_for_epochs(epochs)
 
 
-def choose_epochs(draft: Draft, images: int, batch: int, base: Config) -> int:
-    """The recipe's, or as many as make a run of some length."""
+def choose_epochs(draft: Draft, plan: Plan, base: Config, about: str) -> tuple[int, str]:
+    """The recipe's, or as many as make a run of some length; and its steps in words, ``about`` where not counted."""
     epochs = base.schedule.epochs or 10
-    if math.ceil(epochs * images / batch) < LEAST_STEPS:
-        epochs = math.ceil(LEAST_STEPS * batch / images)
-        draft.add("schedule", "epochs", epochs, f"as many as make {LEAST_STEPS} steps, of so few images")
+    few = plan.steps_for_epochs(epochs) < LEAST_STEPS
+    while plan.steps_for_epochs(epochs) < LEAST_STEPS:
+        epochs += 1
+    steps = f"{about}{plan.steps_for_epochs(epochs):,}"
+    if few:
+        draft.add("schedule", "epochs", epochs, f"{steps} steps: at least {LEAST_STEPS}, of so few images")
     elif base.schedule.epochs is None:
-        draft.add("schedule", "epochs", epochs)
+        draft.add("schedule", "epochs", epochs, f"{steps} steps")
     if base.schedule.max_steps is not None:
         draft.add("schedule", "max_steps", None)
-    return epochs
+    return epochs, steps
 
 
 def choose_batch(images: int, most: int) -> int:
@@ -178,6 +197,14 @@ def choose_unit(buckets: Counter[Size], batch: int, most: int) -> int:
     return max(fitting, default=1)
 
 
+def choose_least_unit(batch: int, forward: int) -> int:
+    """Samples that share a bucket however few images it holds, so that a step is not as many forwards as samples.
+
+    A step still sees two buckets, and no more share one than a forward takes.
+    """
+    return max(size for size in divisors(batch) if size <= max(1, min(LEAST_UNIT, batch // 2, forward)))
+
+
 def divisors(number: int) -> list[int]:
     """All whole numbers that divide one."""
     return [size for size in range(1, number + 1) if number % size == 0]
@@ -192,7 +219,7 @@ def choose_small(draft: Draft, extended: str, data: DataGuess, base: Config, ste
         draft.add("sampling", "guidance_scale", 1.0, "a model made from nothing has nothing to push away from")
         draft.add("sampling", "negative_prompt", "")
         add_prompts(draft, prompts)
-    draft.said.append(f"a model of the demo's size: rates, buckets and precision of {extended}, for trying")
+    draft.said.append(f"a tiny model, as the demo's: rates, sizes of images and precision of {extended}, for trying")
 
 
 def choose_samples(draft: Draft, data: DataGuess, base: Config, machine: Machine) -> None:
@@ -207,7 +234,8 @@ def choose_samples(draft: Draft, data: DataGuess, base: Config, machine: Machine
 def add_prompts(draft: Draft, prompts: list[str]) -> None:
     lines = "".join(f"\n    - {as_yaml(prompt)}" for prompt in prompts)
     draft.add("sampling", "prompts", Written(lines), "captions of the data, drawn while training: write your own")
-    draft.said.append(f"samples while training: {len(prompts)} captions of the data, see sampling.prompts")
+    count = format_count(len(prompts), "caption")
+    draft.said.append(f"samples while training: {count} of the data, see sampling.prompts")
 
 
 def choose_for_machine(draft: Draft, stage: int, base: Config, machine: Machine) -> None:

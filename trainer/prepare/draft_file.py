@@ -34,7 +34,8 @@ def write_draft(draft: Draft, extended: str, looked_at: str) -> str:
     """The config as a text; ``looked_at`` is where the data lie."""
     head = [
         f"# Written by scripts/new_run.py after a look at {oneline(looked_at)}: change what you like.",
-        "# Every field: docs/config.md, or --help-config. Paths are relative to the folder in which commands start.",
+        "# Every field: docs/config.md, or --help-config. Paths are relative to the folder in which commands start;",
+        "# what extends names is looked for beside this file first, then there, then in the program's own folder.",
         f"extends: {extended}",
     ]
     order = [name for name in Config.__dataclass_fields__ if name in draft.sections]

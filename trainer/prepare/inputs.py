@@ -20,7 +20,7 @@ from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json
 from trainer.core.layout import QUERIES_FOLDER
-from trainer.core.progress import metered
+from trainer.core.progress import format_count, metered
 from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.fields import show_text
 from trainer.data.images import BadImage, stat_image
@@ -217,9 +217,9 @@ def refuse_empty_captions(work_inputs: Path, share: float, remarks: Remarks) -> 
         some = f"SELECT origin FROM inputs WHERE {EMPTY_CAPTION} ORDER BY key LIMIT {MAX_ORIGINS}"
         origins = ", ".join(origin for (origin,) in tables.sql(some).fetchall())
     lines = [
-        f"{empty} of {total} posts have neither a caption nor tags, above data.max_empty_captions {share}: {origins}"
-        f"{' ...' if empty > MAX_ORIGINS else ''}. Name the field of captions by a posts or dataset source's "
-        "caption_column, mend the posts, or raise the share"
+        f"{empty} of {format_count(total, 'post')} have neither a caption nor tags, above data.max_empty_captions "
+        f"{share}: {origins}{' ...' if empty > MAX_ORIGINS else ''}. Name the field of captions by a posts "
+        "or dataset source's caption_column, mend the posts, or raise the share"
     ]
     others = {(line["source"], line["detail"]) for line in remarks.examples if line["note"] == NO_CAPTION}
     raise UserError("\n".join(lines + [f"  {source}: {detail}" for source, detail in sorted(others)[:MAX_ORIGINS]]))

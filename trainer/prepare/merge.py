@@ -19,6 +19,7 @@ from trainer.config.schema import FiltersConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file
 from trainer.core.layout import INDEX_FILE, LATENTS_FILE, NOTES_FILE, QUARANTINE_FILE, shard_number
+from trainer.core.progress import format_count
 from trainer.data.index import Index
 from trainer.data.shards import INDEX_ROWS, SCHEMA, ShardFile, write_index
 from trainer.data.tables import (
@@ -223,7 +224,8 @@ def refuse_empty(work: Work, survey: Survey, filtered: dict[str, int]) -> None:
         UserError: always.
     """
     removed = {f"removed by {name}": count for name, count in filtered.items()}
-    lines = [f"no sample is left of {survey.total} inputs: {format_counts(count_reasons(survey.set_aside) | removed)}"]
+    where = format_counts(count_reasons(survey.set_aside) | removed)
+    lines = [f"no sample is left of {format_count(survey.total, 'input')}: {where}"]
     if survey.set_aside:
         write_jsonl(work.quarantine, survey.set_aside)
         lines += [*list_examples(survey.set_aside), f"  {work.quarantine} names each"]

@@ -18,7 +18,7 @@ from trainer.model.base import (
     read_config,
     read_predictions,
 )
-from trainer.model.diffusion import Prediction
+from trainer.model.diffusion import Prediction, spell
 from trainer.model.exports import find_run
 from trainer.model.hub import HUB_ERRORS, HUB_ID, find_cached, list_hub_files
 
@@ -86,13 +86,16 @@ def describe_model(reference: str, base: Base, is_hub_id: bool = False) -> Model
         named = "a run, whose newest export" if run[1] is None else f"a checkpoint, of whose step {run[1]:,} the export"
         kind = f"{named} is {base.path.name}"
     small = read_config(base, "unet")["cross_attention_dim"] < SMALL
-    size = ", of the demo's size" if small else ""
+    size = ", a tiny model like the demo's" if small else ""
+    schedule = ", as SDXL does" if prediction == Prediction() else ""
+    schedule = ", with zero terminal SNR" if prediction.zero_terminal_snr else schedule
     tokenizer = None if is_hub_id else find_own_tokenizer(base)
     notes = [] if is_hub_id or (note := note_weights(base)) is None else [note]
     if tokenizer is not None:
         notes.append(f"{reference} has no tokenizers: model.tokenizer is {tokenizer}")
+    said = f"{kind}{size}, which predicts {spell(prediction.prediction_type).card}{schedule}"
     own_vae = (base.path / "vae" / COMPONENT_FILE).is_file() if is_hub_id else has_vae(base)
-    return ModelGuess(reference, f"{kind}, predicts {prediction}{size}", prediction, small, own_vae, tokenizer, notes)
+    return ModelGuess(reference, said, prediction, small, own_vae, tokenizer, notes)
 
 
 def find_own_tokenizer(base: Base) -> str | None:

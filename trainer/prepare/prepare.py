@@ -27,6 +27,7 @@ from trainer.core.progress import Meter, format_count, waiting
 from trainer.data.images import PIXEL_SETTINGS
 from trainer.data.index import Index, find_hash_problem, open_index
 from trainer.data.sources import iterate_sources, name_sources
+from trainer.data.sources.records import explain_reason
 from trainer.model.base import VaeWeights, read_vae_alone
 from trainer.model.latents import describe_numbers
 from trainer.model.sdxl import DTYPES
@@ -66,7 +67,7 @@ class Summary:
         what = f"{format_count(self.samples, 'sample')} in {format_count(self.shards, 'shard')}"
         lines = [f"{what}, {format_bytes(self.size)}: {self.folder}"]
         lines += [f"  removed by filters.{name}: {count:,}" for name, count in self.filtered.items()]
-        lines += [f"  set aside, {reason}: {count:,}" for reason, count in self.set_aside.items()]
+        lines += [f"  set aside: {count:,} {explain_reason(reason)}" for reason, count in self.set_aside.items()]
         lines += [f"  noted, {reason}: {count:,}" for reason, count in self.notes.items()]
         lines += [f"  noted in {line}" for line in format_remarks(self.by_source)]
         if self.encoded < self.samples:
@@ -254,7 +255,7 @@ def check_bad_fraction(work: Work, set_aside: list[dict[str, Any]], total: int, 
     if 2 * missing > len(set_aside):  # posts without an image, as those of a dump of a whole site are
         advice = ". Where there are more posts than images, missing_images: ignore of a source counts those apart"
     message = (
-        f"{len(set_aside)} of {total} inputs are set aside so far, above data.max_bad_fraction "
+        f"{len(set_aside):,} of {format_count(total, 'input')} are set aside so far, above data.max_bad_fraction "
         f"{config.data.max_bad_fraction}: {format_counts(count_reasons(set_aside))}. {work.quarantine} names each. "
         f"Mend the inputs and start again, or raise the fraction: what is encoded is kept{advice}"
     )
@@ -266,8 +267,8 @@ def finish(work: Work, begun: Begun, latents: dict[str, Any], config: Config) ->
     pending, done = read_pending(work), read_done(work)
     if absent := [*(pending.keys() - done.keys()), *find_lost(work, begun.old, done)]:
         raise UserError(
-            f"{len(absent)} of {len(pending)} shards are not in {work.folder} though all processes are done: "
-            "data.shards must lie on a file system that all of them share; start again"
+            f"{len(absent)} of {format_count(len(pending), 'shard')} are not in {work.folder} though all processes are "
+            "done: data.shards must lie on a file system that all of them share; start again"
         )
     set_aside = begun.survey.set_aside + [line for number in pending for line in done[number].set_aside]
     check_bad_fraction(work, set_aside, begun.survey.total, config)

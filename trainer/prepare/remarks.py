@@ -18,7 +18,7 @@ from trainer.core.files import write_file
 from trainer.data.fields import show_text
 from trainer.data.post import Post
 from trainer.data.sites import TAG_CATEGORIES
-from trainer.data.sources.records import Remark
+from trainer.data.sources.records import Remark, explain_reason
 
 MAX_KINDS = 100  # of one source: some kinds have names that the input chooses, as extensions of files
 OTHER_KINDS = "other kinds"
@@ -77,12 +77,14 @@ def count_reasons(set_aside: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def format_counts(counts: dict[str, int]) -> str:
-    """Counts in one line."""
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+    """Counts in one line; reasons in words."""
+    return ", ".join(f"{count} {explain_reason(name)}" for name, count in counts.items())
 
 
 def list_examples(set_aside: list[dict[str, Any]]) -> list[str]:
     """The commonest reasons, a line each with the first input that it concerns."""
     first = {line["reason"]: line for line in reversed(set_aside)}
     shown = [first[reason] for reason in list(count_reasons(set_aside))[:SHOWN_REASONS]]
-    return [f"  {line['reason']}, such as {line['origin']}: {shorten(line['detail'])}" for line in shown]
+    return [
+        f"  {explain_reason(line['reason'])}, such as {line['origin']}: {shorten(line['detail'])}" for line in shown
+    ]

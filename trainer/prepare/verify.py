@@ -42,11 +42,11 @@ def verify_shards(folder: Path) -> Result:
     with Meter("verify", size, BYTES) as meter:
         for problem in find_damages(index, meter.update):
             problems.append(problem)
-            meter.update(0, f"{len(problems)} problem(s)")
+            meter.update(0, format_count(len(problems), "problem"))
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(
-            f"{len(problems)} problem(s) in {folder}:\n{listed}\n"
+            f"{format_count(len(problems), 'problem')} in {folder}:\n{listed}\n"
             "restore what is named from a copy, or move the folder away and run scripts/build_shards.py"
         )
     what = f"{format_count(len(index), 'sample')} in {format_count(len(manifest['shards']), 'shard')}"

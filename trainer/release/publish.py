@@ -16,6 +16,7 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import copy_rest, write_json, write_text
 from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SAMPLES_FOLDER, SUMS_FILE, export_name
+from trainer.core.progress import format_count
 from trainer.model.base import find_base, read_config
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
@@ -66,7 +67,7 @@ def publish(request: Request, overrides: Sequence[str] = ()) -> tuple[Path, Rele
     texts |= read_licence_files(request.license_files)
     if reasons := list(find_refusals(terms, texts, config.publish.source_url, request.acknowledged)):
         listed = "\n".join(f"  {reason}" for reason in reasons)
-        raise UserError(f"{request.run} is not published, for {len(reasons)} reason(s):\n{listed}")
+        raise UserError(f"{request.run} is not published, for {format_count(len(reasons), 'reason')}:\n{listed}")
     licences = collect_licences(terms, texts)
     template = config.publish.card_template
     release = Release(

@@ -6,9 +6,11 @@ import numpy as np
 
 from trainer.config.schema import Config
 from trainer.core.layout import NOTES_FILE, QUARANTINE_FILE
+from trainer.core.progress import format_count
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.data.sites import TAG_CATEGORIES
+from trainer.data.sources.records import explain_reason
 from trainer.report.examples import draw_examples
 from trainer.report.facts import (
     CROP_RANGES,
@@ -112,9 +114,10 @@ def summarise(report: Report) -> str:
         "cropped": f"{fits.cropped.mean():.2%} of the pixels on average, at most {fits.cropped.max():.1%}",
         "enlarged": f"{(fits.factors > 1).mean():.1%} of the images",
         "captions": summarise_lengths(report.lengths, images),
-        "set aside": ", ".join(f"{count:,} {reason}" for reason, count in set_aside.items()) or "none",
+        "set aside": ", ".join(f"{count:,} {explain_reason(reason)}" for reason, count in set_aside.items()) or "none",
         **({"noted": ", ".join(remarks)} if remarks else {}),
-        "duplicates": f"{report.duplicates.images:,} images in {report.duplicates.groups:,} groups",
+        "duplicates": f"{format_count(report.duplicates.images, 'image')} in "
+        f"{format_count(report.duplicates.groups, 'group')}",
     }
     return "\n".join([*summarise_buckets(report), *(f"{name:>10}: {text}" for name, text in facts.items())])
 
@@ -137,7 +140,7 @@ def summarise_lengths(lengths: LengthFacts | None, images: int) -> str:
     if lengths is None:
         return "lengths unknown, see the page"
     captions = len(lengths.tokens)
-    whole = "" if captions == images else f" ({captions:,} captions looked at)"
+    whole = "" if captions == images else f" ({format_count(captions, 'caption')} looked at)"
     return (
         f"{np.median(lengths.tokens):.0f} tokens in the middle, {lengths.tokens.max()} at most, "
         f"{percent(lengths.truncated, captions)} truncated at {lengths.limit}{whole}"

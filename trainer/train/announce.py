@@ -39,15 +39,17 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
         begins = f"{'resumed from' if own else 'begins with'} {resumed.folder}"
     rows = {
         "folder": f"{run_path(config)}, {begins}",
-        "data": f"{inputs.facts['images']:,} images in {len(plan.buckets)} buckets, {data.shards}",
+        "data": f"{format_count(inputs.facts['images'], 'image')} in {format_count(len(plan.buckets), 'bucket')}, "
+        f"{data.shards}",
         "steps": f"{first:,} to {last:,}, epochs {plan.epochs_until(first):.2f} to {plan.epochs_until(last):.2f}",
-        "batch": f"{data.global_batch_size} samples a step = {processes} process{'es' if processes > 1 else ''} "
-        f"x {data.micro_batch_size} in a micro-batch x {inputs.data.per_step // processes} accumulated",
+        "batch": f"{format_count(data.global_batch_size, 'sample')} a step = "
+        f"{processes} process{'es' if processes > 1 else ''} x {data.micro_batch_size} in a micro-batch x "
+        f"{inputs.data.per_step // processes} accumulated",
         "trained": f"{sum(value.numel() for value in parameters.values()):,} parameters of {parts}, "
         f"{describe_weights(config.precision)}, on {inputs.accelerator.device.type}",
         "memory": describe_policy(inputs.facts["memory"]),
-        "checkpoints": f"every {keep.every_steps:,} steps and at the end, the last {keep.keep_last}{milestones} kept, "
-        f"about {format_bytes(size)} each",
+        "checkpoints": f"every {format_count(keep.every_steps, 'step')} and at the end, the last {keep.keep_last}"
+        f"{milestones} kept, about {format_bytes(size)} each",
         "page": f"{run_path(config) / RUN_PAGE_FILE}, rewritten as the run goes on",
     }
     lines = [f"{config.run.name}, stage {config.run.stage}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
@@ -89,14 +91,16 @@ def warn_of_gpus(processes: int, gpus: int, asked: int | None) -> Iterator[str]:
 def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str]:
     """What the data are too few for."""
     if images < batch:
-        yield f"{images} images are fewer than data.global_batch_size {batch}: a step sees some of them more than once"
+        few = "1 image is" if images == 1 else f"{images} images are"
+        yield f"{few} fewer than data.global_batch_size {batch}: a step sees some of them more than once"
     repeating = plan.repeating_buckets()
     if repeating:
         named = ", ".join(f"{width}x{height}" for width, height in repeating[:MAX_NAMED])
         more = f" and {len(repeating) - MAX_NAMED} more" if len(repeating) > MAX_NAMED else ""
+        verb = "holds" if len(repeating) == 1 else "hold"
         yield (
-            f"{len(repeating)} of {len(plan.buckets)} buckets hold fewer images than data.bucket_batch_size "
-            f"{plan.unit_size}, so that an image repeats within a unit: {named}{more} "
+            f"{len(repeating)} of {format_count(len(plan.buckets), 'bucket')} {verb} fewer images than "
+            f"data.bucket_batch_size {plan.unit_size}, so that an image repeats within a unit: {named}{more} "
             "(scripts/inspect_shards.py shows all)"
         )
     if (epochs := plan.epochs_until(last)) < 1:

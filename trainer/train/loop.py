@@ -21,7 +21,7 @@ from trainer.config.schema import Config, MemoryConfig
 from trainer.core.console import Result, log
 from trainer.core.distributed import describe_device, device_memory
 from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
-from trainer.core.progress import Meter
+from trainer.core.progress import Meter, format_count
 from trainer.data.loader import Batch, load_batches
 from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod, trained_prediction
@@ -57,7 +57,9 @@ def train(config: Config, check: bool = False) -> Result:
         check_resumed(inputs)
         first, last = inputs.first, inputs.last
         if first >= last:
-            return make_result(inputs, f"{run_path(config)} has made all of its {last:,} steps; nothing to do", first)
+            return make_result(
+                inputs, f"{run_path(config)} has made all of its {format_count(last, 'step')}; nothing to do", first
+            )
         inputs = settle_memory(inputs)
         model, sdxl, optimizer = load_model(inputs)
         log.info(describe_start(inputs, sdxl))

@@ -7,6 +7,7 @@ from typing import Any
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.core.console import log
 from trainer.core.errors import UserError
+from trainer.core.progress import format_count
 from trainer.model.checkpoint import find_newest, step_of, verify_checkpoint
 from trainer.train.launch import RunInputs
 from trainer.train.run import Resumed, run_path
@@ -71,8 +72,8 @@ def check_fork(inputs: RunInputs, resumed: Resumed) -> None:
         raise UserError(f"checkpoint.fork: {folder} is of a run called {state['run']}: this one needs another name")
     if state["step"] >= inputs.last:
         raise UserError(
-            f"checkpoint.fork: {folder} has made {state['step']} steps, where this run begins, but it ends after "
-            f"{inputs.last}: set schedule.max_steps or schedule.epochs beyond that"
+            f"checkpoint.fork: {folder} has made {format_count(state['step'], 'step')}, where this run begins, but it "
+            f"ends after {inputs.last}: set schedule.max_steps or schedule.epochs beyond that"
         )
     before, now = (
         {key: value for key, value in values.items() if key.startswith(FORK_KEEPS)}

@@ -1,5 +1,6 @@
 """Folders and tars: what is read, under which spellings, and that nothing else passes without a word."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from trainer.core.errors import UserError
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.folders import Walk
-from trainer.data.sources.records import Item, Reject, Remark
+from trainer.data.sources.records import REASONS, Item, Reject, Remark, explain_reason
 
 PNG = (REPOSITORY / "demo" / "images" / "bee.png").read_bytes()
 
@@ -92,6 +93,20 @@ def test_files_around_the_images_of_posts_are_counted(tmp_path: Path) -> None:
         "unread file: .json": 2, "unread file: .mp4": 1,
     }  # fmt: skip
     assert {item.source for item in items if isinstance(item, Remark)} == {"mine"}
+
+
+def test_every_reason_is_said_in_words() -> None:
+    """Wherever the package sets an input aside."""
+    code = "".join(path.read_text() for path in (REPOSITORY / "trainer").rglob("*.py"))
+    used = set(re.findall(r'(?:BadRecord|BadImage)\("([a-z_]+)"', code))
+    used |= set(re.findall(r'Reject\([^()]*(?:\[[^]]*\])?[^()]*, "([a-z_]+)"', code)) | {"bad_tar", "refused_member"}
+    assert len(used) > 15 and used <= set(REASONS) and explain_reason("of_old") == "of_old"
+
+
+def test_a_posts_file_beside_its_images_is_not_called_unread(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "1.png", **{"posts.jsonl": '{"id": 1}\n', "other.jsonl": ""})
+    items = items_of(kind="posts", path=str(folder / "posts.jsonl"), images=str(folder))
+    assert remarks(items) == {"unread file: .jsonl": 1}
 
 
 def test_links_of_a_folder_of_images_are_followed_for_posts(tmp_path: Path) -> None:

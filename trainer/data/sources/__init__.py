@@ -32,7 +32,8 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
     for where, source in name_sources(data):
         try:
             if source.images is not None and (source.images, source.follow_links) not in folders:
-                listed = list_images(existing_folder(source.images), source.label, source.follow_links)
+                place = existing_folder(source.images)
+                listed = list_images(place, source.label, source.follow_links, files_in(place, data))
                 folders[source.images, source.follow_links] = listed
                 yield from listed.damages
             items = iterate_source(source, folders)
@@ -44,6 +45,12 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
             raise UserError(f"{where}: {error}") from error
     for folder in folders.values():
         yield from folder.remark_unused()
+
+
+def files_in(folder: Path, data: DataConfig) -> set[str]:
+    """The files in a folder of images that are sources themselves, such as its posts file, by their names in it."""
+    files, inside = [Path(source.path).resolve() for _, source in name_sources(data)], folder.resolve()
+    return {str(file.relative_to(inside)) for file in files if file.is_relative_to(inside)}
 
 
 def ignore_missing(items: Iterator[Item], source: SourceConfig) -> Iterator[Item]:

@@ -6,7 +6,7 @@ member, so that a folder with its own tars beside it is what it was.
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -182,11 +182,12 @@ class ImageFolder:
             raise UserError(f"strip_prefix {self.strip_prefix!r} has no effect: {why}")
 
 
-def list_images(folder: Path, source: str = "", follow_links: bool = False) -> ImageFolder:
+def list_images(folder: Path, source: str = "", follow_links: bool = False, read: Collection[str] = ()) -> ImageFolder:
     """List a folder of images once; after that no name of a plain file in it costs another look at the disk.
 
     Args:
         source: what remarks on it are counted under.
+        read: names of files in it that are read otherwise.
 
     Raises:
         UserError: when the folder or a tar in it cannot be read, or its tars are compressed.
@@ -203,7 +204,7 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False) -> I
                 list_tar(listed, found.name)
         elif is_compressed(found.name):
             compressed.append(found.name)
-        else:
+        elif found.name not in read:
             # records and not sidecars say which images there are, so that a sidecar lacks none
             add_up(unread, remark_file(source, found.last, found.name, sidecars=False))
     listed.damages.extend((*walk.skipped, *unread.values()))

@@ -47,6 +47,38 @@ class Reject:
     detail: str
 
 
+REASONS = {  # why inputs are set aside, as it follows a number of them
+    "bad_json": "not valid JSON",
+    "bad_record": "with a record or caption that cannot be read",
+    "bad_sample": "whose parts in a tar do not belong together",
+    "bad_tar": "damaged in their tar",
+    "bomb": "too large to be opened safely",
+    "caption_ambiguous": "with several captions",
+    "empty": "of 0 bytes",
+    "image_ambiguous": "with several images",
+    "image_missing": "whose image is not there",
+    "killed_decoder": "whose decoding ended its process",
+    "missing": "whose image is gone",
+    "no_image": "without an image",
+    "no_sidecar": "without a caption",
+    "non_finite_latents": "whose latents are not finite",
+    "not_an_image": "not an image",
+    "out_of_memory": "needing more memory than there is",
+    "outside_folder": "outside the folder",
+    "refused_member": "refused in their tar",
+    "too_large": "of more bytes than are read",
+    "too_narrow": "too narrow",
+    "too_small": "smaller than buckets.min_side",
+    "undecodable": "whose image cannot be decoded",
+    "unreadable": "whose file cannot be read",
+}
+
+
+def explain_reason(reason: str) -> str:
+    """A reason in words; one that has none here, of an older version, is shown as it is."""
+    return REASONS.get(reason, reason)
+
+
 @dataclass(frozen=True)
 class Remark:
     """So many of a source's inputs that are neither a post nor set aside, such as files that no one reads.
