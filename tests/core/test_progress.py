@@ -18,10 +18,14 @@ from support.paths import REPOSITORY
 from trainer.core import progress
 from trainer.core.files import sha256_file, shown_name, temporary_path
 from trainer.core.progress import (
+    BAR,
     BYTES,
+    NO_BAR,
+    NO_TOTAL,
     SECONDS,
     Meter,
     describe_state,
+    fit_line,
     format_count,
     format_rate,
     measure_files,
@@ -143,10 +147,10 @@ def test_writing_is_seen_from_the_disk(tmp_path: Path, notes: Notes, monkeypatch
     assert 600_000 <= seen[-1] <= 1_000_000
 
 
-def on_terminal(*command: str) -> str:
+def on_terminal(*command: str, columns: int = 100) -> str:
     """What a command shows on a terminal of its own, with its control characters."""
     main, other = pty.openpty()
-    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdin=other, stdout=other, stderr=other, close_fds=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -181,6 +185,51 @@ def test_a_terminal_has_a_bar(tiny_settings: list[str]) -> None:
     assert re.search(r"\rverify: 100%\|█+\| \d+\.\d of \d+\.\d kB, .*/s, 0:00:0\d", shown)
     assert "24 samples in 1 shard, " in shown
     assert "\rverify" not in on_terminal(*verify(tiny_settings, "--quiet"))
+
+
+TRAINING = """
+import logging, sys
+from trainer.core import console, progress
+progress.SHORT = 0.0
+with console.speaking(console.Output()), progress.Meter(sys.argv[1], 30, "step") as meter:
+    for number in range(8):
+        progress.time.sleep(0.15)
+        meter.update(1, f"loss 0.{number}234, 12.34 images/s, scale 65536, 3 skipped")
+"""
+
+
+@pytest.mark.parametrize(("columns", "name"), [(80, "a" * 20), (80, "my"), (100, "a" * 20), (140, "my")])
+def test_a_narrow_terminal_shows_what_matters(columns: int, name: str) -> None:
+    shown = on_terminal(sys.executable, "-c", TRAINING, name, columns=columns)
+    *_, last = [line for line in re.split("[\r\n]+", shown.replace("\x1b[A", "")) if " of 30 steps" in line]
+    assert len(last.rstrip()) <= columns
+    assert re.search(rf"^{name}:  27%.* 8 of 30 steps, .*0:00:\d\d left, loss 0.7234", last), last
+    assert ("|" in last) == ("steps/s" in last) == ("skipped" in last) == (columns == 140), last
+
+
+def test_a_terminal_of_unknown_width_has_lines(tiny_settings: list[str]) -> None:
+    """As one of docker exec -t, and of script without a terminal around it."""
+    program = TRAINING.replace(
+        "import console, progress\n", "import console, progress\nprogress.BETWEEN_SECONDS = 0.1\n"
+    )
+    shown = on_terminal(sys.executable, "-c", program, "my", columns=0).replace("\r\n", "\n")
+    assert "\r" not in shown and re.search(r"^my: \d+%, \d of 30 steps, .* left, loss 0.\d234", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("columns", "total", "layout", "state"),
+    [
+        (120, True, BAR, "8 of 30 steps, 1.0 steps/s, 0:00:22 left, loss 0.1, 2 images/s"),
+        (80, True, NO_BAR, "8 of 30 steps, 1.0 steps/s, 0:00:22 left, loss 0.1, 2 images/s"),
+        (63, True, NO_BAR, "8 of 30 steps, 0:00:22 left, loss 0.1, 2 images/s"),
+        (50, True, NO_BAR, "8 of 30 steps, 0:00:22 left, loss 0.1"),
+        (10, True, NO_BAR, "8 of 30 steps, 0:00:22 left, loss 0.1"),
+        (70, False, NO_TOTAL, "8 of 30 steps, 1.0 steps/s, 0:00:22 left, loss 0.1, 2 images/s"),
+    ],
+)
+def test_what_is_left_out_first(columns: int, total: bool, layout: str, state: str) -> None:
+    parts = ("8 of 30 steps", "1.0 steps/s", "0:00:22 left")
+    assert fit_line(columns, total, parts, "loss 0.1, 2 images/s") == (layout, state)
 
 
 def test_a_log_has_no_carriage_returns(tiny_settings: list[str]) -> None:

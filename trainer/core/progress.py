@@ -1,6 +1,7 @@
 """A meter of long work: a bar on a terminal, elsewhere (a log, SLURM, CI) a line now and then; none under --quiet."""
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -18,21 +19,26 @@ BYTES, SECONDS = "B", "s"  # units that are written in other ways; of SECONDS no
 LINE_SECONDS = 30.0  # after these a line, or earlier ...
 LINE_SHARE, BETWEEN_SECONDS = 0.1, 5.0  # ... at each tenth, but not more often
 WATCH_SECONDS = 0.5
-BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {state}{postfix}"
-NO_TOTAL = "{desc}: {state}{postfix}"
+BAR, BAR_COLUMNS = "{desc}: {percentage:3.0f}%|{bar:20}| {state}", 29  # beside the description and the state
+NO_BAR, NO_BAR_COLUMNS = "{desc}: {percentage:3.0f}%, {state}", 8
+NO_TOTAL = "{desc}: {state}"
 
 Each = TypeVar("Each")
 
 
 class Bar(tqdm):
-    """A bar that says how much of how much, how fast, and how long it will take, in our words."""
+    """A bar that says how much of how much, how fast, and how long it will take, in our words, as far as they fit."""
+
+    note = ""  # after all else
 
     @property
     def format_dict(self) -> dict[str, Any]:
         values = super().format_dict
         n, initial, total, seconds = (values[name] for name in ("n", "initial", "total", "elapsed"))
         rate = values["rate"] or (n - initial) / max(seconds, 1e-9)
-        return {**values, "state": describe_state(n, total, values["unit"], rate, seconds)}
+        parts = split_state(n, total, values["unit"], rate, seconds)
+        layout, state = fit_line((values["ncols"] or 1000) - len(values["prefix"]), bool(total), parts, self.note)
+        return {**values, "state": state, "bar_format": layout}
 
 
 class Meter:
@@ -48,10 +54,9 @@ class Meter:
         self.said: int | None = None  # what was done at the last line
         self.note = ""  # after all else
         self.bar: Bar | None = None
-        if self.shown and sys.stderr.isatty():
-            layout = BAR if total else NO_TOTAL  # leave=None: bars inside another one are wiped away
-            self.bar = Bar(desc=what, total=total, initial=done, unit=unit, bar_format=layout, delay=SHORT, leave=None,
-                           dynamic_ncols=True)  # fmt: skip
+        if self.shown and terminal_columns():
+            # leave=None: bars inside another one are wiped away
+            self.bar = Bar(desc=what, total=total, initial=done, unit=unit, delay=SHORT, leave=None, dynamic_ncols=True)
 
     def __enter__(self) -> "Meter":
         return self
@@ -76,8 +81,7 @@ class Meter:
         if note:
             self.note = f", {note}"
         if self.bar is not None:
-            if note:
-                self.bar.postfix = note  # with ", " before it, as the library has it
+            self.bar.note = note or self.bar.note
             self.bar.update(more)
         elif self.is_due():
             self.said, self.said_at = self.done, time.monotonic()
@@ -97,19 +101,43 @@ class Meter:
         return percent + describe_state(self.done, self.total, self.unit, rate, seconds) + self.note
 
 
+def terminal_columns() -> int:
+    """Columns of the terminal that stderr is; 0 where it is none, or does not know, as one of ``docker exec -t``."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def fit_line(columns: int, has_total: bool, parts: tuple[str, str, str], note: str) -> tuple[str, str]:
+    """The layout of a bar's line and its state, of which as much is left out as does not fit.
+
+    First the bar itself goes, then the rate, then all but the beginning of the note, which of a training is the loss.
+    """
+    counted, rate, left = parts
+    narrow, rest = (NO_BAR, NO_BAR_COLUMNS) if has_total else (NO_TOTAL, 2)
+    layouts = [(BAR, BAR_COLUMNS, [counted, rate, left, note])] if has_total else []
+    layouts += [(narrow, rest, said) for said in ([counted, rate, left, note], [counted, left, note])]
+    layouts += [(narrow, rest, [counted, left, note.partition(", ")[0]])]
+    fitted = [(layout, taken, ", ".join(filter(None, said))) for layout, taken, said in layouts]
+    layout, _, state = next((each for each in fitted if each[1] + len(each[2]) <= columns), fitted[-1])
+    return layout, state
+
+
 def describe_state(done: float, total: float | None, unit: str, rate: float, seconds: float) -> str:
     """As in ``1,234 of 5,000 images, 12.3 images/s, 0:05:10 left``; ``rate`` in units a second."""
+    return ", ".join(filter(None, split_state(done, total, unit, rate, seconds)))
+
+
+def split_state(done: float, total: float | None, unit: str, rate: float, seconds: float) -> tuple[str, str, str]:
+    """How much, how fast, and how long it will take or took; a part that says nothing is empty."""
     if unit == SECONDS:
-        return format_duration(seconds)
+        return format_duration(seconds), "", ""
     counted = f"{format_part(done, total, unit)} of {format_count(total, unit)}" if total else format_count(done, unit)
     if not rate:
-        return counted
-    parts = [counted, format_rate(rate, unit)]
-    if total and done < total:
-        parts.append(f"{format_duration((total - done) / rate)} left")
-    else:
-        parts.append(format_duration(seconds))
-    return ", ".join(parts)
+        return counted, "", ""
+    left = f"{format_duration((total - done) / rate)} left" if total and done < total else format_duration(seconds)
+    return counted, format_rate(rate, unit), left
 
 
 def format_count(count: float, unit: str) -> str:
