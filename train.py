@@ -25,7 +25,7 @@ def main() -> Result:
     from trainer.train.loop import train  # after what can be refused at once: torch takes seconds to import
 
     result = train(config, check=arguments.check)
-    if not arguments.check:
+    if not arguments.check or result.facts.get("finished"):
         return result
     words = config_words(arguments.config, arguments.overrides)
     again = NextStep("train", training_command(words, int(os.environ.get("WORLD_SIZE", "1")), uses_cpu()))

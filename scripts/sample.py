@@ -5,7 +5,7 @@
 
 MODEL is a diffusers folder, a single file, a hub id or a run, by its name, folder or config, which stands for its
 newest export. An export is drawn with as its run's own samples were, another model with the model card's settings.
-Nothing in the folder of images is overwritten.
+Nothing in the folder of images is overwritten: drawing again numbers on, and a folder that --out names must be free.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def main() -> Result:
     out = arguments.out or default_folder(sources)
     pictures = plan_pictures(prompts, sizes, seed)
     columns = len(sizes) if len(sizes) > 1 else min(4, len(prompts))
-    grid, *files = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype)
+    grid, *files = draw(sources, pictures, sampling, out, columns=columns, dtype=arguments.dtype,
+                        beside=arguments.out is None)  # fmt: skip
     lines = [f"random seed of the first image: {seed}"] if arguments.seed == -1 else []
     lines += [f"{format_count(len(files), 'image')}, each with its prompt and settings in it: {out}", f"grid: {grid}"]
     facts = {"folder": str(out), "grid": str(grid), "seed": seed, "models": [source.name for source in sources]}
@@ -105,4 +106,4 @@ def suggest(model: Path, out: Path) -> list[NextStep]:
 
 
 if __name__ == "__main__":
-    run_command(main, "the images that are drawn stay; for the same command again move them away, or name --out")
+    run_command(main, "the images that are drawn stay; the same command draws all of them again, beside these")

@@ -112,8 +112,12 @@ def test_every_config_of_the_program_can_be_extended_from_elsewhere(
         ("extends: ~nobody-of-this-name/a.yaml", "extends: ~nobody-of-this-name/a.yaml: there is no user"),
         ("extends: .", "extends: . is not there"),
         ("extends: 5", "extends: must be the name of a config file, or a list of names, not 5"),
-        ("extends:", "extends: must be the name of a config file, or a list of names, not None"),
-        ("extends: ''", "extends: must be the name of a config file, or a list of names, not ''"),
+        (
+            "extends:",
+            "extends: names no file: name one, such as configs/stage1_feature_alignment.yaml, or take the line out",
+        ),
+        ("extends: ''", "extends: names no file"),
+        ("extends: []", "extends: names no file"),
         ("extends: {a: b}", "extends: must be the name of a config file, or a list of names, not {'a': 'b'}"),
         ("extends: [base.yaml, 1.5]", "extends: must be the name of a config file, or a list of names, not 1.5"),
         ("extends: my.yaml", "extends: a circle: {file} extends {file}"),
@@ -122,6 +126,16 @@ def test_every_config_of_the_program_can_be_extended_from_elsewhere(
 def test_what_cannot_be_extended_is_said_by_file_and_key(tmp_path: Path, base: Path, text: str, part: str) -> None:
     file = write(tmp_path / "my.yaml", text)
     assert message_of(file).startswith(f"{file}: {part.replace('{file}', str(file))}")
+
+
+def test_a_runs_folder_and_a_file_of_text_are_said_to_be_such(tmp_path: Path) -> None:
+    (tmp_path / "runs/a").mkdir(parents=True)
+    write(tmp_path / "runs/a/config.yaml", "run: {name: a}")
+    file = write(tmp_path / "my.yaml", "extends: runs/a")
+    assert message_of(file) == f"{file}: extends: runs/a is a run's folder: {tmp_path}/runs/a/config.yaml?"
+    for text in ("only words", "5", "'in quotes'"):
+        write(file, text)
+        assert "is not a mapping of sections (run:, model:, ...): it holds only text" in message_of(file)
 
 
 def test_a_circle_and_a_broken_file_further_down_are_named(tmp_path: Path) -> None:

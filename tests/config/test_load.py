@@ -167,7 +167,7 @@ def test_right_shapes(minimal: Path, word: str, section: str, field: str, value:
     ("content", "part"),
     [
         (b"[1, 2]", "must hold sections"),
-        (b"5", "cannot be read"),
+        (b"5", "holds only text"),
         (b"run: {name: [", "not valid YAML"),
         (b"run: {name: a, name: b}", "duplicate key"),
         (b"captions: {keep_tokens_separator: |||}", "not valid YAML"),

@@ -98,6 +98,10 @@ def test_in_a_file_too(tmp_path: Path) -> None:
         (["--max-train-steps", "4"], "  --max-train-steps: unknown word, here it is schedule.max_steps (in optimizer"),
         (["--optim.unet_lr=1e-4"], "  --optim.unet_lr=1e-4: write optim.unet_lr=value, without dashes"),
         (["--unet_lr", "1e-4"], "  --unet_lr: unknown word, did you mean optim.unet_lr?"),
+        (
+            ["--config_file", "x.toml"],
+            "  --config_file: unknown word: config files are YAML and named without",
+        ),
         (["--xformers"], "  --xformers: unknown word, here it is model.attention (xformers)"),
         (["learning_rate"], "  learning_rate: unknown word, here it is optim.unet_lr, optim."),
         (["--zzz"], "a field of a config is set as section.field=value; --help-config shows all"),

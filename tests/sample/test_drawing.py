@@ -206,6 +206,26 @@ def test_nothing_is_overwritten(tiny_base, tmp_path, monkeypatch):
         before.pop("grid.png", None)
 
 
+def test_drawing_again_beside_the_model_numbers_on(tiny_base, tmp_path, sample):
+    """Nothing is overwritten, and publishing finds all images."""
+    shutil.copytree(tiny_base, tmp_path / "export" / "model")
+    words = [tmp_path / "export" / "model", "--size", "64x64", "--steps", 1]
+    sample(*words, "--prompt", "a", "b")
+    folder = tmp_path / "export" / "samples"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    printed = sample(*words, "--prompt", "a")
+    assert f"grid: {folder / 'grid-2.png'}" in printed
+    (folder / "grid.png").unlink()  # as where somebody tidied up
+    sample(*words, "--prompt", "c")
+    assert names(folder) == [
+        "000-64x64-seed42.png", "001-64x64-seed43.png", "002-64x64-seed42.png", "003-64x64-seed42.png", "grid-2.png",
+        "grid.png",
+    ]  # fmt: skip
+    assert all((folder / name).read_bytes() == content for name, content in before.items() if name != "grid.png")
+    assert (folder / "002-64x64-seed42.png").read_bytes() == before["000-64x64-seed42.png"]
+    assert [each.prompt for each in read_samples(folder)] == ["a", "b", "a", "c"]
+
+
 def pixels(folder: Path) -> list[np.ndarray]:
     """The single images in a folder, in order."""
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]

@@ -16,6 +16,7 @@ from trainer.data.plan import Plan
 from trainer.model.checkpoint import find_newest
 from trainer.train.announce import warn_of_data, warn_of_gpus
 from trainer.train.loop import train
+from trainer.train.run import run_path
 
 MakeConfig = Callable[..., Config]
 
@@ -91,6 +92,24 @@ def test_a_check_stops_before_the_first_step(make_config: MakeConfig, notes: Cal
     assert len(json.loads((folder / "run.json").read_text())["attempts"]) == 1
 
 
+def test_a_resume_says_what_it_changes(make_config: MakeConfig, notes: Callable[[], str]) -> None:
+    """As where a value of the first command line is not given again."""
+    words = ["run.stage=x"]
+    train(make_config("schedule.max_steps=1", "checkpoint.keep_last=7", *words))
+    assert "changed since" not in notes()
+    config = make_config("schedule.max_steps=2", *words)
+    train(config, check=True)
+    keep = config.checkpoint.keep_last
+    said = f"note: changed since the last attempt: schedule.max_steps 1 -> 2, checkpoint.keep_last 7 -> {keep}"
+    assert said in notes().splitlines()
+    train(config)
+    assert "changed since the last attempt" in notes()
+    train(make_config("schedule.max_steps=2", *words), check=True)
+    assert "changed since" not in notes()
+    train(make_config("schedule.max_steps=3", "run.name=other", "checkpoint.fork=" + str(run_path(config)), *words))
+    assert "changed since" not in notes()
+
+
 def test_a_check_refuses_as_a_run_does(make_config: MakeConfig) -> None:
     train(make_config("schedule.max_steps=1"))
     newest = find_newest(Path(make_config().run.output_dir) / "run")
@@ -102,7 +121,7 @@ def test_a_check_refuses_as_a_run_does(make_config: MakeConfig) -> None:
         train(make_config(), check=True)
 
 
-def test_the_command_has_the_option(tiny_settings: list[str], tmp_path: Path) -> None:
+def test_the_command_has_the_option(tiny_settings: list[str], tmp_path: Path, make_config: MakeConfig) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
     words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=1"]
     done = subprocess.run(
@@ -110,4 +129,11 @@ def test_the_command_has_the_option(tiny_settings: list[str], tmp_path: Path) ->
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "checked: the run can start at step 0" in done.stdout, done.stderr
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run" / "run.json").exists() and " train.py " in done.stdout
+    train(make_config(f"run.output_dir={tmp_path}", "schedule.max_steps=1"))
+    done = subprocess.run(
+        [sys.executable, "train.py", "--check", "--config", str(tmp_path / "empty.yaml"), *words],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "has made all of its 1 step; nothing to do" in done.stdout, done.stderr
+    assert "train.py" not in done.stdout and f"scripts/export.py {tmp_path}/run" in done.stdout

@@ -2,17 +2,22 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.config.extends import EXTENDS
 from trainer.config.load import SECTIONS
 from trainer.config.other_names import explain_unknown, own_keys
 from trainer.config.reference import explain_config
+from trainer.config.run_names import RUNS, is_run_folder
 from trainer.config.yaml_text import YAML_ENDINGS
-from trainer.core.console import CommandParser, print_answer
+from trainer.core.commands import find_python
+from trainer.core.console import CommandParser, log, print_answer
 from trainer.core.files import home_path
+from trainer.core.layout import CONFIG_FILE
 
 
 def parse_command_line(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,14 +65,25 @@ def finish_command_line(
     alone = other is not None and len(strange) == 1 and not arguments.config and not arguments.overrides
     arguments.other = strange.pop() if alone else None
     if strange or unknown:
-        parser.error(explain_strange([word for word in in_order if word in (*strange, *unknown)]))
+        parser.error(explain_strange([word for word in in_order if word in (*strange, *unknown)], given))
     if not arguments.config and not alone:
         parser.error(f"name a config file, such as my.yaml{f', or {other}' if other else ''}")
+    if len(arguments.config) > 1:
+        first, *rest = arguments.config
+        log.info("note: %s, then %s over it", first, " over it, then ".join(rest))
     return arguments
 
 
-def explain_strange(words: list[str]) -> str:
-    """The message for words that no command has: what those of other programs are called here."""
+def explain_strange(words: list[str], given: Sequence[str] = ()) -> str:
+    """The message for words that no command has: what those of other programs are called here.
+
+    ``given`` is the whole command line, which is shown with a run's config where a run was named.
+    """
+    if (run := next((word for word in words if is_run_folder(RUNS / word)), None)) and Path(run).parts == (run,):
+        own = Path(f"{run}.yaml")
+        file = str(own if own.is_file() else RUNS / run / CONFIG_FILE)
+        typed = [sys.argv[0], *(file if word == run else word for word in given)]
+        return f"{run} is a run: {find_python()} {shlex.join(typed)}"
     lines = [f"unrecognized arguments: {' '.join(words)}"]
     for word in words:
         name = word.lstrip("-").partition("=")[0]

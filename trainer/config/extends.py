@@ -9,6 +9,7 @@ from typing import Any
 from trainer.config.yaml_text import read_yaml
 from trainer.core.errors import UserError
 from trainer.core.files import home_path
+from trainer.core.layout import CONFIG_FILE
 
 EXTENDS = "extends"
 PROGRAM_FOLDER = Path(__file__).resolve().parents[2]  # where configs/ lies
@@ -37,6 +38,9 @@ def read_with_extended(file: Path, chain: tuple[Path, ...] = ()) -> list[tuple[s
 
 def read_names(value: Any, file: Path) -> list[str]:
     """What ``extends`` says, as a list."""
+    if value in (None, "", []):
+        raise UserError(f"{file}: {EXTENDS}: names no file: name one, such as configs/stage1_feature_alignment.yaml, "
+                        "or take the line out")  # fmt: skip
     names = value if isinstance(value, list) else [value]
     if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
         raise UserError(f"{file}: {EXTENDS}: must be the name of a config file, or a list of names, not {wrong[0]!r}")
@@ -55,6 +59,8 @@ def find_extended(name: str, file: Path) -> Path:
         raise UserError(f"{file}: {EXTENDS}: {error}") from error
     places = list(dict.fromkeys(folder / path for folder in (file.parent, Path(), PROGRAM_FOLDER)))
     if not (found := [place for place in places if place.is_file()]):
+        if run := next((place for place in places if (place / CONFIG_FILE).is_file()), None):
+            raise UserError(f"{file}: {EXTENDS}: {name} is a run's folder: {run / CONFIG_FILE}?")
         listed = ", ".join(map(str, places))
         raise UserError(f"{file}: {EXTENDS}: {name} is not there. It was looked for {LOOKED_FOR}: {listed}")
     beside, here = file.parent / path, Path() / path

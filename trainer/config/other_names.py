@@ -197,6 +197,7 @@ OTHER_NAMES: dict[str, Counterpart] = {
     "push_to_hub": ("publish.repo_id", "scripts/publish.py --upload sends the model"),
     "metadata_title": ("publish.title", ""),
     "metadata_author": ("publish.author", ""),
+    "config_file": ("", "config files are YAML and named without an option, as in train.py my.yaml; see extends"),
     "extends": ("", "it stands at the top of a config file; on the command line several files may be given"),
 }
 

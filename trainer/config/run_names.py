@@ -9,14 +9,15 @@ from trainer.core.commands import command
 from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home
-from trainer.core.layout import CONFIG_FILE, RUN_FILE
+from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_INDEX_FILE, RUN_FILE, STATE_FILE
 
 RUNS = Path(RunConfig.output_dir)
 MOST_RUNS = 12  # runs in a message
 
 
 def find_run_path(text: str) -> str:
-    """The path that is meant: ``NAME`` is ``runs/NAME`` where no such path lies here, ``my.yaml`` the run it names.
+    """The path that is meant: ``NAME`` is ``runs/NAME`` where no such file, run, checkpoint or model lies here,
+    ``my.yaml`` the run it names.
 
     A path into a run may begin with its name, as in ``NAME/checkpoints/step-00001000``. What is neither stays as it is,
     a hub id or a path that is not there.
@@ -29,7 +30,7 @@ def find_run_path(text: str) -> str:
         return str(find_configs_run(path))
     relative = not path.is_absolute() and path.parts and not text.startswith(".")
     is_run = relative and is_run_folder(RUNS / path.parts[0])
-    if path.exists():
+    if path.exists() and not (is_run and len(path.parts) == 1 and is_other_folder(path)):
         if is_run and len(path.parts) == 1:
             run = RUNS / path
             log.warning(
@@ -41,7 +42,8 @@ def find_run_path(text: str) -> str:
 
 def name_run(folder: Path) -> str:
     """What to type for a run: its bare name where that means it from here, else its path."""
-    means_it = folder == RUNS / folder.name and not Path(folder.name).exists()
+    here = Path(folder.name)
+    means_it = folder == RUNS / folder.name and (not here.exists() or is_other_folder(here))
     return folder.name if means_it else str(folder)
 
 
@@ -59,6 +61,14 @@ def find_configs_run(file: Path) -> Path:
 def is_run_folder(folder: Path) -> bool:
     """Whether a folder is a run's."""
     return (folder / RUN_FILE).is_file() or (folder / CONFIG_FILE).is_file()
+
+
+def is_other_folder(path: Path) -> bool:
+    """Whether something is a folder that no command takes for a run, a checkpoint or a model."""
+    if not path.is_dir() or is_run_folder(path):
+        return False
+    known = (STATE_FILE, MODEL_INDEX_FILE, "unet", CHECKPOINTS_FOLDER)
+    return not any((path / name).exists() for name in known) and not any(path.glob("*.safetensors"))
 
 
 def say_runs(folder: Path = RUNS) -> str:

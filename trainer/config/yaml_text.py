@@ -26,8 +26,10 @@ NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to say nothing
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML file as an unresolved mapping."""
     try:
-        loaded = OmegaConf.load(path)
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.ScalarNode):
+            raise UserError(f"config file {path} is not a mapping of sections (run:, model:, ...): it holds only text")
+        loaded = OmegaConf.load(path)
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

@@ -48,6 +48,7 @@ LINEAGE_FILE = "lineage.json"
 SUMS_FILE = "SHA256SUMS"
 EXPORT_SUMS_SUFFIX = ".sha256"  # beside an export: <name>.sha256 names what lies under its name
 GRID_FILE = "grid.png"  # all of a folder's samples in one image, which is none of them
+GRID_NAME = re.compile(r"grid(-\d+)?\.png")  # the second time it is grid-2.png
 
 
 def checkpoint_name(step: int) -> str:

@@ -4,6 +4,7 @@ Sampler, text encoding and noise are those of the samples while training. An ima
 settings and its own seed: drawn alone, with that seed, it is the same file (on the same device).
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,6 +82,7 @@ def draw(
     *,
     columns: int,
     dtype: Dtype | None = None,
+    beside: bool = False,
 ) -> list[Path]:
     """Draw all pictures with each model, one model in memory at a time; write them and a grid into ``out``.
 
@@ -88,6 +90,7 @@ def draw(
         sampling: of it only the negative prompt, the steps and the guidance.
         columns: of the grid; several models have a column each instead.
         dtype: fp16 on a GPU and fp32 on the CPU unless given.
+        beside: number on after the images that lie in ``out``, with a grid of their own.
 
     Returns: the paths of what was written, the grid's first.
 
@@ -96,8 +99,10 @@ def draw(
     """
     several = len(sources) > 1
     letters = [chr(ord("A") + number) for number in range(len(sources))] if several else [""]
-    paths = [[out / file_name(number, each, letter) for number, each in enumerate(pictures)] for letter in letters]
-    refuse_existing([out / GRID_FILE, *(path for column in paths for path in column)])
+    first, grid_file = find_next(out) if beside else (0, out / GRID_FILE)
+    numbered = list(enumerate(pictures, start=first))
+    paths = [[out / file_name(number, each, letter) for number, each in numbered] for letter in letters]
+    refuse_existing([grid_file, *(path for column in paths for path in column)])
     scale = grid_scale([picture.size for picture in pictures], len(sources))
     cells: list[list[tuple[Image.Image, str]]] = [[] for _ in pictures]  # a row for each picture
     for letter, source, column in zip(letters, sources, paths, strict=True):
@@ -107,8 +112,16 @@ def draw(
             row.append((shrink(image, scale), label(picture, f"{letter}: {source.name}" if several else "")))
     images, labels = zip(*(cell for row in cells for cell in row), strict=True)
     grid = make_grid(list(images), list(labels), len(sources) if several else columns)
-    write_file(out / GRID_FILE, lambda path: grid.save(path, format="PNG"))
-    return [out / GRID_FILE, *(path for column in paths for path in column)]
+    write_file(grid_file, lambda path: grid.save(path, format="PNG"))
+    return [grid_file, *(path for column in paths for path in column)]
+
+
+def find_next(folder: Path) -> tuple[int, Path]:
+    """The number with which images go on after those that lie in a folder, and a name for another grid there."""
+    taken = {path.name for path in folder.glob("*.png")}
+    numbers = [int(found[1]) for name in taken if (found := re.match(r"(\d{3,})-", name))]
+    grids = [GRID_FILE, *(f"grid-{number}.png" for number in range(2, len(taken) + 3))]
+    return max(numbers, default=-1) + 1, folder / next(name for name in grids if name not in taken)
 
 
 def draw_pictures(

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from trainer.config.schema import NEGATIVE_PROMPT, NUM_TIMESTEPS, SamplingConfig
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
-from trainer.core.layout import GRID_FILE
+from trainer.core.layout import GRID_NAME
 
 CARD_SIZES = (  # (width, height), as on the card of Animagine XL 3.0
     (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344),
@@ -279,7 +279,9 @@ def read_samples(folder: Path) -> list[Sample]:
     Raises:
         UserError: for a PNG that is a link, has a strange name, or does not say from what it was made.
     """
-    files = sorted(file for file in folder.glob("*.png") if file.name != GRID_FILE) if folder.is_dir() else []
+    files = (
+        sorted(file for file in folder.glob("*.png") if not GRID_NAME.fullmatch(file.name)) if folder.is_dir() else []
+    )
     return [read_sample(file) for file in files]
 
 

@@ -38,7 +38,7 @@ from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
-from trainer.train.resume import check_resumed, restore_scaler
+from trainer.train.resume import check_resumed, describe_changes, restore_scaler
 from trainer.train.run import begin_attempt, find_resumed, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
@@ -63,6 +63,8 @@ def train(config: Config, check: bool = False) -> Result:
         inputs = settle_memory(inputs)
         model, sdxl, optimizer = load_model(inputs)
         log.info(describe_start(inputs, sdxl))
+        if changes := describe_changes(inputs):
+            log.info("note: %s", changes)
         for warning in find_warnings(inputs, sdxl):
             log.warning("warning: %s", warning)
         if check:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.fixed import find_interpolated, fixed_values
+from trainer.config.yaml_text import read_yaml
 from trainer.core.console import log
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
+from trainer.core.layout import CONFIG_FILE
 from trainer.core.progress import format_count
 from trainer.model.checkpoint import find_newest, step_of, verify_checkpoint
+from trainer.report.config_values import find_differences, flatten_config
 from trainer.train.launch import RunInputs
 from trainer.train.run import Resumed, run_path
 
@@ -22,6 +25,7 @@ GUARDED = (
     ("pair of tokenizers (SHA-256)", ("tokenizers_sha256",)),
 )
 
+MAX_CHANGES, MAX_VALUE = 6, 40  # in the line that says what a resume changes: keys, and characters of a value
 REMEDY = "Restore what it was, or choose another run.name"
 RESUME_OR_FORK = (
     "; checkpoint.fork starts a run with these weights and optimizer state under other rates, another schedule, other "
@@ -99,6 +103,22 @@ def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any])
             f"{checkpoint}: an environment variable, or another key that the config refers to, has another value now "
             f"than in that run ({', '.join(find_interpolated(now))}). Restore it, or choose another run.name"
         )
+
+
+def describe_changes(inputs: RunInputs) -> str | None:
+    """What of the config is another than at the run's last attempt, as far as a resume may change it, in a line.
+
+    Words of the first command line are not repeated by the second: they are seen here.
+    """
+    file = run_path(inputs.config) / CONFIG_FILE
+    if inputs.resumed is None or inputs.resumed.begins_fork or not file.is_file():
+        return None
+    found = find_differences([flatten_config(read_yaml(file)), flatten_config(inputs.config.written)])
+    changed = [f"{each.key} {' -> '.join(shorten(value, MAX_VALUE) for value in each.values)}" for each in found]
+    if not changed:
+        return None
+    more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
+    return f"changed since the last attempt: {', '.join(changed[:MAX_CHANGES])}{more}"
 
 
 def refuse_changes(checkpoint: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
