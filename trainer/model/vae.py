@@ -38,7 +38,7 @@ def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtyp
 @torch.no_grad()
 def encode_raw_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] (B, 3, H, W) -> the posterior's mean, not scaled, fp32 (B, 4, H/8, W/8)."""
-    weight = next(vae.parameters())  # vae.device and vae.dtype walk over all modules: milliseconds for each image
+    weight = next(vae.parameters())  # vae.device and vae.dtype walk over all modules, for each image
     return vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mode().float()
 
 
