@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A preparation beside the VAE alone.")
     parser.add_argument("vae")
     for name, number in (("images", 8), ("side", 256), ("per-shard", 4), ("rounds", 5), ("processes", 1),
-                         ("threads", 1), ("batch", 1)):  # fmt: skip
+                         ("threads", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--stand-in", type=float, help="milliseconds an image")
@@ -203,7 +203,7 @@ def main() -> None:
     buckets = BucketsConfig(words.side, words.side, words.side, 64)
     with tempfile.TemporaryDirectory() as name, decoders(words.processes) as pool:
         work = plan(Path(name), make_posts(Path(name), words.images, words.side), words.per_shard)
-        encoder = Encoder(vae, pool, buckets, None, words.batch)
+        encoder = Encoder(vae, pool, buckets, None, 1)
         images = [image for _, image in look_ahead(encoder, read_pending(work).values()) if isinstance(image, Decoded)]
         floats = [pixels_to_tensor([image.pixels], vae.device) for image in images]
         bench = Bench(work, encoder, floats)
