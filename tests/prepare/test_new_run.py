@@ -269,10 +269,10 @@ def test_models_are_looked_at_where_they_lie(here: Path, tiny_base: Path, monkey
         file.write_text("{}")
     for step in (900, 1000):
         shutil.copytree(tiny_base, here / f"runs/tiny/export/tiny-step-{step:08d}-fp16")
-    said = "a checkpoint, of whose step 900 the export is tiny-step-00000900-fp16, predicts"
+    said = "a checkpoint, of whose step 900 the export is tiny-step-00000900-fp16, "
     assert guess_model("runs/tiny/checkpoints/step-00000900").said.startswith(said)
     for word in ("runs/tiny", "tiny/latest", "runs/tiny/latest"):
-        assert guess_model(word).said.startswith("a run, whose newest export is tiny-step-00001000-fp16, predicts")
+        assert guess_model(word).said.startswith("a run, whose newest export is tiny-step-00001000-fp16, ")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert guess_model("someone/model").said.startswith("a hub id; the hub could not be asked")
 

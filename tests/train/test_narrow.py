@@ -238,7 +238,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(base: Path, config: OptimConfig, compute: Any, mode: Any) -> tuple[SDXL, NarrowOptimizer]:
     parts = ModelConfig(pretrained="", train_text_encoder_1=True, train_text_encoder_2=True)
     precision = PrecisionConfig(compute, mode, frozen=compute)
-    model = build_sdxl(find_base(str(base)), parts, precision, MemoryConfig(False))
+    model = build_sdxl(find_base(str(base)), parts, precision, MemoryConfig("none"))
     return model, NarrowOptimizer(model, config, precision, 42, CPU)
 
 
@@ -309,7 +309,7 @@ def test_a_step_on_a_device_is_launched_without_waiting(base: Path, mode: Any, m
     monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
     meta = torch.device("meta")
     parts, precision = ModelConfig(pretrained=""), PrecisionConfig("bf16", mode, frozen="bf16")
-    model = build_sdxl(find_base(str(base)), parts, precision, MemoryConfig(False))
+    model = build_sdxl(find_base(str(base)), parts, precision, MemoryConfig("none"))
     optimizer = NarrowOptimizer(model.to(meta), OptimConfig(unet_lr=1e-3), precision, 42, meta)
     assert {value.device for value in (*model.parameters(), *model.buffers())} == {meta}
     objective = Objective(DiffusionConfig(), alphas_cumprod().to(meta), LatentScale(0.5), torch.bfloat16)

@@ -118,7 +118,7 @@ def test_encoders_and_other_optimizers_train_too(make_config: MakeConfig) -> Non
     one, two = model_of(before), model_of(after)
     matrices = [name for name in one if one[name].ndim > 1 and "token_embedding" not in name]
     assert all(not torch.equal(one[name], two[name]) for name in matrices)
-    adafactor = ["optim.name=adafactor", "optim.betas=null", "optim.eps=null", "memory.gradient_checkpointing=true"]
+    adafactor = ["optim.name=adafactor", "optim.betas=null", "optim.eps=null", "memory.policy=full"]
     checkpoint = go(make_config(*MODES["stochastic"], *adafactor, "run.name=factored", "schedule.max_steps=2"))
     assert read_train_state(checkpoint)["step"] == 2
 

@@ -48,7 +48,7 @@ def run(base: Path, mode: Any, rate: float, steps: int) -> tuple[torch.Tensor, t
     """Losses (steps,) and how far each weight moved, fp32 both; bf16 arithmetic but for fp32."""
     autocast = mode in ("fp32", "autocast")
     precision = PrecisionConfig("bf16", "autocast" if autocast or mode == PLAIN else mode, frozen="bf16")
-    model: Any = build_sdxl(find_base(str(base)), ModelConfig(pretrained=""), precision, MemoryConfig(False))
+    model: Any = build_sdxl(find_base(str(base)), ModelConfig(pretrained=""), precision, MemoryConfig("none"))
     model = model.float() if mode == "fp32" else model
     rates = OptimConfig(unet_lr=rate)
     if autocast or mode == PLAIN:
