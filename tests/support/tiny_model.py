@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from trainer.data.loader import Batch
 from trainer.model.single_file import NAME_PREFIXES
 
 CLIP = {
@@ -143,3 +144,19 @@ def read_assets() -> dict[str, dict[str, Any]]:
     """The configs of full-size SDXL's components."""
     folder = resources.files("trainer.model") / "assets" / "sdxl"
     return {component: json.loads((folder / component / "config.json").read_text()) for component in NAME_PREFIXES}
+
+
+def make_batch(seed: int, timestep: int) -> Batch:
+    """A sample of 64 x 64 pixels for one of these models."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 599, (1, 77), generator=generator)
+    return Batch(
+        keys=[f"key{seed}"],
+        raw_latents=torch.randn(1, 4, 8, 8, generator=generator).half(),
+        noise=torch.randn(1, 4, 8, 8, generator=generator),
+        timesteps=torch.tensor([timestep]),
+        input_ids_1=ids,
+        input_ids_2=ids,
+        chunk_map=torch.zeros(1, 1, dtype=torch.int64),
+        time_ids=torch.full((1, 6), 64.0),
+    )

@@ -14,10 +14,9 @@ from diffusers.models.embeddings import Timesteps
 from torch import nn
 
 from support.host_reads import HostReads
-from support.tiny_model import random_parts, write_folder
+from support.tiny_model import make_batch, random_parts, write_folder
 from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.core.errors import UserError
-from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.latents import LatentScale
@@ -242,26 +241,11 @@ def load(base: Path, config: OptimConfig, compute: Any, mode: Any) -> tuple[SDXL
     return model, NarrowOptimizer(model, config, precision, 42, CPU)
 
 
-def make_batch(seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 599, (1, 77), generator=generator)
-    return Batch(
-        keys=[f"key{seed}"],
-        raw_latents=torch.randn(1, 4, 8, 8, generator=generator).half(),
-        noise=torch.randn(1, 4, 8, 8, generator=generator),
-        timesteps=torch.tensor([seed * 37 % 1000]),
-        input_ids_1=ids,
-        input_ids_2=ids,
-        chunk_map=torch.zeros(1, 1, dtype=torch.int64),
-        time_ids=torch.full((1, 6), 64.0),
-    )
-
-
 def step(
     model: SDXL, optimizer: Any, compute: Any, *seeds: int, broken: bool = False, scaler: Any = None
 ) -> StepResult:
     objective = Objective(DiffusionConfig(), alphas_cumprod(), LatentScale(0.5), DTYPES[compute])
-    batches = [make_batch(seed) for seed in seeds]
+    batches = [make_batch(seed, seed * 37 % 1000) for seed in seeds]
     if broken:
         batches[-1] = dataclasses.replace(batches[-1], noise=batches[-1].noise * float("inf"))
     return training_step(
@@ -314,7 +298,7 @@ def test_a_step_on_a_device_is_launched_without_waiting(base: Path, mode: Any, m
     assert {value.device for value in (*model.parameters(), *model.buffers())} == {meta}
     objective = Objective(DiffusionConfig(), alphas_cumprod().to(meta), LatentScale(0.5), torch.bfloat16)
     for number in range(2):  # the first makes the optimizer's state
-        batch = make_batch(number)
+        batch = make_batch(number, number * 37 % 1000)
         with HostReads() as host:
             training_step(
                 model, [batch], optimizer, objective, step=number, micro_steps=1, max_grad_norm=1.0,
@@ -330,7 +314,7 @@ def test_of_a_step_the_host_reads_at_most_one_flag(base: Path, name: str, flags:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if compute == "fp16" else None
     objective = Objective(DiffusionConfig(), alphas_cumprod(), LatentScale(0.5), DTYPES[compute])  # type: ignore[index]
     for number in range(2):
-        batch = make_batch(number)
+        batch = make_batch(number, number * 37 % 1000)
         with HostReads() as host:
             training_step(
                 model, [batch], optimizer, objective, step=number, micro_steps=1, max_grad_norm=1.0,

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.tiny_model import random_parts, write_folder
+from support.tiny_model import make_batch, random_parts, write_folder
 from trainer.config.schema import DiffusionConfig, MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
-from trainer.data.loader import Batch
 from trainer.model.base import find_base
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.latents import LatentScale
@@ -27,21 +26,6 @@ RECIPE_RATE = 7.5e-6
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("tiny") / "base", random_parts(0))
-
-
-def make_batch(seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 599, (1, 77), generator=generator)
-    return Batch(
-        keys=[f"key{seed}"],
-        raw_latents=torch.randn(1, 4, 8, 8, generator=generator).half(),
-        noise=torch.randn(1, 4, 8, 8, generator=generator),
-        timesteps=torch.tensor([seed * 137 % 1000]),
-        input_ids_1=ids,
-        input_ids_2=ids,
-        chunk_map=torch.zeros(1, 1, dtype=torch.int64),
-        time_ids=torch.full((1, 6), 64.0),
-    )
 
 
 def run(base: Path, mode: Any, rate: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,11 +48,12 @@ def run(base: Path, mode: Any, rate: float, steps: int) -> tuple[torch.Tensor, t
             [value.float().flatten() for value in read_weights(trained_parameters(model), optimizer).values()]
         )
 
+    batches = [make_batch(number, number * 137 % 1000) for number in range(12)]
     before, losses = weights(), []
     for step in range(steps):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
             result = training_step(
-                model, [make_batch(step % 12)], optimizer, objective, step=step, micro_steps=1, max_grad_norm=1.0,
+                model, [batches[step % 12]], optimizer, objective, step=step, micro_steps=1, max_grad_norm=1.0,
                 no_sync=contextlib.nullcontext, all_mean=lambda value: value,
             )  # fmt: skip
         losses.append(result.wait().loss)

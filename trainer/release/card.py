@@ -37,6 +37,7 @@ from trainer.release.tag_rules import (
     special_tags,
 )
 from trainer.sample.pictures import Sample
+from trainer.sample.sampling import training_size
 
 TEMPLATES = Path(str(resources.files("trainer.release")))
 SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
@@ -217,7 +218,7 @@ def choose_size(release: Release, sides: Sequence[tuple[int, int]]) -> tuple[int
         if max(width, height) <= buckets.max_side and width % 8 == height % 8 == 0:
             return width, height
     square = buckets.base_resolution
-    size = sampling.width or square, sampling.height or square
+    size = training_size(sampling, square)
     return size if sampling.prompts or size in sides else (square, square)
 
 

@@ -36,6 +36,11 @@ class LoadedModel:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def training_size(sampling: SamplingConfig, base_resolution: int) -> tuple[int, int]:
+    """(width, height) of the images that are drawn while training."""
+    return sampling.width or base_resolution, sampling.height or base_resolution
+
+
 def build_pipeline(model: SDXL, vae: Any, prediction: Prediction) -> StableDiffusionXLPipeline:
     """Diffusers' pipeline without text encoders: it is given our prompt embeddings.
 

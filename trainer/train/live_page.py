@@ -23,6 +23,7 @@ from trainer.report.curves import Curves
 from trainer.report.pages import write_html
 from trainer.report.run_page import RUN_GENERATOR, RunState, RunView, first_steps, render_run
 from trainer.report.sheets import Sheets
+from trainer.sample.sampling import training_size
 from trainer.train.launch import RunInputs
 from trainer.train.run import run_path
 
@@ -84,10 +85,11 @@ class LivePage:
         """What the page is made of, now."""
         config, sampling = self.inputs.config, self.inputs.config.sampling
         self.curves.read(self.folder / METRICS_FILE)
-        side, hide = config.buckets.base_resolution, partial(hide_environment, written=config.written)
-        sheets = self.sheets.read(
-            [hide(prompt) for prompt in sampling.prompts], (sampling.width or side, sampling.height or side)
+        size, hide = (
+            training_size(sampling, config.buckets.base_resolution),
+            partial(hide_environment, written=config.written),
         )
+        sheets = self.sheets.read([hide(prompt) for prompt in sampling.prompts], size)
         return RunView(
             page=self.folder / RUN_PAGE_FILE,
             written=config.written,

@@ -29,7 +29,7 @@ from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
-from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid
+from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid, training_size
 from trainer.train.announce import describe_end, describe_start, find_warnings, make_result
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
@@ -230,11 +230,10 @@ def save(run: Run, made: int) -> None:
 def sample(run: Run, made: int) -> None:
     """Draw the fixed prompts, shared out over the ranks, as one grid."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
-    sampling, side = config.sampling, config.buckets.base_resolution
+    sampling, size = config.sampling, training_size(config.sampling, config.buckets.base_resolution)
     pipeline = build_pipeline(run.sdxl, run.vae, trained_prediction(config.diffusion))
     length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
     model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
-    size = (sampling.width or side, sampling.height or side)
     numbers = range(accelerator.process_index, len(sampling.prompts), accelerator.num_processes)
     with Meter("sample", len(numbers) * sampling.num_inference_steps, "denoising step") as meter:
         own = {  # each by itself, so that an image does not depend on which rank draws what
