@@ -10,7 +10,12 @@ the process's.
 
 ``original`` are the original's settings: fp32 weights under autocast, everything computed again. ``example`` is a step
 as diffusers' SDXL example makes it, written here with diffusers and torch alone. A line is printed, and with --out
-written, after each variant, so that a run that is cut off leaves what it has.
+written, after each variant, so that a run that is cut off leaves what it has; --budget is the time after which no
+variant is begun.
+
+On a GPU two columns more: what the memory model (trainer/train/memory.py) counts for the variant, and the TFLOP/s that
+follow from its FLOPs. There a step that makes the host wait for the device fails, where the optimizer needs no such
+wait: everything is launched under PyTorch's sync debug mode "error".
 """
 
 import argparse
@@ -25,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +56,8 @@ from trainer.model.base import read_sdxl_config
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.latents import LatentScale
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_empty, encode_prompts, set_part, unused_layers
+from trainer.train.memory import Shape as CountedShape
+from trainer.train.memory import count_step, estimate
 from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer
 from trainer.train.step import Objective, training_step
@@ -119,10 +127,10 @@ def make_part(part: str, tiny: bool, device: torch.device) -> nn.Module:
     component = COMPONENTS[part]
     module = build_empty(part, read_sdxl_config(component) | (SMALL[component] if tiny else {}))
     positions = dict(module.named_buffers())
-    generator = torch.Generator(device).manual_seed(len(part))
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(len(part))
     for name, parameter in list(module.named_parameters()):
         values = torch.zeros(parameter.shape, device=device)
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and generator is not None:
             values.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
         elif not name.endswith("bias"):
             values.fill_(1)
@@ -198,7 +206,7 @@ def our_step(sdxl: SDXL, shape: Shape, variant: Variant, device: torch.device) -
     optim = OptimConfig(name=variant.optimizer, unet_lr=7.5e-6, text_encoder_1_lr=3.75e-6, text_encoder_2_lr=3.75e-6)
     if variant.optimizer == "adafactor":
         optim = replace(optim, betas=None, eps=None, weight_decay=0.0)
-    precision = PrecisionConfig(variant.compute, weights=variant.weights, gradients=variant.gradients)
+    precision = precision_of(variant)
     narrow = variant.weights != "autocast"
     compute = DTYPES[variant.compute]
     optimizer: Any = NarrowOptimizer(sdxl, optim, precision, 0, device) if narrow else build_optimizer(sdxl, optim)
@@ -208,15 +216,34 @@ def our_step(sdxl: SDXL, shape: Shape, variant: Variant, device: torch.device) -
     )
     scaler = torch.amp.GradScaler(device.type) if variant.compute == "fp16" else None
     model = sdxl if narrow else Autocast(sdxl, compute)
+    waits_never = device.type == "cuda" and variant.optimizer == "adamw" and not variant.compile
 
     def step(number: int) -> float:
-        pending = training_step(
-            model, batches, optimizer, objective, step=number, micro_steps=shape.micro_steps, max_grad_norm=1.0,
-            no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
-        )  # fmt: skip
+        # the first step makes the optimizer's state, libraries' handles and kernels
+        with no_waiting() if waits_never and number else contextlib.nullcontext():
+            pending = training_step(
+                model, batches, optimizer, objective, step=number, micro_steps=shape.micro_steps, max_grad_norm=1.0,
+                no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
+            )  # fmt: skip
         return float(pending.wait().loss)
 
     return step
+
+
+def precision_of(variant: Variant) -> PrecisionConfig:
+    return PrecisionConfig(
+        variant.compute, weights=variant.weights, gradients=variant.gradients, frozen=variant.compute
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU is an error in here."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def their_step(sdxl: SDXL, shape: Shape, variant: Variant, device: torch.device) -> Callable[[int], float]:
@@ -274,33 +301,51 @@ def measure(shape: Shape, name: str, steps: int) -> dict[str, Any]:
     return {"name": name, "loss": loss, "seconds": seconds, "peak": peak, "device": describe_device(device)}
 
 
+def count(shape: Shape, name: str) -> dict[str, float]:
+    """What the memory model says of a variant: bytes at most, and FLOPs of a step."""
+    variant = VARIANTS[name]
+    if variant.example:
+        return {}
+    sdxl = make_model(shape, replace(variant, compile=False), torch.device("meta"))
+    if variant.weights != "autocast":
+        nn.Module.to(sdxl, DTYPES[variant.compute])
+    counted = count_step(
+        sdxl, CountedShape(shape.samples, shape.side, shape.side, shape.chunks), precision_of(variant)
+    )  # fmt: skip
+    needs = estimate(sdxl, variant.optimizer, precision_of(variant), counted.peak)
+    return {"counted": needs.total, "flops": counted.flops * shape.micro_steps}
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def ask(words: list[str], name: str, limit: float) -> dict[str, Any]:
-    """A variant's measurement, or what went wrong with it."""
+def ask(words: list[str], name: str, limit: float, meanwhile: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """A variant's measurement, or what went wrong with it; beside it, what ``meanwhile`` finds out here."""
     command = [sys.executable, __file__, *words, "--one", name]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin would count as work
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "failed": f"no answer within {limit:.0f} s"}
-    if done.returncode:
-        return {"name": name, "failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:120]}
-    return json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as asked:
+        found = meanwhile()
+        try:
+            answer, errors = asked.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            asked.kill()
+            return {"name": name, "failed": f"no answer within {limit:.0f} s"}
+    if asked.returncode:
+        return {"name": name, "failed": (errors.strip().splitlines() or ["no word"])[-1][:120]}
+    return json.loads(answer.splitlines()[-1]) | found
 
 
 def list_rows(found: dict[str, list[dict[str, Any]]], shape: Shape) -> Iterator[str]:
     """The table; a ratio is the median of the rounds' ratios."""
-    yield "| variant | samples/s | ratio to original | peak GB | first loss |"
-    yield "|---|---|---|---|---|"
+    yield "| variant | samples/s | ratio to original | peak GB | counted GB | TFLOP/s | first loss |"
+    yield "|---|---|---|---|---|---|---|"
     reference = found.get("original", [])
     samples = shape.samples * shape.micro_steps
     for name, rounds in found.items():
         if failed := [each["failed"] for each in rounds if "failed" in each]:
-            yield f"| {name} | {failed[0]} | | | |"
+            yield f"| {name} | {failed[0]} | | | | | |"
             continue
         medians = [statistics.median(each["seconds"]) for each in rounds]
         others = [statistics.median(each["seconds"]) for each in reference if "failed" not in each]
@@ -309,8 +354,10 @@ def list_rows(found: dict[str, list[dict[str, Any]]], shape: Shape) -> Iterator[
         loss, expected = rounds[0]["loss"], (reference or rounds)[0].get("loss", rounds[0]["loss"])
         same = abs(loss - expected) <= TOLERANCE * expected
         peak = max(each["peak"] for each in rounds) / 1e9
+        counted = f"{rounds[0]['counted'] / 1e9:.1f}" if "counted" in rounds[0] else ""
+        rate = f"{rounds[0]['flops'] / statistics.median(medians) / 1e12:.0f}" if "flops" in rounds[0] else ""
         speed = f"{samples / statistics.median(medians):.3f} | {ratio}" if same else "not compared: another loss |"
-        yield f"| {name} | {speed} | {peak:.1f} | {loss:.4f} |"
+        yield f"| {name} | {speed} | {peak:.1f} | {counted} | {rate} | {loss:.4f} |"
 
 
 def main() -> None:
@@ -324,6 +371,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one variant in one round")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds, after which no variant is begun")
     parser.add_argument("--out", type=Path, help="the table, written after each variant")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -336,9 +384,15 @@ def main() -> None:
         place = words.index("--variants")
         words = words[:place] + words[place + 1 + len(arguments.variants) :]
     found: dict[str, list[dict[str, Any]]] = {}
+    began = time.monotonic()
+    counts = choose_device().type == "cuda"  # on a CPU counting would disturb what is timed
     for turn in range(arguments.rounds):
         for name in arguments.variants:
-            answer = ask(words, name, arguments.limit)
+            if time.monotonic() - began > arguments.budget:
+                print(f"round {turn}: no time left for {name}", file=sys.stderr)
+                continue
+            meanwhile = partial(count, shape, name) if counts and turn == 0 else dict[str, float]
+            answer = ask(words, name, arguments.limit, meanwhile)
             found.setdefault(name, []).append(answer)
             print(json.dumps({"round": turn, **answer}), file=sys.stderr, flush=True)
             if arguments.out:
