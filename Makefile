@@ -1,4 +1,5 @@
-# make demo: the whole two-stage run on real drawings, on the CPU.  make test: all checks but the slow ones.
+# make demo: the whole two-stage run on real drawings, on the CPU.  make test: all checks but the slow ones and the longest of
+# the promises'.  make test-faults: all of those, which break runs in every way that is promised to be survived.
 # make setup: the environment, in .venv, with the newest Python of 3.11 to 3.13 that is here, or make setup PYTHON=...
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -14,7 +15,7 @@ PUBLISH := $(BIN)/python scripts/publish.py demo_run/runs/stage2_refine_unet
 PUBLISH_LICENSED = $(PUBLISH) --license-file "$(LICENSE_FILE)" publish.source_url=https://example.org/the-demo \
 	--acknowledge-base-terms "made from nothing by scripts/make_tiny_base.py: nobody else's terms apply"
 
-.PHONY: setup setup-dev demo publish-demo test test-slow check clean-demo
+.PHONY: setup setup-dev demo publish-demo test test-slow test-faults check clean-demo
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -72,10 +73,14 @@ check: .venv/installed-dev
 # one thread a process: two processes of one thread finish sooner on 2 cores than one of two; where a test takes two threads,
 # they sleep instead of spinning while they wait for each other
 test: check
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not faults"
 
 test-slow: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow
+
+# a module for each promise; prints how often each was tried, and how often it failed
+test-faults: .venv/installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile tests/promises
 
 clean-demo:
 	rm -rf demo_run
