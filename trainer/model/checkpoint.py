@@ -156,9 +156,8 @@ def restore_checkpoint(
     """Put a checkpoint's weights and optimizer state into place, bit by bit; ``put`` sets a parameter."""
     file = checkpoint / MODEL_FILE
     with Meter(f"read {shown_name(file)}", file.stat().st_size, BYTES) as meter:
-        tensors = dict(LazyFile(file, meter))
-    check_finite(tensors, str(checkpoint / MODEL_FILE), OLDER)
-    load_trained(model, tensors, put)
+        load_trained(model, LazyFile(file, meter), put, str(file), OLDER)
+    # a dict of what lies in the mapped file, of which nothing is copied before its turn
     states = dict(read_optimizer_state(checkpoint / OPTIMIZER_FILE))
     floats = {name: value for name, value in states.items() if isinstance(value, Tensor) and value.is_floating_point()}
     check_finite(floats, str(checkpoint / OPTIMIZER_FILE), OLDER)

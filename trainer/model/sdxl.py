@@ -16,7 +16,7 @@ from trainer.config.schema import Dtype, MemoryConfig, ModelConfig, PrecisionCon
 from trainer.core.errors import UserError, shorten
 from trainer.model.base import Base, read_config, read_state
 from trainer.model.recompute import use_policy
-from trainer.model.weights_file import check_finite
+from trainer.model.weights_file import check_each, check_finite
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENTS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}  # part -> folder
@@ -209,21 +209,25 @@ def put_weights(parameter: nn.Parameter, values: Tensor) -> None:
 
 
 def load_trained(
-    model: nn.Module, tensors: Mapping[str, Tensor], put: Callable[[nn.Parameter, Tensor], None] = put_weights
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    put: Callable[[nn.Parameter, Tensor], None] = put_weights,
+    where: str = "the checkpoint",
+    remedy: str = "take a sound one",
 ) -> None:
-    """Put a checkpoint's tensors into the trained parameters.
+    """Put a checkpoint's tensors into the trained parameters, one at a time, which may be read as they are asked for.
 
     Raises:
-        UserError: when names or shapes differ.
+        UserError: when names or shapes differ, or values are not finite: see ``check_finite`` for the two last words.
     """
     parameters = trained_parameters(model)
     if differing := sorted(parameters.keys() ^ tensors.keys()):
         raise UserError(f"the checkpoint trains other parameters than this config: {', '.join(differing[:4])} ...")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, the model {tuple(parameter.shape)}")
-            put(parameter, tensors[name])
+        for name, values in check_each(((name, tensors[name]) for name in parameters), where, remedy):
+            if parameters[name].shape != values.shape:
+                raise UserError(f"{name} has shape {tuple(values.shape)}, the model {tuple(parameters[name].shape)}")
+            put(parameters[name], values)
 
 
 def unused_layers(text_encoder_1: Any) -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from trainer.core.progress import Meter, watch_writing
 
 PICKLED_BYTES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ARCHIVE_BYTES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")
+SUMMED = 2**22  # elements that are looked at at once
 PAGE_WORDS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
 
 
@@ -175,10 +176,35 @@ def check_finite(state: Mapping[str, Tensor], where: str, remedy: str = "take a 
         )
 
 
+def check_each(
+    tensors: Iterable[tuple[str, Tensor]], where: str, remedy: str = "take a sound copy of the model"
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass on (name, tensor) one at a time, so that no more than one is held, each only if it is sound.
+
+    Raises:
+        UserError: as ``check_finite``, at the first that is not; those after it are read to be counted.
+    """
+    rest = iter(tensors)
+    for name, tensor in rest:
+        if not is_sound(tensor):
+            check_finite({name: tensor} | {other: value for other, value in rest if not is_sound(value)}, where, remedy)
+        yield name, tensor
+
+
+def is_sound(tensor: Tensor) -> bool:
+    """Whether a tensor is of floating point and finite."""
+    return tensor.is_floating_point() and is_finite(tensor)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values of a floating-point tensor are finite."""
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # sums of fp8 do not exist
-    return math.isfinite(wide.sum(dtype=torch.float64))  # a sum that finite values of up to fp32 cannot overflow
+    return all(math.isfinite(sum_of(part)) for part in tensor.flatten().split(SUMMED))
+
+
+def sum_of(values: Tensor) -> float:
+    """A sum that finite values of up to fp32 cannot overflow; torch makes an fp64 copy of them for it."""
+    wide = values.float() if values.element_size() == 1 else values  # sums of fp8 do not exist
+    return float(wide.sum(dtype=torch.float64))
 
 
 def more(names: list[str]) -> str:
