@@ -1,6 +1,6 @@
 """A full-size SDXL with random weights, as a diffusers folder of fp16 files.
 
-``python benchmarks/random_sdxl.py FOLDER`` (6.9 GB, half a minute). CLIP's vocabulary is read as data from the wheel of
+``python benchmarks/random_sdxl.py FOLDER [--vae]`` (6.9 GB, half a minute; the VAE alone 167 MB). CLIP's vocabulary is read as data from the wheel of
 open_clip_torch, which ``make setup-dev`` installs without its dependencies; the package is never imported.
 """
 
@@ -69,17 +69,22 @@ def write_tokenizers(folder: Path) -> tuple[Path, Path]:
     return folder / "tokenizer", folder / "tokenizer_2"
 
 
+def write_component(folder: Path, part: str, component: str) -> None:
+    """A component's weights and config into a new folder."""
+    folder.mkdir(parents=True)
+    config = read_sdxl_config(component)
+    with torch.device("meta"):
+        module = AutoencoderKL.from_config(config) if part == "vae" else build_empty(part, config)
+    file = "model" if component.startswith("text") else "diffusion_pytorch_model"
+    save_file(dict(draw_weights(module, part)), folder / f"{file}.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def make_random_sdxl(folder: Path) -> None:
     """Write all of it into a new folder, one component in memory at a time."""
     write_tokenizers(folder)
     for part, component in {**COMPONENTS, "vae": "vae"}.items():
-        (folder / component).mkdir()
-        config = read_sdxl_config(component)
-        with torch.device("meta"):
-            module = AutoencoderKL.from_config(config) if part == "vae" else build_empty(part, config)
-        file = "model" if component.startswith("text") else "diffusion_pytorch_model"
-        save_file(dict(draw_weights(module, part)), folder / component / f"{file}.safetensors", {"format": "pt"})
-        (folder / component / "config.json").write_text(json.dumps(config))
+        write_component(folder / component, part, component)
     (folder / "scheduler").mkdir()
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(read_sdxl_config("scheduler")))
     (folder / "model_index.json").write_text(json.dumps(read_sdxl_config("model_index")))
@@ -88,4 +93,9 @@ def make_random_sdxl(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="which is not there yet")
-    make_random_sdxl(parser.parse_args().folder)
+    parser.add_argument("--vae", action="store_true", help="the VAE's folder alone")
+    arguments = parser.parse_args()
+    if arguments.vae:
+        write_component(arguments.folder, "vae", "vae")
+    else:
+        make_random_sdxl(arguments.folder)

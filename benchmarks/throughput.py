@@ -100,6 +100,8 @@ VARIANTS = {
     "stochastic, selective": Variant(weights="stochastic", policy="selective"),
     "stochastic, selective, bf16 gradients": Variant("stochastic", "bf16", "selective"),
     "stochastic, selective, adafactor": Variant("stochastic", policy="selective", optimizer="adafactor"),
+    "for 24 GB, full": Variant("stochastic", "bf16", "full", "adafactor"),  # docs/training.md
+    "for 24 GB, selective": Variant("stochastic", "bf16", "selective", "adafactor"),
     "selective, channels last": Variant(policy="selective", channels_last=True),  # flat weights are contiguous
     "master, selective, compiled": Variant("master", policy="selective", compile=True),
     "original in fp16": Variant(compute="fp16"),
