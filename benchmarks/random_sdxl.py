@@ -1,7 +1,8 @@
 """A full-size SDXL with random weights, as a diffusers folder of fp16 files.
 
-``python benchmarks/random_sdxl.py FOLDER [--vae]`` (6.9 GB, half a minute; the VAE alone 167 MB). CLIP's vocabulary is read as data from the wheel of
-open_clip_torch, which ``make setup-dev`` installs without its dependencies; the package is never imported.
+``python benchmarks/random_sdxl.py FOLDER [--vae]`` (6.9 GB, half a minute; the VAE alone 167 MB). CLIP's vocabulary is
+read as data from the wheel of open_clip_torch, which ``make setup-dev`` installs without its dependencies; the package
+is never imported.
 """
 
 import argparse
