@@ -13,9 +13,11 @@ from trainer.core.allocator import use_expandable_segments
 from trainer.core.commands import config_words, training_command
 from trainer.core.console import NextStep, Result
 from trainer.core.errors import run_command
+from trainer.core.processes import follow_launcher
 
 
 def main() -> Result:
+    follow_launcher()
     parser = config_parser("Train one stage of SDXL fine-tuning.")
     parser.add_argument("--check", action="store_true", help="stop before the first step: say what would be trained")
     arguments = finish_command_line(parser)
@@ -25,11 +27,13 @@ def main() -> Result:
     from trainer.train.loop import train  # after what can be refused at once: torch takes seconds to import
 
     result = train(config, check=arguments.check)
-    if not arguments.check or result.facts.get("finished"):
+    if result.facts.get("finished"):
         return result
     words = config_words(arguments.config, arguments.overrides)
-    again = NextStep("train", training_command(words, int(os.environ.get("WORLD_SIZE", "1")), uses_cpu()))
-    return dataclasses.replace(result, next=[again])
+    line = training_command(words, int(os.environ.get("WORLD_SIZE", "1")), uses_cpu())
+    if arguments.check:
+        return dataclasses.replace(result, next=[NextStep("train", line)])
+    return dataclasses.replace(result, next=[NextStep("resume it", line), *result.next])
 
 
 if __name__ == "__main__":

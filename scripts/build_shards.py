@@ -14,9 +14,11 @@ from trainer.config.load import load_config
 from trainer.core.commands import command, config_words, training_command
 from trainer.core.console import NextStep, Result
 from trainer.core.errors import run_command
+from trainer.core.processes import follow_launcher
 
 
 def main() -> Result:
+    follow_launcher()
     arguments = parse_command_line(
         "Encode the images of data.posts and data.images, or of data.sources, into data.shards."
     )

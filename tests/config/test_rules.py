@@ -90,6 +90,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         ("kind: dataset, path: ., name: here, revision: main", "revision", "has no effect: the path is a local"))],
     (["data.sources=[{kind: folder, path: x/a}, {kind: tars, path: y/a}]"],
      "data.sources.1.name", "a is the name of data.sources.0 too"),
+    (["run.time_limit=soon"], "run.time_limit", "must be a time such as 11h30m"),
     (["run.num_processes=4"], "run.num_processes", "4 processes x data.micro_batch_size 16 = 64 does not divide"),
     *[([f"captions.keep_tokens_separator='{text}'"], "captions.keep_tokens_separator", "some text without commas")
       for text in ("", "  ", "a,b")],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ def page_of(config: Config) -> Reader:
 def fail_at(step: int, patch: pytest.MonkeyPatch, error: BaseException) -> None:
     step_once = loop.step_once
 
-    def fail(run: Any, batches: Any, number: int, stop: bool) -> Any:
+    def fail(run: Any, batches: Any, number: int) -> Any:
         if number == step:
             raise error
-        return step_once(run, batches, number, stop)
+        return step_once(run, batches, number)
 
     patch.setattr(loop, "step_once", fail)
 
@@ -78,10 +79,16 @@ def test_a_stopped_run_says_so(make_config: MakeConfig) -> None:
     config = make_config("schedule.max_steps=6")
     with pytest.MonkeyPatch.context() as patch:
         step_once = loop.step_once
-        patch.setattr(loop, "step_once", lambda run, batches, step, stop: step_once(run, batches, step, step >= 2))
+
+        def signalled(run: Any, batches: Any, step: int) -> Any:
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return step_once(run, batches, step)
+
+        patch.setattr(loop, "step_once", signalled)
         train(config)
     text = page_of(config).text
-    assert re.search(r"Stopped at step [34] of 6, as it was asked to", text) and "To resume" in text
+    assert re.search(r"Stopped at step 3 of 6, as it was asked to", text) and "To resume" in text
 
 
 def test_it_is_written_at_the_start_at_each_checkpoint_and_at_the_end(make_config: MakeConfig) -> None:

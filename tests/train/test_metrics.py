@@ -123,7 +123,7 @@ PLAN = Plan(np.array([[64, 64]] * 8), seed=1, bucket_batch_size=4, global_batch_
 def result(step: int, skipped: bool, **changes: Any) -> StepResult:
     one = torch.tensor(1.0)
     fields: dict[str, Any] = {
-        "step": step, "loss": one, "grad_norm": one, "bad": False, "stop": False,
+        "step": step, "loss": one, "grad_norm": one, "bad": False,
         "losses": one[None], "keys": ["k"], "loss_scale": 2.0, "skipped": skipped, "launched": float(step),
     }  # fmt: skip
     return StepResult(**fields | changes)

@@ -56,10 +56,10 @@ def die_at(step: int, patch: pytest.MonkeyPatch) -> None:
     """End the work at a step as a kill would."""
     step_once = loop.step_once
 
-    def die(run: Any, batches: Any, number: int, stop: bool) -> Any:
+    def die(run: Any, batches: Any, number: int) -> Any:
         if number == step:
             raise KeyboardInterrupt
-        return step_once(run, batches, number, stop)
+        return step_once(run, batches, number)
 
     patch.setattr(loop, "step_once", die)
 

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import assert_never
 
+from trainer.config.durations import parse_duration
 from trainer.config.free_text import find_unfit
 from trainer.config.precision_rules import precision_rules
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
@@ -66,6 +67,9 @@ def training_rules(config: Config) -> Iterator[Broken]:
 def run_and_model_rules(config: Config) -> Iterator[Broken]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
+    for name in ("time_limit",):
+        if (text := getattr(config.run, name)) is not None and parse_duration(text) is None:
+            yield (f"run.{name}",), f"must be a time such as 11h30m, 90m, 45s or 11:30:00, not {text}"
     model = config.model
     if not (model.train_unet or model.train_text_encoder_1 or model.train_text_encoder_2):
         yield ("model.train_unet", "model.train_text_encoder_1", "model.train_text_encoder_2"), "nothing is trained"

@@ -46,6 +46,9 @@ class RunConfig:
     output_dir: Place = free("runs")  # everything a run writes lies under output_dir / name
     seed: int = 42  # the order, captions, noise and timesteps are functions of it
     num_processes: int | None = free(None)  # if set, a launch with any other number refuses
+    # save and stop this long after the process began, early enough for the save: 11h30m, or 11:30:00 as SLURM has it.
+    # null: ahead of the end of the SLURM job, where there is one
+    time_limit: str | None = free(None)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Result:
     paths: Sequence[Path] = ()  # what was made, or what was looked at
     facts: Mapping[str, Any] = field(default_factory=dict)  # for programs, JSON values
     next: Sequence[NextStep] = ()
+    code: int = 0  # with which the process ends
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ScreenHandler(logging.Handler):
     """Lines on stderr, above the bars that stand there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # no one reads it, or the terminal is gone: no reason to end the work
             tqdm.write(self.format(record), file=sys.stderr)
 
 

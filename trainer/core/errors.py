@@ -40,7 +40,8 @@ def shorten(text: str, limit: int = 300) -> str:
 def run_command(main: Callable[[], object], resume: str = "") -> None:
     """Run a script's main and print its result; a UserError is printed to stderr and ends it with exit code 2.
 
-    ``--quiet`` and ``--json`` say how it speaks, see core/console.py. Ctrl-C ends it with 130 and ``resume``: what
+    ``--quiet`` and ``--json`` say how it speaks, see core/console.py. A result may have an exit code of its own. Ctrl-C
+    ends it with 130 and ``resume``: what
     starting it again does. A reader that has gone, as in ``script | head``, ends it without a word.
     """
     output, began = read_output(), time.monotonic()
@@ -50,6 +51,9 @@ def run_command(main: Callable[[], object], resume: str = "") -> None:
             result = main()
         if isinstance(result, Result):
             print_result(result, output, time.monotonic() - began)
+            if result.code:
+                report_failure(result.said)
+                sys.exit(result.code)
     except (UserError, WrongWords) as error:
         fail(str(error), output, 2)
     except KeyboardInterrupt:
@@ -80,8 +84,8 @@ def fail(message: str, output: Output, code: int) -> NoReturn:
         print_error(begins + message)
     if output.json:
         print_json({"error": message})
-    if (report := os.environ.get("TORCHELASTIC_ERROR_FILE")) and code != 130:  # torchrun's own words end with this
-        write_report(Path(report), message)
+    if code != 130:
+        report_failure(message)
     sys.exit(code)
 
 
@@ -91,10 +95,12 @@ def print_unexpected(error: Exception, output: Output) -> None:
         print_json({"error": f"{type(error).__name__}: {error}"})
 
 
-def write_report(path: Path, message: str) -> None:
-    """What torchrun shows of a process that ended with an error, in the form of torch's elastic errors."""
-    with contextlib.suppress(OSError):
-        path.write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}), encoding="utf-8")
+def report_failure(message: str) -> None:
+    """What torchrun shows of a process that did not end with 0, in the form of torch's elastic errors."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def print_error(message: str) -> None:

@@ -7,8 +7,8 @@ threads, processes or interruptions changes nothing. Design, ideas 1 and 2.
 
 import dataclasses
 from collections import deque
-from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from trainer.data.captions import compose_caption, draw_caption
 from trainer.data.index import Index, latents_shape, read_latents_into
 from trainer.data.plan import Plan, Planned
 from trainer.data.tokens import TextTokenizer, tokenize_captions
+
+LOOK_SECONDS = 0.2  # between looks whether the run stops, while a batch is waited for
 
 Tokenizers = tuple[TextTokenizer, TextTokenizer]
 
@@ -156,29 +158,36 @@ def load_batches(
     threads: int,
     prefetch_factor: int | None,
     pin_memory: bool,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch, None, None]:
     """This rank's batches of the steps ``first_step`` .. ``last_step - 1``, in order.
 
-    Close it when done: then the threads end, at the latest with the batches that they are making.
+    Close it when done: then the threads end, at the latest with the batches that they are making. Once ``stopped``, it
+    ends as soon as it would have to wait for a batch.
 
     Raises:
         UserError: as ``make_batch``, in place of the batch.
     """
     numbers = micro_batch_numbers(first_step, last_step, data.per_step, rank, world)
-    with closing(make_ahead(data, numbers, threads, threads * (prefetch_factor or 2))) as batches:
+    with closing(make_ahead(data, numbers, threads, threads * (prefetch_factor or 2), stopped)) as batches:
         for batch in batches:
             # here and not in a loader's thread, for which another device would be the current one
             yield batch.pin_memory() if pin_memory else batch
 
 
-def make_ahead(data: MicroBatches, numbers: range, threads: int, ahead: int) -> Generator[Batch, None, None]:
+def make_ahead(
+    data: MicroBatches, numbers: range, threads: int, ahead: int, stopped: Callable[[], bool] = lambda: False
+) -> Generator[Batch, None, None]:
     """The micro-batches of these numbers, in order, made in threads, ``ahead`` of them before they are wanted.
 
     Threads and not processes: most of the work is done outside Python's lock, and handing a batch to another process
     costs more than reading it (benchmarks/loading.py).
     """
     if threads == 0:
-        yield from map(data.__getitem__, numbers)
+        for number in numbers:
+            if stopped():
+                return
+            yield data[number]
         return
     ready: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -186,8 +195,18 @@ def make_ahead(data: MicroBatches, numbers: range, threads: int, ahead: int) -> 
         for number in numbers:
             ready.append(pool.submit(data.__getitem__, number))
             if len(ready) > ahead:
+                if has_to_go(ready[0], stopped):
+                    return
                 yield ready.popleft().result()
-        while ready:
+        while ready and not has_to_go(ready[0], stopped):
             yield ready.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=not stopped(), cancel_futures=True)
+
+
+def has_to_go(batch: Future[Batch], stopped: Callable[[], bool]) -> bool:
+    """Wait until a batch is there; whether it is not, because the run stops: its files may never come."""
+    while not wait([batch], timeout=LOOK_SECONDS).done:
+        if stopped():
+            return True
+    return False

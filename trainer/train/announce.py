@@ -20,6 +20,7 @@ from trainer.train.launch import RunInputs
 from trainer.train.policy import describe_policy, warn_of_memory
 from trainer.train.run import run_path
 from trainer.train.save import count_more_checkpoints, estimate_size, find_leftovers
+from trainer.train.stops import STOPPED
 
 MAX_NAMED = 4  # buckets
 
@@ -30,7 +31,7 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
     data, processes = config.data, inputs.accelerator.num_processes
     parameters = trained_parameters(sdxl)
     parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in parameters))
-    size = measure_checkpoint(resumed.folder) if resumed else estimate_size(sdxl, config.optim.name)
+    size = expect_size(inputs, sdxl)
     keep = config.checkpoint
     milestones = f" and those at multiples of {keep.keep_every_steps:,}" if keep.keep_every_steps else ""
     begins = "a new run"
@@ -56,6 +57,13 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
     return "\n".join(lines)
 
 
+def expect_size(inputs: RunInputs, sdxl: nn.Module) -> int:
+    """Bytes of a checkpoint."""
+    if inputs.resumed is not None:
+        return measure_checkpoint(inputs.resumed.folder)
+    return estimate_size(sdxl, inputs.config.optim.name)
+
+
 def describe_weights(precision: PrecisionConfig) -> str:
     """The arithmetic of a training, in some words."""
     compute = precision.compute
@@ -70,8 +78,7 @@ def describe_weights(precision: PrecisionConfig) -> str:
 
 def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
     """What somebody should know before the first step, and could still change."""
-    data, resumed = inputs.config.data, inputs.resumed
-    size = measure_checkpoint(resumed.folder) if resumed else estimate_size(sdxl, inputs.config.optim.name)
+    data, size = inputs.config.data, expect_size(inputs, sdxl)
     of_data = warn_of_data(inputs.data.plan, inputs.facts["images"], data.global_batch_size, inputs.last)
     gpus = 0 if uses_cpu() else torch.cuda.device_count()
     of_gpus = warn_of_gpus(inputs.accelerator.num_processes, gpus, inputs.config.run.num_processes)
@@ -123,10 +130,10 @@ def warn_of_disk(inputs: RunInputs, size: int) -> Iterator[str]:
         )
 
 
-def describe_end(inputs: RunInputs, made: int, seconds: float, skipped: int) -> str:
-    """What has been made."""
+def describe_end(inputs: RunInputs, made: int, seconds: float, skipped: int, reason: str | None) -> str:
+    """What has been made, and why not more."""
     plan, last = inputs.data.plan, inputs.last
-    state = "all" if made == last else f"stopped at step {made:,}; the same command resumes there"
+    state = "all" if made == last else f"stopped at step {made:,} by {reason}; the same command resumes there"
     withheld = f", {skipped:,} of all skipped by loss scaling" if skipped else ""
     return (
         f"{inputs.config.run.name}: {format_count(made - inputs.first, 'step')} in {format_duration(seconds)}, "
@@ -134,10 +141,10 @@ def describe_end(inputs: RunInputs, made: int, seconds: float, skipped: int) -> 
     )
 
 
-def make_result(inputs: RunInputs, said: str, made: int) -> Result:
+def make_result(inputs: RunInputs, said: str, made: int, reason: str | None = None) -> Result:
     """What training ends with: the last checkpoint, and the command that makes a model of it."""
     path = run_path(inputs.config)
-    newest = find_newest(path)
+    newest, code = find_newest(path), 0 if made >= inputs.last else STOPPED
     facts = {
         "run": inputs.config.run.name,
         "folder": str(path),
@@ -145,10 +152,11 @@ def make_result(inputs: RunInputs, said: str, made: int) -> Result:
         "step": made,
         "last_step": inputs.last,
         "finished": made >= inputs.last,
+        "stopped_by": None if made >= inputs.last else reason,
         "images": inputs.facts["images"],
     }
     if newest is None:
-        return Result(said, facts=facts)
+        return Result(said, facts=facts, code=code)
     size = format_bytes(measure_checkpoint(newest))
     exporting = NextStep("export it", command("scripts/export.py", name_run(path)))
-    return Result(f"{said}\n  last checkpoint: {newest}, {size}", [newest], facts, [exporting])
+    return Result(f"{said}\n  last checkpoint: {newest}, {size}", [newest], facts, [exporting], code)

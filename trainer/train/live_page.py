@@ -14,7 +14,6 @@ from trainer.config.run_names import name_run
 from trainer.core.commands import command, training_command
 from trainer.core.console import log
 from trainer.core.distributed import uses_cpu
-from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_PAGE_FILE
 from trainer.model.checkpoint import find_newest, step_of
 from trainer.model.exports import export_step, list_exports
@@ -25,6 +24,7 @@ from trainer.report.run_page import RUN_GENERATOR, RunState, RunView, first_step
 from trainer.report.sheets import Sheets
 from trainer.sample.sampling import training_size
 from trainer.train.launch import RunInputs
+from trainer.train.outcome import describe_error
 from trainer.train.run import run_path
 
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -50,8 +50,8 @@ class LivePage:
         if error is None:
             self.write(RunState("finished" if self.made == self.inputs.last else "stopped"))
         else:
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-            self.write(RunState("failed", "interrupted" if isinstance(error, KeyboardInterrupt) else said))
+            said = "interrupted" if isinstance(error, KeyboardInterrupt) else describe_error(error)
+            self.write(RunState("failed", said))
 
     def update(self, made: int, at_once: bool) -> None:
         """So many steps are made; the page follows at once, or when it is time."""

@@ -4,16 +4,16 @@ Progress is one integer, the step. Errors come before harm: all that can be refu
 """
 
 import json
-import signal
-import threading
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 from torch.optim import Optimizer
 
 from trainer.config.environment import hide_environment
@@ -30,18 +30,20 @@ from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid, training_size
-from trainer.train.announce import describe_end, describe_start, find_warnings, make_result
+from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.metrics import find_peak_flops, training_flops
 from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
+from trainer.train.outcome import noting_outcome
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
 from trainer.train.resume import check_resumed, describe_changes, restore_scaler
 from trainer.train.run import begin_attempt, find_resumed, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
+from trainer.train.stops import StopAsked, Stops, stop_requests
 
 
 def train(config: Config, check: bool = False) -> Result:
@@ -51,7 +53,7 @@ def train(config: Config, check: bool = False) -> Result:
         UserError: whatever the user has to mend, before anything is harmed.
     """
     inputs = open_inputs(config, build_accelerator(config))
-    with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests() as stop_requested:
+    with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests(config.run.time_limit) as stops:
         inputs.accelerator.wait_for_everyone()
         inputs = replace(inputs, resumed=find_resumed(config))  # another process may have saved before the lock
         check_resumed(inputs)
@@ -62,6 +64,7 @@ def train(config: Config, check: bool = False) -> Result:
             )
         inputs = settle_memory(inputs)
         model, sdxl, optimizer = load_model(inputs)
+        stops.expect_saves(expect_size(inputs, sdxl))
         log.info(describe_start(inputs, sdxl))
         if changes := describe_changes(inputs):
             log.info("note: %s", changes)
@@ -69,34 +72,37 @@ def train(config: Config, check: bool = False) -> Result:
             log.warning("warning: %s", warning)
         if check:
             return Result(f"checked: the run can start at step {first:,}; nothing was trained")
-        run = build_run(inputs, model, sdxl, optimizer)
+        run = build_run(inputs, model, sdxl, optimizer, stops)
         pending: PendingStep | None = None
-        with run.progress, run.page, closing(start_loading(run)) as batches:
+        with run.progress, run.page, run.noting, closing(start_loading(run)) as batches:
             for step in range(first, last):
-                set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
-                before, pending = pending, step_once(run, batches, step, stop_requested.is_set())
-                # while the device works on this step, the host waits for the numbers of the one before
-                stopping = before is not None and run.progress.read(before.wait())
-                made = step + 1
-                done = made == last
-                saving = due(made, config.checkpoint.every_steps) or done or stopping
-                if saving:
-                    stopping = run.progress.read(pending.wait()) or stopping
-                    pending = None
-                    with run.progress.timed("checkpoint"):
-                        save(run, made)
-                if sampling := due(made, config.sampling.every_steps) or (done and config.sampling.every_steps):
-                    with run.progress.timed("sample"):
-                        sample(run, made)
-                run.page.update(made, at_once=bool(saving or sampling))
-                if stopping:
+                ready = wait_for_batches(run, batches)
+                if stops.agree():
                     break
-        return make_result(inputs, describe_end(inputs, made, run.progress.seconds, run.progress.skipped["all"]), made)
+                set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
+                before, pending = pending, step_once(run, ready, step)
+                if before is not None:  # while the device works on this step, the host waits for the one before
+                    run.progress.read(before.wait())
+                if saving := due(step + 1, config.checkpoint.every_steps) or step + 1 == last:
+                    save_made(run, pending)
+                    pending = None
+                if sampling := sample_due(config, step + 1, last):
+                    sample(run, step + 1)
+                run.page.update(step + 1, at_once=saving or sampling)
+            if pending is not None:  # stopped between two saves
+                save_made(run, pending)
+        said = describe_end(inputs, run.page.made, run.progress.seconds, run.progress.skipped["all"], stops.reason)
+        return make_result(inputs, said, run.page.made, stops.reason)
 
 
 def due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every is not None and step % every == 0
+
+
+def sample_due(config: Config, made: int, last: int) -> bool:
+    """Whether samples are drawn after so many steps."""
+    return due(made, config.sampling.every_steps) or (made == last and config.sampling.every_steps is not None)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,8 @@ class Run:
     objective: Objective
     progress: Progress
     page: LivePage
+    noting: AbstractContextManager[None]  # how the steps end
+    stops: Stops
     vae: Any  # for samples; None where none are drawn
     tracker_run_id: str
 
@@ -141,7 +149,7 @@ def load_model(inputs: RunInputs) -> tuple[Any, SDXL, Optimizer]:
     return model, sdxl, optimizer
 
 
-def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -> Run:
+def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, stops: Stops) -> Run:
     """What makes and reads the steps of this attempt; with it the attempt is written down."""
     config, accelerator = inputs.config, inputs.accelerator
     device = describe_device(accelerator.device)
@@ -162,10 +170,14 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer) -
     cast = torch.float32 if config.precision.weights == "autocast" else DTYPES[config.precision.compute]
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale, cast)
     page = LivePage(inputs, find_warnings(inputs, sdxl), progress.timed)
+    noting = noting_outcome(
+        run_path(config), is_main=accelerator.is_main_process, last=inputs.last, written=config.written, stops=stops,
+        made=lambda: page.made,
+    )  # fmt: skip
     vae = None
     if config.sampling.every_steps:
         vae = build_vae(inputs.vae.config, inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
-    return Run(inputs, model, sdxl, optimizer, objective, progress, page, vae, tracker_run_id)
+    return Run(inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, vae, tracker_run_id)
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
@@ -175,7 +187,7 @@ def start_loading(run: Run) -> Generator[Batch, None, None]:
     batches = load_batches(
         inputs.data, first_step=inputs.first, last_step=inputs.last, rank=rank, world=world,
         threads=data.loader_threads, prefetch_factor=data.prefetch_factor,
-        pin_memory=inputs.accelerator.device.type == "cuda",
+        pin_memory=inputs.accelerator.device.type == "cuda", stopped=run.stops.asked,
     )  # fmt: skip
     if run.model is not run.sdxl and world > 1:
         batch = inputs.data[inputs.first * inputs.data.per_step + rank]
@@ -183,16 +195,31 @@ def start_loading(run: Run) -> Generator[Batch, None, None]:
     return batches
 
 
-def step_once(run: Run, batches: Iterator[Batch], step: int, stop_requested: bool) -> PendingStep:
+def wait_for_batches(run: Run, batches: Iterator[Batch]) -> list[Batch]:
+    """This rank's micro-batches of the next step; fewer where it was asked to stop while it waited.
+
+    All of them before the step, so that a rank whose files do not come can still agree with the others to stop.
+    """
+    return list(islice(batches, run.inputs.data.per_step // run.inputs.accelerator.num_processes))
+
+
+def step_once(run: Run, batches: Sequence[Batch], step: int) -> PendingStep:
     """One optimizer step on all ranks."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
-    micro_steps = run.inputs.data.per_step // accelerator.num_processes
     return training_step(
-        run.model, islice(batches, micro_steps), run.optimizer, run.objective, step=step, micro_steps=micro_steps,
-        max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler, stop_requested=stop_requested,
+        run.model, batches, run.optimizer, run.objective, step=step, micro_steps=len(batches),
+        max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler,
         keep_gradients=accelerator.num_processes > 1, no_sync=lambda: accelerator.no_sync(run.model),
         all_mean=lambda value: accelerator.reduce(value, "mean"),
     )  # fmt: skip
+
+
+def save_made(run: Run, pending: PendingStep | None) -> None:
+    """Read the last step that was launched, and save what it made."""
+    assert pending is not None
+    run.progress.read(pending.wait())
+    with run.progress.timed("checkpoint"), run.stops.pace.timed("checkpoint"):
+        save(run, pending.step + 1)
 
 
 def save(run: Run, made: int) -> None:
@@ -228,52 +255,49 @@ def save(run: Run, made: int) -> None:
 
 
 def sample(run: Run, made: int) -> None:
-    """Draw the fixed prompts, shared out over the ranks, as one grid."""
+    """Draw the fixed prompts, shared out over the ranks, as one grid; none where a rank was asked to stop."""
+    with run.progress.timed("sample"), run.stops.pace.timed("sample"):
+        images = draw_samples(run)
+        if len(images) == len(run.inputs.config.sampling.prompts) and run.inputs.accelerator.is_main_process:
+            show_samples(run, images, made)
+        run.inputs.accelerator.wait_for_everyone()
+
+
+def draw_samples(run: Run) -> list[Image.Image]:
+    """The images of the prompts, on all ranks; fewer where one was asked to stop."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
     sampling, size = config.sampling, training_size(config.sampling, config.buckets.base_resolution)
     pipeline = build_pipeline(run.sdxl, run.vae, trained_prediction(config.diffusion))
     length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
     model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
     numbers = range(accelerator.process_index, len(sampling.prompts), accelerator.num_processes)
-    with Meter("sample", len(numbers) * sampling.num_inference_steps, "denoising step") as meter:
-        own = {  # each by itself, so that an image does not depend on which rank draws what
-            number: draw_image(model, sampling.prompts[number], sampling, size=size, seed=(config.run.seed, number),
-                               advance=meter.update)
-            for number in numbers
-        }  # fmt: skip
-    images = dict(sorted(gather_object(list(own.items()))))
-    prompts = [hide_environment(prompt, config.written) for prompt in sampling.prompts]
-    if accelerator.is_main_process:
-        columns = lay_out_sheet(size, len(images)).columns
-        grid = make_grid(list(images.values()), prompts, columns=columns)
-        texts = {SHEET_PROMPTS: json.dumps(prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
-        write_png(run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png", grid, texts)
-        run.progress.show_samples(list(images.values()), prompts, made)
-    accelerator.wait_for_everyone()
+    own: dict[int, Image.Image] = {}
+    with Meter("sample", len(numbers) * sampling.num_inference_steps, "denoising step") as meter, suppress(StopAsked):
+
+        def advance() -> None:
+            meter.update()
+            run.stops.raise_if_asked()
+
+        for number in numbers:  # each by itself, so that an image does not depend on which rank draws what
+            run.stops.raise_if_asked()
+            seed = (config.run.seed, number)
+            own[number] = draw_image(model, sampling.prompts[number], sampling, size=size, seed=seed, advance=advance)
+    return list(dict(sorted(gather_object(list(own.items())))).values())
 
 
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """SIGTERM and Ctrl-C ask for a checkpoint and a stop; a second Ctrl-C ends the process at once.
+def show_samples(run: Run, images: Sequence[Image.Image], made: int) -> None:
+    """Write the grid of a step, and give the images to the trackers."""
+    config, size = (
+        run.inputs.config,
+        training_size(run.inputs.config.sampling, run.inputs.config.buckets.base_resolution),
+    )
+    prompts = [hide_environment(prompt, config.written) for prompt in config.sampling.prompts]
+    grid = make_grid(list(images), prompts, columns=lay_out_sheet(size, len(images)).columns)
+    texts = {SHEET_PROMPTS: json.dumps(prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
+    write_png(grid_path(config, made), grid, texts)
+    run.progress.show_samples(images, prompts, made)
 
-    SIGTERM may come again, from a launcher that passes on what this process already got, and changes nothing.
-    """
-    event = threading.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
 
-    def ask(number: int, _: Any) -> None:
-        if number == signal.SIGINT and event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+def grid_path(config: Config, made: int) -> Path:
+    """Where the samples of a step lie."""
+    return run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png"

@@ -84,8 +84,8 @@ class Progress:
                 else:
                     tracker.finish()
 
-    def read(self, result: StepResult) -> bool:
-        """Take one step's numbers; whether some rank was asked to stop.
+    def read(self, result: StepResult) -> None:
+        """Take one step's numbers.
 
         Raises:
             UserError: on every rank, when the loss or the gradients are not finite.
@@ -103,7 +103,6 @@ class Progress:
         if made % self.config.logging.every_steps == 0 or made == self.inputs.last:
             self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
-        return result.stop
 
     def measure(self, result: StepResult, made: int, speed: float) -> dict[str, float | None]:
         """The metrics of a step; ``speed`` in images a second."""

@@ -44,7 +44,6 @@ class StepResult:
     loss: Tensor  # mean over the global batch, fp32 ()
     grad_norm: Tensor  # before clipping, over all trained parts, fp32 ()
     bad: bool  # the update was withheld
-    stop: bool  # some rank was asked to stop
     losses: Tensor  # of this rank's samples, fp32 (samples,)
     keys: list[str]  # of this rank's samples
     loss_scale: float | None  # after the step
@@ -59,7 +58,7 @@ class PendingStep:
     step: int
     keys: list[str]
     launched: float
-    numbers: Tensor  # fp32, on the host: loss, norm, bad, stop, under loss scaling its scales, losses of the samples
+    numbers: Tensor  # fp32, on the host: loss, norm, bad, under loss scaling its scales, losses of the samples
     arrived: torch.cuda.Event | None  # None where nothing has to be waited for
 
     def wait(self) -> StepResult:
@@ -67,11 +66,11 @@ class PendingStep:
         if self.arrived is not None:
             self.arrived.synchronize()
         head, losses = self.numbers.tensor_split([len(self.numbers) - len(self.keys)])
-        loss, grad_norm, bad, stop, *scales = head.unbind()
+        loss, grad_norm, bad, *scales = head.unbind()
         before, after = (float(scale) for scale in scales) if scales else (None, None)
         skipped = before is not None and after is not None and after < before
         return StepResult(
-            step=self.step, loss=loss, grad_norm=grad_norm, bad=bool(bad), stop=bool(stop), losses=losses,
+            step=self.step, loss=loss, grad_norm=grad_norm, bad=bool(bad), losses=losses,
             keys=self.keys, loss_scale=after, skipped=skipped, launched=self.launched,
         )  # fmt: skip
 
@@ -106,7 +105,6 @@ def training_step(
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
     all_mean: Callable[[Tensor], Tensor],
     scaler: Any = None,
-    stop_requested: bool = False,
 ) -> PendingStep:
     """Accumulate the gradients of ``micro_steps`` batches, clip them together unless the norm is None, and update.
 
@@ -126,7 +124,7 @@ def training_step(
         losses.append(sample_loss.detach())
     assert len(losses) == micro_steps, "the loader ended before the run"
     own = torch.cat(losses)
-    loss, stop = all_mean(torch.stack([own.mean(), own.new_full((), float(stop_requested))]))
+    loss = all_mean(own.mean())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     narrow = optimizer if isinstance(optimizer, NarrowOptimizer) else None
     if narrow:
@@ -137,7 +135,7 @@ def training_step(
     grad_norm = narrow.clip(limit) if narrow else torch.nn.utils.clip_grad_norm_(parameters, limit)
     bad, *scales = update(optimizer, scaler, loss, grad_norm)
     optimizer.zero_grad(set_to_none=not keep_gradients)
-    head = torch.stack([value.float() for value in (loss, grad_norm, bad, stop, *scales)])
+    head = torch.stack([value.float() for value in (loss, grad_norm, bad, *scales)])
     numbers, arrived = send_to_host(torch.cat([head, own]))
     return PendingStep(step, keys, time.perf_counter(), numbers, arrived)
 

@@ -1,0 +1,18 @@
+"""What goes wrong inside a process of a fork server, or of a launcher: each is set up before the run begins."""
+
+import time
+from typing import Any
+
+from trainer.data import loader
+
+
+def stall_data(after: int) -> None:
+    """So many samples are read, and then none: a file system that hangs."""
+    read, count = loader.read_latents_into, iter(range(10**9))
+
+    def read_or_stall(*arguments: Any) -> None:
+        if next(count) >= after:
+            time.sleep(3600)
+        read(*arguments)
+
+    loader.read_latents_into = read_or_stall
