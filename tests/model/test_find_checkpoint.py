@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.core.errors import UserError
-from trainer.model.checkpoint import FILES, find_checkpoint
+from trainer.model.checkpoint import OLD_FILES, find_checkpoint
 from trainer.release.export import find_run_checkpoint
 from trainer.release.request import read_publish_config
 
@@ -17,10 +17,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with three checkpoints and what else may lie there, named from the folder above."""
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/a")
-    for name in STEPS:
-        for file in FILES:
+    for name in STEPS[:2]:  # of version 0.2.0
+        for file in (*OLD_FILES, "train_state.json"):
             write(folder / "checkpoints" / name / file)
-    write(folder / "checkpoints/step-00002000/model.safetensors")  # was being written
+    for file in ("model-00001.safetensors", "optimizer-00001.safetensors", "checkpoint.json"):
+        write(folder / "checkpoints" / STEPS[2] / file)
+    write(folder / "checkpoints/step-00002000/model-00001.safetensors")  # its record was lost
     write(folder / "checkpoints/old-step-00003000/train_state.json")  # was set aside
     write(folder / "run.json")
     write(folder / "config.yaml")
@@ -40,6 +42,8 @@ def write(path: Path) -> None:
         ("runs/a", STEPS[2]), ("runs/a/", STEPS[2]), ("runs/a/checkpoints", STEPS[2]), ("runs/a/latest", STEPS[2]),
         ("runs/a/checkpoints/latest", STEPS[2]), ("runs/a/checkpoints/step-00000400", STEPS[1]),
         ("runs/a/checkpoints/step-00000400/model.safetensors", STEPS[1]), ("runs/a/step-00000400", STEPS[1]),
+        ("runs/a/checkpoints/step-00001000/optimizer-00001.safetensors", STEPS[2]),
+        ("runs/a/checkpoints/step-00001000/checkpoint.json", STEPS[2]),
         ("runs/a/400", STEPS[1]), ("runs/a/checkpoints/100", STEPS[0]), ("runs/a/step-400", STEPS[1]),
     ],
 )  # fmt: skip
@@ -65,7 +69,7 @@ def test_a_word_alone_is_about_the_run_at_hand(
 @pytest.mark.parametrize(
     ("reference", "what"),
     [
-        ("runs/a/checkpoints/step-00002000", "is not a complete checkpoint: train_state.json is missing"),
+        ("runs/a/checkpoints/step-00002000", "is not a complete checkpoint: checkpoint.json is missing"),
         ("runs/a/step-00000500", "names neither a checkpoint nor a run"),
         ("runs/a/checkpoints/500", "names neither a checkpoint nor a run"),
         ("runs/a/export/a-step-00000400-fp16", "is a model in diffusers' folders, not a checkpoint"),

@@ -12,6 +12,7 @@ import trainer
 from trainer.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.model import lineage as lineage_module
+from trainer.model.checkpoint import OLD_FILES
 from trainer.model.lineage import LINEAGE_KEY, build_lineage, read_lineage, shorten_path, shorten_paths
 
 WRITTEN = {
@@ -85,7 +86,9 @@ def test_it_is_read_back_from_every_kind_of_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "lineage.json").write_text(json.dumps(lineage))
     (tmp_path / "step-00000020").mkdir()
-    (tmp_path / "step-00000020" / "train_state.json").write_text(json.dumps({"step": 20, "lineage": lineage}))
+    (tmp_path / "step-00000020" / "train_state.json").write_text(
+        json.dumps({"format_version": 1, "step": 20, "files": dict.fromkeys(OLD_FILES, ""), "lineage": lineage})
+    )
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {LINEAGE_KEY: json.dumps(lineage)})
     for name in ("folder", "step-00000020", "a.safetensors"):
         assert read_lineage(tmp_path / name) == lineage

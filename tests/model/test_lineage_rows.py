@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.checkpoints import change_record
+from support.exported_run import make_run
 from support.paths import REPOSITORY
 from trainer.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
@@ -130,12 +132,14 @@ def write_single(path: Path, lineage: dict | str) -> Path:
     return path
 
 
-def test_it_is_found_in_every_kind_of_file(three, tmp_path):
+def test_it_is_found_in_every_kind_of_file(three, tmp_path, tiny_base):
     single = write_single(tmp_path / "a.safetensors", three)
-    checkpoint, published = tmp_path / "step-00000007", tmp_path / "published"
+    checkpoint, published = (
+        make_run(tmp_path / "run", tiny_base, {}) / "checkpoints/step-00000020",
+        tmp_path / "published",
+    )
     (published / "diffusers").mkdir(parents=True)
-    checkpoint.mkdir()
-    (checkpoint / "train_state.json").write_text(json.dumps({"lineage": three}))
+    change_record(checkpoint, lineage=three)
     (published / "README.md").write_text("a card")
     (published / "diffusers" / "lineage.json").write_text(json.dumps(three))
     for path in (single, checkpoint, published / "diffusers", published):
@@ -160,8 +164,8 @@ def test_none_and_damaged_files(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"no")
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "train_state.json").write_text("[]")
-    for name in ("b.safetensors", "step"):
-        with pytest.raises(UserError, match=f"{name} cannot be read"):
+    for name, said in (("b.safetensors", "cannot be read"), ("step", r"train_state\.json is damaged")):
+        with pytest.raises(UserError, match=said):
             find_lineage(tmp_path / name)
 
 

@@ -22,6 +22,7 @@ from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.checkpoints import OPTIMIZER
 from trainer.config.schema import Config
 from trainer.core.rng import rng
 from trainer.data.index import open_index
@@ -69,7 +70,7 @@ def step_of_the_trainer(config: Config) -> tuple[float, dict[str, Tensor]]:
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert config.optim.betas is not None
     share, moment = 1 - config.optim.betas[0], ".exp_avg"
-    state = load_file(checkpoint / "optimizer.safetensors")
+    state = load_file(checkpoint / OPTIMIZER)
     return line["train/loss"], {
         name.removesuffix(moment): tensor / share for name, tensor in state.items() if name.endswith(moment)
     }

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from support.checkpoints import MODEL, OPTIMIZER
 from support.exported_run import Parts, make_run, moved_weights
 from support.paths import REPOSITORY
 from trainer.core.errors import UserError
@@ -274,7 +275,7 @@ def test_a_separate_vae_is_exported(tiny_base, trained, tmp_path):
     assert all(torch.equal(exported[name], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
 def test_a_damaged_checkpoint_is_refused(tiny_base, trained, tmp_path, name):
     run = make_run(tmp_path / "run", tiny_base, trained)
     path = run / "checkpoints" / "step-00000020" / name

@@ -15,6 +15,7 @@ import yaml
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from support.checkpoints import change_record
 from support.fake_hub import TOKEN, run_hub
 from support.paths import LICENCE_TEXT, REPOSITORY
 from support.published_run import OURS, SOURCE, change, parts, request_of, run, stages, stand_in, write_png
@@ -273,8 +274,8 @@ def test_an_export_that_says_something_else_is_refused(run: Path, request_of: Re
     with pytest.raises(UserError, match=r"damaged export: stage2-step-00000030-fp16/lineage\.json is not what"):
         publish(request_of, [SOURCE])
     (diffusers / "lineage.json").write_text(lineage)
-    state = run / "checkpoints/step-00000030/train_state.json"
-    state.write_text(state.read_text().replace("ab12", "cd34"))
+    checkpoint = run / "checkpoints/step-00000030"
+    change_record(checkpoint, lineage=read_train_state(checkpoint)["lineage"] | {"index_fingerprint": "cd34"})
     with pytest.raises(UserError, match=r"was made from another checkpoint: move that export away, and it is built"):
         publish(request_of, [SOURCE])
     assert file.is_file() and not list((run / "published").glob("*"))
@@ -340,10 +341,10 @@ def test_sample_folders_must_hold_some(request_of: Request, tmp_path: Path) -> N
 
 def test_a_path_within_a_config_stops_the_publication(run: Path, request_of: Request) -> None:
     """The lineage cuts paths that begin a value; one in the middle of a text is found by the check."""
-    state = run / "checkpoints/step-00000030/train_state.json"
-    said = json.loads(state.read_text())
-    said["lineage"]["config"]["run"]["stage"] = "as told in /home/someone/notes/x"
-    state.write_text(json.dumps(said))
+    checkpoint = run / "checkpoints/step-00000030"
+    lineage = read_train_state(checkpoint)["lineage"]
+    lineage["config"]["run"]["stage"] = "as told in /home/someone/notes/x"
+    change_record(checkpoint, lineage=lineage)
     with pytest.raises(UserError) as caught:
         publish(request_of, [SOURCE])
     told = str(caught.value)
@@ -354,13 +355,14 @@ def test_a_path_within_a_config_stops_the_publication(run: Path, request_of: Req
         "stage2-fp16.safetensors trainer.lineage.",
     ):
         assert f" {place}" in told
-    assert "change it there, in train_state.json, move RUN/export away" in told
+    assert "change it there, in checkpoint.json, then python scripts/lineage.py CHECKPOINT --seal, move" in told
 
 
 @pytest.mark.parametrize(
     "name",
-    ["optimizer.safetensors", ".gitattributes", "train_state.json", "metrics.jsonl", "model.ckpt", "x/README.md",
-     "unet/model.py", "checkpoints/step-00000001/model.safetensors", "samples/a.txt", "trackers/log.txt"],
+    ["optimizer.safetensors", ".gitattributes", "train_state.json", "metrics.jsonl", "x/README.md",
+     "model.ckpt", "checkpoint.json", "model-00001.safetensors", "unet/model.py", 
+     "checkpoints/step-00000001/model.safetensors", "samples/a.txt", "trackers/log.txt"],
 )  # fmt: skip
 def test_only_files_on_the_list_are_published(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

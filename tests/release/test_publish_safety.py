@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.checkpoints import change_record
 from support.published_run import SOURCE, change, parts, request_of, run, stages, stand_in, write_png
 from trainer.core.errors import UserError
 from trainer.model.base import Base, find_base, hash_base
+from trainer.model.checkpoint import read_train_state
 from trainer.model.lineage import shorten_paths
 from trainer.model.weights_file import LazyFile
 from trainer.release.artefacts import write_tokenizer
@@ -30,10 +32,10 @@ BASE = {"reference": "a/b", "revision": None, "sha256": "ab", "lineage": None}
 
 def change_lineage(folder: Path, **fields: object) -> None:
     """Other words in the lineage of the first stage, which came with somebody else's file."""
-    state = folder / "checkpoints/step-00000030/train_state.json"
-    said = json.loads(state.read_text())
-    said["lineage"]["base"]["lineage"].update(fields)
-    state.write_text(json.dumps(said))
+    checkpoint = folder / "checkpoints/step-00000030"
+    lineage = read_train_state(checkpoint)["lineage"]
+    lineage["base"]["lineage"].update(fields)
+    change_record(checkpoint, lineage=lineage)
 
 
 def test_a_base_that_is_given_in_vain_is_refused(tmp_path: Path, tiny_base: Path) -> None:

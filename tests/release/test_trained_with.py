@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from support.checkpoints import change_record
 from support.exported_run import Parts, make_run, moved_weights
 from trainer.core.errors import UserError
+from trainer.model.checkpoint import read_train_state
 from trainer.release.export import export
 
 EPSILON = {"prediction_type": "epsilon", "zero_terminal_snr": False}
@@ -30,9 +32,9 @@ def change(path: Path, **changes: Any) -> None:
 
 def record(run: Path, prediction: dict[str, Any] | None = None, **facts: Any) -> None:
     """What checkpoints record that version 0.2 did not."""
-    path = run / "checkpoints" / "step-00000020" / "train_state.json"
-    base = json.loads(path.read_text())["base"]
-    change(path, base=base | ({"prediction": prediction} if prediction else {}), **facts)
+    checkpoint = run / "checkpoints" / "step-00000020"
+    base = read_train_state(checkpoint)["base"]
+    change_record(checkpoint, base=base | ({"prediction": prediction} if prediction else {}), **facts)
 
 
 def test_a_base_that_says_something_else_now_is_refused(base: Path, trained: Parts, tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
 """A run's folder with one checkpoint, as training leaves it, without a training: what exporting and publishing read."""
 
-import json
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from support.checkpoints import MODEL, OPTIMIZER, describe_file
 from trainer.config.load import load_config
-from trainer.core.files import sha256_file
 from trainer.model.base import find_base, hash_base, read_state, read_vae
+from trainer.model.checkpoint import seal
 from trainer.model.lineage import build_lineage
 from trainer.model.sdxl import COMPONENTS
 
@@ -42,8 +42,8 @@ def make_run(folder: Path, pretrained: Path, trained: Parts, *words: str, step: 
     checkpoint = folder / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
     tensors = {f"{part}.{name}": tensor for part, state in trained.items() for name, tensor in state.items()}
-    save_file(tensors, checkpoint / "model.safetensors")
-    save_file({"x": torch.zeros(1)}, checkpoint / "optimizer.safetensors")
+    save_file(tensors, checkpoint / MODEL)
+    save_file({"x": torch.zeros(1)}, checkpoint / OPTIMIZER)
     facts = {
         "base": {"reference": str(pretrained), "revision": None, "sha256": hash_base(base)},
         "vae_sha256": read_vae(config.model.vae, base).sha256,
@@ -51,14 +51,15 @@ def make_run(folder: Path, pretrained: Path, trained: Parts, *words: str, step: 
         "images": 100,
     }
     state = facts | {
-        "format_version": 1,
+        "format_version": 2,
+        "name": checkpoint.name,
         "run": folder.name,
         "stage": "feature_alignment",
         "step": step,
         "config": config.written,
         "lineage": build_lineage(config, facts, step),
-        "files": {name: sha256_file(checkpoint / name) for name in ("model.safetensors", "optimizer.safetensors")},
+        "files": {name: describe_file(checkpoint / name) for name in (MODEL, OPTIMIZER)},
     }
-    (checkpoint / "train_state.json").write_text(json.dumps(state))
+    (checkpoint / "checkpoint.json").write_bytes(seal(state))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config.written))
     return folder

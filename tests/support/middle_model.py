@@ -10,7 +10,7 @@ from support.private_memory import watch_memory
 from support.tiny_model import TINY, random_parts, write_folder
 from trainer.config.schema import MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
 from trainer.model.base import find_base
-from trainer.model.checkpoint import restore_checkpoint
+from trainer.model.restore import restore_checkpoint
 from trainer.model.sdxl import SDXL, build_empty, build_sdxl
 from trainer.train.optim import build_optimizer
 from trainer.train.save import save_checkpoint

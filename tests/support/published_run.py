@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
+from support.checkpoints import change_record
 from support.exported_run import Parts, make_run, moved_weights
+from trainer.model.checkpoint import read_train_state
 from trainer.release import licence
 from trainer.release.export import export
 from trainer.release.publish import Request
@@ -55,10 +57,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, parts: Par
     (first / "run.json").write_text(json.dumps({"base": {"reference": str(tiny_base)}, "attempts": []}))
     second = make_run(runs / "stage2", folder, parts, *WORDS, step=30)
     (second / "run.json").write_text(json.dumps({"attempts": [{"attempt": 1, "first_step": 0}]}))
-    file = second / "checkpoints/step-00000030/train_state.json"
-    state = json.loads(file.read_text())
-    state["lineage"] |= {"hours": 1.5, "hardware": ["2 x A100"]}
-    file.write_text(json.dumps(state))
+    checkpoint = second / "checkpoints/step-00000030"
+    lineage = read_train_state(checkpoint)["lineage"] | {"hours": 1.5, "hardware": ["2 x A100"]}
+    change_record(checkpoint, lineage=lineage)
     return second
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support.checkpoints import MODEL, OPTIMIZER
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -55,7 +56,7 @@ def test_the_parameters_are_those_that_train(make_config: MakeConfig, notes: Cal
     assert newest is not None
     from safetensors import safe_open
 
-    with safe_open(newest / "model.safetensors", "np") as file:
+    with safe_open(newest / MODEL, "np") as file:
         count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
     assert f"{count:,} parameters of text_encoder_2, fp32" in notes()
 
@@ -116,8 +117,8 @@ def test_a_check_refuses_as_a_run_does(make_config: MakeConfig) -> None:
     assert newest is not None
     with pytest.raises(UserError, match=r"run\.seed"):
         train(make_config("run.seed=1"), check=True)
-    (newest / "optimizer.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged"):
+    (newest / OPTIMIZER).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"optimizer-00001\.safetensors is damaged"):
         train(make_config(), check=True)
 
 

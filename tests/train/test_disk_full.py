@@ -61,11 +61,11 @@ def test_a_save_onto_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeyp
     model, optimizer = stepped()
     before = save_checkpoint(tmp_path, model, optimizer, {"step": 1})
 
-    def fill_up(_: Any, path: Path, **__: Any) -> None:
+    def fill_up(path: Path, *_: Any) -> None:
         path.write_bytes(b"half of the weights")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(save, "save_tensors", fill_up)
+    monkeypatch.setattr(save, "write_tensors", fill_up)
     with pytest.raises(UserError, match=r"step-00000002 could not be written: the disk is full\. It needs 3\.9 MB"):
         save_checkpoint(tmp_path, model, optimizer, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -75,7 +75,7 @@ def test_a_save_onto_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeyp
 def test_a_save_that_cannot_fit_writes_nothing_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = stepped()
     set_free(monkeypatch, 1_000_000)
-    monkeypatch.setattr(save, "save_tensors", lambda *_, **__: pytest.fail("it was written"))
+    monkeypatch.setattr(save, "write_tensors", lambda *_, **__: pytest.fail("it was written"))
     with pytest.raises(UserError, match=r"It needs 3\.9 MB, 1\.0 MB are free in"):
         save_checkpoint(tmp_path, model, optimizer, {"step": 2})
     assert list(tmp_path.iterdir()) == []
@@ -87,7 +87,7 @@ def test_any_error_leaves_no_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(save, "sha256_file", interrupted)
+    monkeypatch.setattr(save, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, model, optimizer, {"step": 2})
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support.checkpoints import MODEL
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.data.index import open_index, read_raw_latents
@@ -63,7 +64,7 @@ def run_hash(config: Config) -> str:
     train(config)
     newest = find_newest(Path(config.run.output_dir) / config.run.name)
     assert newest is not None
-    return read_train_state(newest)["files"]["model.safetensors"]
+    return read_train_state(newest)["files"][MODEL]["sha256"]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.checkpoints import MODEL
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.allocator import use_expandable_segments
@@ -61,7 +62,7 @@ def test_other_ways_to_share_a_model_out_are_refused(
 
 def weights(config: Config) -> str:
     newest = list_checkpoints(Path(config.run.output_dir) / config.run.name / "checkpoints")[-1]
-    return read_train_state(newest)["files"]["model.safetensors"]
+    return read_train_state(newest)["files"][MODEL]["sha256"]
 
 
 def test_what_the_config_says_itself_is_taken_from_there_with_a_note(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def kill_after(process: subprocess.Popen[str], folder: Path, step: int) -> None:
     process.communicate()
 
 
-def hashes(folder: Path) -> dict[int, dict[str, str]]:
+def hashes(folder: Path) -> dict[int, dict[str, Any]]:
     states = [read_train_state(path) for path in sorted((folder / "checkpoints").glob("step-*"))]
     return {state["step"]: state["files"] for state in states}
 

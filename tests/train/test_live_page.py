@@ -130,7 +130,7 @@ def test_a_page_that_cannot_be_written_stops_nothing(
     train(config)
     assert notes().count("warning: the run's page is not written, training goes on: ") == 1
     folder = Path(config.run.output_dir) / "run"
-    assert (folder / "checkpoints/step-00000002/train_state.json").is_file() and not (folder / "index.html").exists()
+    assert (folder / "checkpoints/step-00000002/checkpoint.json").is_file() and not (folder / "index.html").exists()
 
 
 def test_a_page_of_the_users_own_stays(make_config: MakeConfig, notes: Callable[[], str]) -> None:

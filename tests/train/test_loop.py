@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from support.checkpoints import MODEL, OPTIMIZER, change_record, flip_bit
 from support.locks import held_by_another_process
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
@@ -38,7 +39,7 @@ def folder_of(config: Config) -> Path:
 def weights_hash(config: Config) -> str:
     newest = find_newest(folder_of(config))
     assert newest is not None
-    return read_train_state(newest)["files"]["model.safetensors"]
+    return read_train_state(newest)["files"][MODEL]["sha256"]
 
 
 def test_a_run_writes_what_the_design_says(make_config: MakeConfig) -> None:
@@ -116,10 +117,8 @@ def test_a_damaged_checkpoint_stops_the_resume(make_config: MakeConfig) -> None:
     train(make_config("schedule.max_steps=1"))
     newest = find_newest(folder_of(make_config()))
     assert newest is not None
-    content = bytearray((newest / "optimizer.safetensors").read_bytes())
-    content[-1] ^= 1
-    (newest / "optimizer.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged"):
+    flip_bit(newest / OPTIMIZER, -1)
+    with pytest.raises(UserError, match=r"optimizer-00001\.safetensors is damaged"):
         train(make_config("schedule.max_steps=2"))
 
 
@@ -128,8 +127,7 @@ def test_other_inputs_stop_the_resume(make_config: MakeConfig, fact: str) -> Non
     train(make_config("schedule.max_steps=1"))
     newest = find_newest(folder_of(make_config()))
     assert newest is not None
-    state = json.loads((newest / "train_state.json").read_text())
-    (newest / "train_state.json").write_text(json.dumps({**state, fact: "other"}))
+    change_record(newest, **{fact: "other"})
     with pytest.raises(UserError, match=r"another (data set|VAE) .*: other there"):
         train(make_config("schedule.max_steps=2"))
 

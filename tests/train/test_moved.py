@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ MakeConfig = Callable[..., Config]
 WORDS = ["checkpoint.every_steps=1", "checkpoint.keep_last=9", "run.name=run"]
 
 
-def files_of(folder: Path) -> dict[str, str]:
+def files_of(folder: Path) -> dict[str, Any]:
     newest = find_newest(folder)
     assert newest is not None
     return read_train_state(newest)["files"]

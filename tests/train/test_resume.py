@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def hashes(config: Config, step: int) -> dict[str, str]:
+def hashes(config: Config, step: int) -> dict[str, Any]:
     folder = Path(config.run.output_dir) / config.run.name / "checkpoints" / f"step-{step:08d}"
     return read_train_state(folder)["files"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from support.checkpoints import change_record
 from trainer.config.schema import CaptionsConfig, Config, QualityRule
 from trainer.core.errors import UserError
 from trainer.data.captions import quality_tag
@@ -94,8 +95,10 @@ def test_a_fork_takes_over_what_it_branches_off(make_config: Callable[..., Confi
     parent = make_config(*WORDS, "run.name=parent", "schedule.max_steps=1")
     train(parent)
     other = read_state(parent)["thresholds"] | {"resolved": [dataclasses.asdict(QualityRule("best", 7, rating="g"))]}
-    for file in (find_newest(run_path(parent)) / "train_state.json", run_path(parent) / "run.json"):  # type: ignore[operator]
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": other}))
+    newest, file = find_newest(run_path(parent)), run_path(parent) / "run.json"
+    assert newest is not None
+    change_record(newest, thresholds=other)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": other}))
     fork = make_config(*WORDS, "run.name=fork", "schedule.max_steps=2", f"checkpoint.fork={run_path(parent)}")
     assert find_thresholds(fork, open_index(fork.data.shards).table).thresholds == other
     train(fork)
@@ -106,8 +109,9 @@ def test_a_run_that_is_resumed_by_its_folder_keeps_its_thresholds(make_config: C
     began = make_config(*WORDS, "run.name=run", "schedule.max_steps=1")
     train(began)
     other = read_state(began)["thresholds"] | {"resolved": [dataclasses.asdict(QualityRule("best", 7, rating="g"))]}
-    file = find_newest(run_path(began)) / "train_state.json"  # type: ignore[operator]
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholds": other}))
+    newest = find_newest(run_path(began))
+    assert newest is not None
+    change_record(newest, thresholds=other)
     moved = make_config(*WORDS, f"run.output_dir={run_path(began) / 'on'}", "run.name=run", "schedule.max_steps=2",
                         f"checkpoint.resume={run_path(began)}")  # fmt: skip
     train(moved)

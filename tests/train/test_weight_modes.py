@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from support.checkpoints import MODEL, OPTIMIZER
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -41,11 +43,11 @@ def go(config: Config) -> Path:
 
 
 def model_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "model.safetensors")
+    return load_file(checkpoint / MODEL)
 
 
-def files_of(checkpoint: Path) -> dict[str, str]:
-    files: dict[str, str] = read_train_state(checkpoint)["files"]
+def files_of(checkpoint: Path) -> dict[str, Any]:
+    files: dict[str, Any] = read_train_state(checkpoint)["files"]
     return files
 
 
@@ -59,7 +61,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_went_on(make_config: MakeConfig,
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     narrow = all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
     assert narrow is (mode == "stochastic")  # masters are more than their weights
-    states = load_file(straight / "optimizer.safetensors")
+    states = load_file(straight / OPTIMIZER)
     assert {tensor.dtype for tensor in states.values()} == {torch.float32}
 
 

@@ -9,7 +9,7 @@ from trainer.core.commands import command
 from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.core.files import expand_home
-from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_INDEX_FILE, RUN_FILE, STATE_FILE
+from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_INDEX_FILE, RUN_FILE, find_record
 
 RUNS = Path(RunConfig.output_dir)
 MOST_RUNS = 12  # runs in a message
@@ -67,8 +67,9 @@ def is_other_folder(path: Path) -> bool:
     """Whether something is a folder that no command takes for a run, a checkpoint or a model."""
     if not path.is_dir() or is_run_folder(path):
         return False
-    known = (STATE_FILE, MODEL_INDEX_FILE, "unet", CHECKPOINTS_FOLDER)
-    return not any((path / name).exists() for name in known) and not any(path.glob("*.safetensors"))
+    known = (MODEL_INDEX_FILE, "unet", CHECKPOINTS_FOLDER)
+    is_known = find_record(path) is not None or any((path / name).exists() for name in known)
+    return not is_known and not any(path.glob("*.safetensors"))
 
 
 def say_runs(folder: Path = RUNS) -> str:

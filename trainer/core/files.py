@@ -1,6 +1,7 @@
 """Write whole or not at all: temporary name, fsync, rename. And hash what was written."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,15 @@ def expand_home(text: str) -> str:
 def temporary_path(path: Path) -> Path:
     """A fresh name beside ``path``, on the same file system, so that a rename is atomic."""
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(4)}")
+
+
+def set_aside(path: Path, word: str) -> Path:
+    """Give something another name, ``<name>.<word>``, or with a number where that is taken; where it lies now."""
+    names = (f"{path.name}.{word}" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+    aside = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
+    path.rename(aside)
+    sync_folder(path.parent)
+    return aside
 
 
 def shown_name(path: Path) -> str:

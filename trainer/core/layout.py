@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 # a set of shards (data.shards); shard-00000.tar and so on lie beside these
 INDEX_FILE = "index.arrow"
@@ -37,9 +38,12 @@ PUBLISHED_FOLDER = "published"
 # a checkpoint's folder
 NEWEST = ("latest", "newest", "last")  # words behind a run's folder for the newest
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
+CHECKPOINT_FILE = "checkpoint.json"  # written last
+PIECE_NAME = re.compile(r"(model|optimizer)-(\d{5,})\.safetensors")
+# what a checkpoint of version 0.2.0 holds
+STATE_FILE = "train_state.json"  # written last
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "train_state.json"  # written last
 
 # a model's folder, as diffusers has it, and what is published
 MODEL_INDEX_FILE = "model_index.json"
@@ -54,6 +58,16 @@ GRID_NAME = re.compile(r"grid(-\d+)?\.png")  # the second time it is grid-2.png
 def checkpoint_name(step: int) -> str:
     """The folder of a checkpoint that has made ``step`` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def piece_name(kind: Literal["model", "optimizer"], number: int) -> str:
+    """A file of a checkpoint's tensors, counted from 1."""
+    return f"{kind}-{number:05d}.safetensors"
+
+
+def find_record(folder: Path) -> Path | None:
+    """The file by which a folder is a whole checkpoint, of this version or of 0.2.0; None where there is none."""
+    return next((folder / name for name in (CHECKPOINT_FILE, STATE_FILE) if (folder / name).is_file()), None)
 
 
 def export_name(run: str, step: int, dtype: str) -> str:

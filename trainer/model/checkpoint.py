@@ -1,23 +1,25 @@
-"""The format of checkpoints: names, find, read, verify, restore. Nothing in one is a pickle.
+"""The format of checkpoints: names, find, read, verify. Nothing in one is a pickle.
 
-A checkpoint is a folder ``step-00001000`` with ``model.safetensors`` (trained parameters, fp32, by classic name),
-``optimizer.safetensors`` (``<parameter>.<state>``) and ``train_state.json``, written last. It is written under a
-temporary name, forced to the disk, hashed and renamed: a folder with the final name is whole.
+A checkpoint is a folder ``step-00001000`` with ``model-00001.safetensors`` and so on (trained parameters, fp32, by
+classic name), as many ``optimizer-00001.safetensors`` (``<parameter>.<state>``) and ``checkpoint.json``, written last:
+what the checkpoint says of itself, the size and SHA-256 of each other file, and a digest of itself. It is written under
+a temporary name, forced to the disk and renamed: a folder with the final name is whole.
+
+Version 0.2.0 wrote ``model.safetensors``, ``optimizer.safetensors`` and ``train_state.json``, which has no digest.
 """
 
+import errno
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_file, shown_name
+from trainer.core.files import sha256_bytes, sha256_file, write_bytes
 from trainer.core.layout import (
+    CHECKPOINT_FILE,
     CHECKPOINT_NAME,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -25,17 +27,30 @@ from trainer.core.layout import (
     MODEL_INDEX_FILE,
     NEWEST,
     OPTIMIZER_FILE,
+    PIECE_NAME,
     STATE_FILE,
+    checkpoint_name,
+    find_record,
+    piece_name,
 )
-from trainer.core.progress import BYTES, Meter
-from trainer.model.sdxl import load_trained, put_weights, trained_parameters
-from trainer.model.weights_file import LazyFile, check_finite
 
-CHECKPOINT_FORMAT = 1
-FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+CHECKPOINT_FORMAT, OLD_FORMAT = 2, 1
+OLD_FILES = (MODEL_FILE, OPTIMIZER_FILE)
 MAX_LISTED = 8  # checkpoints, or runs, in a message
-OLDER = "move this checkpoint away to resume from the one before"
-SHARED = "shared."  # prefix of tensors that several parameters' states have in common
+DIGEST = re.compile(rb',\n  "digest": "([0-9a-f]{64})"\n}\n\Z')  # of all bytes before it
+REMEDY_DAMAGED = "move this checkpoint away to resume from the one before"
+
+
+class DamagedCheckpoint(UserError):
+    """What is missing of a checkpoint, or damaged."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file of a checkpoint must be."""
+
+    sha256: str
+    size: int | None  # bytes; version 0.2.0 recorded none
 
 
 def find_newest(run_folder: Path) -> Path | None:
@@ -46,7 +61,7 @@ def find_newest(run_folder: Path) -> Path | None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, by step; one that was set aside under another name is none."""
     named = (path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
-    return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
+    return sorted((path for path in named if find_record(path) is not None), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -54,9 +69,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def list_incomplete(folder: Path) -> list[Path]:
+    """Folders that are called like checkpoints and have nothing by which they are whole."""
+    named = (path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
+    return sorted(path for path in named if find_record(path) is None)
+
+
 def measure_checkpoint(path: Path) -> int:
     """Bytes of a checkpoint that lies there."""
     return sum(file.stat().st_size for file in path.iterdir())
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of that name lies in checkpoints."""
+    return name in (CHECKPOINT_FILE, STATE_FILE, *OLD_FILES) or PIECE_NAME.fullmatch(name) is not None
 
 
 def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "") -> Path:
@@ -72,8 +98,8 @@ def find_checkpoint(reference: str | Path, run: Path | None = None, key: str = "
     path = Path(reference)
     alone = len(path.parts) == 1 and not path.exists()
     home = (run if alone else None) or (path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path.parent)
-    folder = path.parent if path.name in FILES else path
-    if (folder / STATE_FILE).is_file():
+    folder = path.parent if is_checkpoint_file(path.name) else path
+    if find_record(folder) is not None:
         return folder
     if not path.exists():
         found = find_newest(home) if path.name in NEWEST else None
@@ -98,8 +124,8 @@ def describe_path(path: Path) -> str:
         return "is a file, not a checkpoint"
     if (path / MODEL_INDEX_FILE).is_file():
         return "is a model in diffusers' folders, not a checkpoint"
-    if (path / MODEL_FILE).is_file() or re.match(r"step-\d", path.name):
-        return f"is not a complete checkpoint: {STATE_FILE} is missing"
+    if (path / MODEL_FILE).is_file() or (path / piece_name("model", 1)).is_file() or CHECKPOINT_NAME.match(path.name):
+        return f"is not a complete checkpoint: {CHECKPOINT_FILE} is missing"
     if (path / CONFIG_FILE).is_file() or path.name == CHECKPOINTS_FOLDER or (path / CHECKPOINTS_FOLDER).is_dir():
         return "has no complete checkpoint"
     return "is neither a checkpoint nor a run"
@@ -112,77 +138,137 @@ def suggest_checkpoints(path: Path, home: Path) -> str:
             left_out = f"{len(steps) - MAX_LISTED} older ones and " if len(steps) > MAX_LISTED else ""
             return f"There are, in {run / 'checkpoints'}: {left_out}{', '.join(steps[-MAX_LISTED:])}"
     for folder in (path, home, home.parent, Path("runs")):
-        if runs := sorted({state.parents[2] for state in folder.glob(f"*/checkpoints/step-*/{STATE_FILE}")}):
+        found = {path.parents[1] for path in folder.glob(f"*/{CHECKPOINTS_FOLDER}/step-*") if find_record(path)}
+        if runs := sorted(found):
             return f"Runs with checkpoints are: {', '.join(map(str, runs[:MAX_LISTED]))}"
     return "There is none; a run's lie in its checkpoints/step-XXXXXXXX"
 
 
-def read_train_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+def seal(content: dict[str, Any]) -> bytes:
+    """checkpoint.json: readable JSON whose last entry is the SHA-256 of all bytes before it."""
+    begin = json.dumps(content, indent=2, ensure_ascii=False).removesuffix("\n}").encode()
+    return begin + f',\n  "digest": "{sha256_bytes(begin)}"\n}}\n'.encode()
+
+
+def seal_again(checkpoint: Path) -> None:
+    """Write the digest of a checkpoint's record anew, after somebody has changed a text in it by hand.
 
     Raises:
-        UserError: when it is no checkpoint, or one of another format.
+        UserError: where it is no JSON any more, or has no digest: a checkpoint of version 0.2.0 needs none.
     """
+    file = checkpoint / CHECKPOINT_FILE
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: {STATE_FILE} cannot be read ({error})") from error
-    if state.get("format_version") != CHECKPOINT_FORMAT:
+        content = json.loads(file.read_bytes())
+        del content["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be sealed: {error!r}") from error
+    write_bytes(file, seal(content))
+    read_train_state(checkpoint)
+
+
+def read_train_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; it agrees with its digest and with the folder's name.
+
+    Raises:
+        DamagedCheckpoint: when it is not whole, or something in it was changed.
+        UserError: when it cannot be read, or has another format.
+    """
+    file = find_record(checkpoint)
+    if file is None:
+        raise DamagedCheckpoint(f"{checkpoint} is not a complete checkpoint: {CHECKPOINT_FILE} is missing")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        kind = DamagedCheckpoint if error.errno == errno.EIO else UserError
+        raise kind(f"{checkpoint} is not a complete checkpoint: {file.name} cannot be read ({error})") from error
+    state = unseal(file, content)
+    known = CHECKPOINT_FORMAT if file.name == CHECKPOINT_FILE else OLD_FORMAT
+    if state.get("format_version") != known:
         raise UserError(
-            f"{checkpoint} has format {state.get('format_version')}, this program reads {CHECKPOINT_FORMAT}"
+            f"{checkpoint} has format {state.get('format_version')}, this program reads {CHECKPOINT_FORMAT} and "
+            f"{OLD_FORMAT}, that of version 0.2.0"
         )
+    named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    step, name = state.get("step"), state.get("name")
+    fits = isinstance(step, int) and (known == OLD_FORMAT or name == checkpoint_name(step))
+    if not fits or (named and step != int(named[1])):
+        says = f"step {step}" + (f", named {name}" if name else "")
+        raise DamagedCheckpoint(f"{file} is damaged, or another checkpoint's: it says {says}; {REMEDY_DAMAGED}")
+    check_listed(file, state)
     return state
+
+
+def unseal(file: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object in a record's bytes, which agree with their digest if the record has one."""
+    digest = DIGEST.search(content)
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"{file.parent} is not a complete checkpoint: {file.name} cannot be read ({error})"
+        ) from error
+    sealed = digest is not None and sha256_bytes(content[: digest.start()]) == digest[1].decode()
+    if not isinstance(state, dict) or (file.name == CHECKPOINT_FILE and not sealed):
+        raise DamagedCheckpoint(f"{file} is damaged: it is not what its digest says; {REMEDY_DAMAGED}")
+    return state
+
+
+def check_listed(file: Path, state: dict[str, Any]) -> None:
+    """Refuse a list of files that is not that of a checkpoint: files that it does not name are never looked at."""
+    names = set(state["files"]) if isinstance(state.get("files"), dict) else set()
+    if state["format_version"] == OLD_FORMAT:
+        expected = set(OLD_FILES)
+    else:
+        numbers = range(1, max(1, len(names) // 2) + 1)
+        expected = {piece_name("model", number) for number in numbers}
+        expected |= {piece_name("optimizer", number) for number in numbers}
+    if names != expected:
+        missing, strange = sorted(expected - names), sorted(names - expected)
+        says = [f"without {name}" for name in missing[:1]] + [f"with {name}" for name in strange[:1]]
+        raise DamagedCheckpoint(f"{file} is damaged: it lists the files {' and '.join(says)}; {REMEDY_DAMAGED}")
+
+
+def list_sums(state: dict[str, Any]) -> dict[str, FileSum]:
+    """File -> what it must be, of all files of tensors."""
+    if state["format_version"] == OLD_FORMAT:
+        return {name: FileSum(digest, None) for name, digest in state["files"].items()}
+    return {name: FileSum(**entry) for name, entry in state["files"].items()}
+
+
+def list_pieces(checkpoint: Path, state: dict[str, Any], kind: str) -> Iterator[Path]:
+    """The files of the ``model``, or of the ``optimizer``."""
+    yield from (checkpoint / name for name in sorted(state["files"]) if name.startswith(kind))
+
+
+def check_sizes(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Whether all files are there, as long as they must be; nothing is read of them.
+
+    Raises:
+        DamagedCheckpoint: naming the file that is missing or cut off.
+    """
+    for name, expected in list_sums(state).items():
+        file = checkpoint / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or expected.size not in (None, size):
+            what = "missing" if size is None else f"damaged: it has {size:,} bytes, not {expected.size:,}"
+            raise DamagedCheckpoint(f"{file} is {what}; {REMEDY_DAMAGED}")
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
     """Compare every file with its hash.
 
     Raises:
-        UserError: naming the file that is missing or damaged.
+        DamagedCheckpoint: naming the file that is missing or damaged.
     """
-    for name, expected in read_train_state(checkpoint)["files"].items():
-        file = checkpoint / name
-        if not file.is_file() or sha256_file(file) != expected:
-            what = f"damaged: its SHA-256 is not the one in {STATE_FILE}" if file.is_file() else "missing"
-            raise UserError(f"{file} is {what}. Move {checkpoint} away to resume from the checkpoint before it")
-
-
-def restore_checkpoint(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    put: Callable[[nn.Parameter, Tensor], None] = put_weights,
-) -> None:
-    """Put a checkpoint's weights and optimizer state into place, bit by bit; ``put`` sets a parameter."""
-    file = checkpoint / MODEL_FILE
-    with Meter(f"read {shown_name(file)}", file.stat().st_size, BYTES) as meter:
-        load_trained(model, LazyFile(file, meter), put, str(file), OLDER)
-    # a dict of what lies in the mapped file, of which nothing is copied before its turn
-    states = dict(read_optimizer_state(checkpoint / OPTIMIZER_FILE))
-    floats = {name: value for name, value in states.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    check_finite(floats, str(checkpoint / OPTIMIZER_FILE), OLDER)
-    parameters = trained_parameters(model)
-    moved: dict[int, Tensor] = {}  # what was shared stays shared
-    for key, value in states.items():
-        name, _, state = key.rpartition(".")
-        if (parameter := parameters.get(name)) is not None:
-            if isinstance(value, Tensor):
-                value = moved.setdefault(id(value), value.to(parameter.device, copy=True))
-            optimizer.state[parameter][state] = value
-
-
-def read_optimizer_state(file: Path) -> Iterator[tuple[str, Tensor | float]]:
-    """(``<parameter>.<state>``, value) of all states; shared tensors are the same object each time."""
-    with safe_open(file, framework="pt") as reader:
-        rest = json.loads(reader.metadata()["state"])
-        names = [name for name in reader.keys() if not name.startswith(SHARED)]  # noqa: SIM118  # not a mapping
-        shared = {name: None for name in reader.keys() if name.startswith(SHARED)}  # noqa: SIM118
-        common = {name: reader.get_tensor(name) for name in shared}
-        with Meter(f"read {shown_name(file)}", file.stat().st_size, BYTES) as meter:
-            for name in names:
-                tensor = reader.get_tensor(name)
-                yield name, tensor
-                meter.update(tensor.nbytes)
-    for name, target in rest["shared"].items():
-        yield name, common[target]
-    yield from rest["numbers"].items()
+    state = read_train_state(checkpoint)
+    check_sizes(checkpoint, state)
+    for name, expected in list_sums(state).items():
+        try:
+            found = sha256_file(checkpoint / name)
+        except OSError as error:  # a sector that cannot be read
+            raise DamagedCheckpoint(f"{checkpoint / name} cannot be read ({error}); {REMEDY_DAMAGED}") from error
+        if found != expected.sha256:
+            record = CHECKPOINT_FILE if expected.size is not None else STATE_FILE
+            raise DamagedCheckpoint(
+                f"{checkpoint / name} is damaged: its SHA-256 is not the one in {record}; {REMEDY_DAMAGED}"
+            )

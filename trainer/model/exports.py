@@ -13,8 +13,8 @@ from trainer.core.layout import (
     MODEL_INDEX_FILE,
     NEWEST,
     RUN_FILE,
-    STATE_FILE,
     checkpoint_name,
+    find_record,
 )
 
 
@@ -23,7 +23,7 @@ def find_run(path: Path) -> tuple[Path, int | None] | None:
 
     ``RUN/latest`` is the run, as it is where a checkpoint is asked for.
     """
-    if CHECKPOINT_NAME.fullmatch(path.name) and (path / STATE_FILE).is_file():
+    if CHECKPOINT_NAME.fullmatch(path.name) and find_record(path) is not None:
         return path.parent.parent, int(path.name.removeprefix("step-"))
     if (path / RUN_FILE).is_file():
         return path, None

@@ -1,6 +1,6 @@
 """What made a file: run, data, config, code, libraries and the model it started from, and what made that.
 
-A plain dict of JSON values. It travels in checkpoints (``train_state.json``), in the metadata of single files and as
+A plain dict of JSON values. It travels in checkpoints (``checkpoint.json``), in the metadata of single files and as
 ``lineage.json`` in diffusers folders, so that a published file can be traced back to the first base. Published files
 must not carry a user's folders: absolute paths are cut to their last two parts, and to what follows a user's name.
 """
@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 import trainer
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
-from trainer.core.layout import CHECKPOINTS_FOLDER, LINEAGE_FILE, RUN_FILE, STATE_FILE
+from trainer.core.layout import CHECKPOINTS_FOLDER, LINEAGE_FILE, RUN_FILE, find_record
+from trainer.model.checkpoint import list_checkpoints, read_train_state
 from trainer.model.exports import list_exports
 
 LINEAGE_KEY = "trainer.lineage"  # metadata of a single file
@@ -172,8 +173,8 @@ def read_lineage(path: Path) -> Lineage | None:
                 lineage = json.loads((file.metadata() or {}).get(LINEAGE_KEY, "null"))
         elif (path / LINEAGE_FILE).is_file():
             lineage = json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
-        elif (path / STATE_FILE).is_file():
-            lineage = json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("lineage")
+        elif find_record(path) is not None:
+            lineage = read_train_state(path).get("lineage")
         else:
             return None
     except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
@@ -194,8 +195,7 @@ def find_lineage(path: Path) -> Lineage:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if (path / RUN_FILE).is_file():
-        checkpoints = sorted(state.parent for state in path.glob(f"{CHECKPOINTS_FOLDER}/step-*/{STATE_FILE}"))
-        path = [path, *checkpoints, *list_exports(path)][-1]
+        path = [path, *list_checkpoints(path / CHECKPOINTS_FOLDER), *list_exports(path)][-1]
     if (lineage := read_lineage(path)) is not None:
         return lineage
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() else []

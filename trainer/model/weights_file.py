@@ -4,11 +4,13 @@ What is downloaded is often something else: a Git LFS pointer, a web page, the f
 header cannot be read.
 """
 
+import hashlib
 import json
 import math
+import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +21,16 @@ from torch import Tensor
 
 from trainer.core.errors import UserError, shorten
 from trainer.core.files import shown_name
-from trainer.core.progress import Meter, watch_writing
+from trainer.core.progress import BYTES, Meter, watch_writing
 
 PICKLED_BYTES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ARCHIVE_BYTES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")
+WRITE_BYTES = 1 << 22  # at a time, hashed and written
 SUMMED = 2**22  # elements that are looked at at once
+DTYPE_NAMES = {  # as the format calls them; what optimizers keep
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 PAGE_WORDS = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")
 
 
@@ -68,6 +75,22 @@ class LazyFile(Mapping[str, Tensor]):
         return self.file.get_slice(name).get_dtype()
 
 
+class JoinedFiles(Mapping[str, Tensor]):
+    """Several .safetensors files as one."""
+
+    def __init__(self, files: Sequence[LazyFile]) -> None:
+        self.places = {name: file for file in files for name in file}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 def read_frame(file: BinaryIO) -> dict[str, Any]:
     """The header of a .safetensors file that is open at its beginning; then it is open where the tensors begin.
 
@@ -91,6 +114,39 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     size = sum(tensor.nbytes for tensor in tensors.values())
     with watch_writing(path.parent, shown_name(path), size):
         save_file(dict(tensors), path, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> tuple[str, int]:
+    """Write a new .safetensors file and force it to the disk, tensor by tensor; its SHA-256 and its size.
+
+    The bytes are hashed as they are written. The order is ours, not the library's, which cannot hash: large elements
+    first, so that each tensor lies at a multiple of its element's size.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb") as file, Meter(f"write {shown_name(path)}", 8 + len(header) + end, BYTES) as meter:
+
+        def put(part: bytes | memoryview) -> None:
+            file.write(part)
+            digest.update(part)
+            meter.update(len(part))
+
+        put(struct.pack("<Q", len(header)) + header)
+        for _, tensor in ordered:
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            for begin in range(0, len(data), WRITE_BYTES):
+                put(data[begin : begin + WRITE_BYTES])
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest(), 8 + len(header) + end
 
 
 def explain_unreadable(path: Path, error: Exception) -> str:

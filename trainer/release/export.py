@@ -20,7 +20,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype, Format
 from trainer.core.errors import UserError
 from trainer.core.files import write_file, write_json
-from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, MODEL_FILE, export_name
+from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORT_FOLDER, LINEAGE_FILE, export_name
 from trainer.core.progress import BYTES, Meter
 from trainer.model.base import (
     CONFIGS_KEY,
@@ -49,9 +49,10 @@ from trainer.model.exports import find_recorded
 from trainer.model.hub import STEMS
 from trainer.model.latents import find_other_numbers
 from trainer.model.lineage import LINEAGE_KEY, shorten_paths
+from trainer.model.restore import open_weights
 from trainer.model.sdxl import COMPONENTS, DTYPES
 from trainer.model.single_file import some, to_single_file
-from trainer.model.weights_file import LazyFile, save_tensors
+from trainer.model.weights_file import save_tensors
 from trainer.release.artefacts import put_whole, save_stamped, write_export_sums, write_tokenizer
 from trainer.release.licence import FAIPL
 from trainer.train.run import locate_from_run
@@ -137,7 +138,7 @@ def build_export(
     check_diffusion(checkpoint, state, config)
     vae = read_vae(config.model.vae and locate_from_run(run_folder, config.model.vae), base, config.model.vae_revision)
     check_vae(checkpoint, state, vae, config.model.vae or base.reference)
-    trained = LazyFile(checkpoint / MODEL_FILE)
+    trained = open_weights(checkpoint)
     if strange := [name for name in trained if name.partition(".")[0] not in COMPONENTS]:
         raise UserError(f"{checkpoint} holds tensors of no known part: {some(strange)}")
     parts = {component: overlay(part, base, trained, dtype) for part, component in COMPONENTS.items()}
@@ -218,7 +219,7 @@ def check_diffusion(checkpoint: Path, state: Mapping[str, Any], config: Config) 
             )
 
 
-def overlay(part: str, base: Base, trained: LazyFile, dtype: Dtype) -> dict[str, Tensor]:
+def overlay(part: str, base: Base, trained: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
     """A component of the base with the trained tensors in place of its own, in the export's dtype.
 
     One tensor at a time, so that the fp32 weights are never in memory as a whole.

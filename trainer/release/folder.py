@@ -57,8 +57,8 @@ MAX_STEM = 80
 ADDRESS = re.compile(r"https?://[^\s\"'<>`|)\]}]+")  # paths in it are the web's
 FOLDER_REMEDY = (
     "a text that the training wrote (lineage.json, configs/, the weights' headers) stands in the checkpoint: change it "
-    "there, in train_state.json, move RUN/export away and publish again; a sample is drawn again or taken out; what "
-    "publish.* or --acknowledge-base-terms says is said otherwise"
+    "there, in checkpoint.json, then python scripts/lineage.py CHECKPOINT --seal, move RUN/export away and publish "
+    "again; a sample is drawn again or taken out; what publish.* or --acknowledge-base-terms says is said otherwise"
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.core.disk import format_bytes
-from trainer.core.layout import CONFIG_FILE, METRICS_FILE, PAGE_FILE, RUN_FILE, SAMPLES_FOLDER, STATE_FILE
+from trainer.core.layout import CONFIG_FILE, METRICS_FILE, PAGE_FILE, RUN_FILE, SAMPLES_FOLDER, find_record
 from trainer.model.checkpoint import find_newest, measure_checkpoint, step_of
 from trainer.report.charts import Axis, Chart, Scale, Series, draw_chart
 from trainer.report.config_values import Difference, find_differences, find_recipe, flatten_config
@@ -236,11 +236,12 @@ def describe_left(view: RunView) -> str:
 def describe_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint: where, of which step, how large, when; None before the first."""
     newest = find_newest(folder)
-    if newest is None:
+    record = find_record(newest) if newest else None
+    if newest is None or record is None:
         return None
     return {
         "link": link_from(folder / CONFIG_FILE, newest), "name": newest.name, "step": step_of(newest),
-        "size": format_bytes(measure_checkpoint(newest)), "time": (newest / STATE_FILE).stat().st_mtime,
+        "size": format_bytes(measure_checkpoint(newest)), "time": record.stat().st_mtime,
     }  # fmt: skip
 
 

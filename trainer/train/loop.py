@@ -23,9 +23,9 @@ from trainer.core.distributed import describe_device, device_memory
 from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
 from trainer.core.progress import Meter, format_count
 from trainer.data.loader import Batch, load_batches
-from trainer.model.checkpoint import restore_checkpoint
 from trainer.model.diffusion import alphas_cumprod, trained_prediction
 from trainer.model.lineage import build_lineage
+from trainer.model.restore import restore_checkpoint
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
 from trainer.model.vae import build_vae
 from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png

@@ -1,8 +1,10 @@
 """Save and retain checkpoints: each is written under a temporary name, forced to the disk, hashed and renamed."""
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +12,56 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.config.schema import OptimizerName
+from trainer.core.console import log
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import TEMPORARY_PREFIX, sha256_file, sync_file, sync_folder, temporary_path, write_json
-from trainer.core.layout import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, checkpoint_name
-from trainer.model.checkpoint import CHECKPOINT_FORMAT, SHARED, list_checkpoints, step_of
+from trainer.core.files import TEMPORARY_PREFIX, set_aside, sync_folder, temporary_path, write_bytes
+from trainer.core.layout import CHECKPOINT_FILE, checkpoint_name, find_record, piece_name
+from trainer.model.checkpoint import CHECKPOINT_FORMAT, list_checkpoints, seal, step_of
+from trainer.model.restore import SHARED
 from trainer.model.sdxl import trained_parameters
-from trainer.model.weights_file import save_tensors
+from trainer.model.weights_file import write_tensors
 from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import state_bytes
 
-OVERHEAD = 2_000_000  # bytes of headers and train_state.json, above what has been seen
+OVERHEAD = 2_000_000  # bytes of headers and checkpoint.json, above what has been seen
+PIECE_BYTES = 2**30  # of the parameters in fp32 that share a file, unless one alone is larger
+INCOMPLETE = "incomplete"  # behind the name of a folder that was in the way
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file of a checkpoint that is to be written."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None = None
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
     """Write ``folder/step-XXXXXXXX``, whole or not at all. Call it on one rank only.
 
-    ``train_state`` is JSON with at least ``step``; format_version and the files' hashes are added.
+    ``train_state`` is JSON with at least ``step``; format_version, name, and the files' sizes and hashes are added.
 
     Raises:
         UserError: when that checkpoint exists: nothing is overwritten; or where it does not fit on the disk.
     """
+    size = measure_state(model, optimizer)
+    return write_checkpoint(folder, list_tensor_files(model, optimizer), train_state, size)
+
+
+def write_checkpoint(folder: Path, files: Iterable[TensorFile], train_state: dict[str, Any], size: int) -> Path:
+    """Write the files of a checkpoint, which take about ``size`` bytes, and what it says of itself."""
     final = folder / checkpoint_name(train_state["step"])
-    if final.exists():
-        raise UserError(f"{final} exists already and is not overwritten; move it away, or choose another run.name")
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in find_leftovers(folder):
-        shutil.rmtree(leftover)
-    parameters = trained_parameters(model)
-    weights = read_weights(parameters, optimizer)
-    tensors, metadata = collect_optimizer_state(parameters, optimizer)
-    size = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values())) + OVERHEAD
+    make_room(final)
     temporary = temporary_path(final)
-    with disk_space(folder, f"checkpoint {final}", size):
+    with disk_space(folder, f"checkpoint {final}", size + OVERHEAD):
         try:
             temporary.mkdir()
-            save_tensors(weights, temporary / MODEL_FILE)
-            save_tensors(tensors, temporary / OPTIMIZER_FILE, metadata)
-            write_train_state(temporary, train_state)
+            sums = {file.name: write_tensors(temporary / file.name, file.tensors, file.metadata) for file in files}
+            listed = {name: {"sha256": digest, "size": length} for name, (digest, length) in sums.items()}
+            first = {"format_version": CHECKPOINT_FORMAT, "name": final.name}
+            write_bytes(temporary / CHECKPOINT_FILE, seal({**first, **train_state, "files": listed}))
             temporary.rename(final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -56,15 +70,58 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_
     return final
 
 
-def write_train_state(folder: Path, train_state: dict[str, Any]) -> None:
-    """Force a checkpoint's tensors to the disk, hash them, and write what the checkpoint says of itself."""
-    hashes = {}
-    for name in (MODEL_FILE, OPTIMIZER_FILE):
-        (folder / name).chmod(0o644)  # safetensors writes 0600
-        sync_file(folder / name)
-        hashes[name] = sha256_file(folder / name)
-    write_json(folder / STATE_FILE, {"format_version": CHECKPOINT_FORMAT, **train_state, "files": hashes})
-    sync_folder(folder)
+def make_room(final: Path) -> None:
+    """Remove what a killed process left, and set aside a folder of the checkpoint's name that is not whole.
+
+    Raises:
+        UserError: where a whole one lies there: nothing is overwritten.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(final.parent)
+    if not os.path.lexists(final):
+        return
+    if find_record(final) is not None:
+        raise UserError(f"{final} exists already and is not overwritten; move it away, or choose another run.name")
+    aside = set_aside(final, INCOMPLETE)
+    log.warning("warning: %s was no whole checkpoint and is in the way of one: it lies in %s now", final, aside)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary checkpoints that a killed process left."""
+    for leftover in find_leftovers(folder):
+        shutil.rmtree(leftover)
+
+
+def divide(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """What shares a file: parameters in the model's order, up to PIECE_BYTES in fp32.
+
+    A function of names and shapes alone: the same files, whoever writes them and whatever holds the values.
+    """
+    pieces: list[dict[str, nn.Parameter]] = [{}]
+    size = 0
+    for name, parameter in parameters.items():
+        own = 4 * parameter.numel()
+        if pieces[-1] and size + own > PIECE_BYTES:
+            pieces.append({})
+            size = 0
+        pieces[-1][name] = parameter
+        size += own
+    return pieces
+
+
+def list_tensor_files(model: nn.Module, optimizer: Optimizer) -> Iterator[TensorFile]:
+    """All of a checkpoint's tensors, a piece after the other; those of a plain optimizer are the very ones it has."""
+    for number, parameters in enumerate(divide(trained_parameters(model)), start=1):
+        yield TensorFile(piece_name("model", number), read_weights(parameters, optimizer))
+        yield TensorFile(piece_name("optimizer", number), *collect_optimizer_state(parameters, optimizer))
+
+
+def measure_state(model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of a checkpoint's tensors."""
+    parameters = trained_parameters(model)
+    states = [value for parameter in parameters.values() for value in optimizer.state.get(parameter, {}).values()]
+    held = sum(value.nbytes for value in states if isinstance(value, Tensor))
+    return held + sum(4 * parameter.numel() for parameter in parameters.values())
 
 
 def estimate_size(model: nn.Module, optimizer: OptimizerName) -> int:

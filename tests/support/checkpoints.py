@@ -1,0 +1,37 @@
+"""Checkpoints that tests read and change: names of a tiny one's files, and its record sealed anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.core.files import sha256_file
+from trainer.core.layout import CHECKPOINT_FILE, find_record, piece_name
+from trainer.model.checkpoint import read_train_state, seal
+
+MODEL, OPTIMIZER = piece_name("model", 1), piece_name("optimizer", 1)  # a tiny model's tensors lie in one file each
+
+
+def change_record(checkpoint: Path, **changes: Any) -> None:
+    """Let a checkpoint say something else of itself, with a right digest where it has one."""
+    file = find_record(checkpoint)
+    assert file is not None
+    content = json.loads(file.read_text()) | changes
+    content.pop("digest", None)
+    file.write_bytes(seal(content) if file.name == CHECKPOINT_FILE else json.dumps(content).encode())
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a record says of a file."""
+    return {"sha256": sha256_file(path), "size": path.stat().st_size}
+
+
+def accept_file(path: Path) -> None:
+    """Let the record say of a changed file of tensors that it is as it must be."""
+    change_record(path.parent, files=read_train_state(path.parent)["files"] | {path.name: describe_file(path)})
+
+
+def flip_bit(path: Path, place: int, bit: int = 0) -> None:
+    """Damage a file; a negative place counts from its end."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
