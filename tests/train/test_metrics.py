@@ -21,10 +21,10 @@ from trainer.model.base import Base, find_base
 from trainer.model.run_records import read_metrics
 from trainer.sample.sampling import make_grid
 from trainer.train import metrics
+from trainer.train.beginning import Resumed
 from trainer.train.launch import build_accelerator
 from trainer.train.metrics import MetricsFile, find_peak_flops, tracker_settings, training_flops
 from trainer.train.progress import Progress, flatten_values
-from trainer.train.run import Resumed
 from trainer.train.step import StepResult
 
 

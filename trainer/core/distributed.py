@@ -1,15 +1,15 @@
-"""The processes of a preparation: which one this is, of how many, and how they wait for each other; and the device.
+"""The processes: which one this is, of how many, how they wait for each other and decide alike; and the device.
 
-They meet before the first image and after the last. Gloo is used on GPUs too: nothing large is sent, and a wait may
-last for days, where NCCL's would time out.
+Those of a preparation meet before the first image and after the last. Gloo is used on GPUs too: nothing large is sent,
+and a wait may last for days, where NCCL's would time out. Those of a training are Accelerate's.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -39,6 +39,52 @@ class Processes:
         values = [value]
         torch.distributed.broadcast_object_list(values)
         return values[0]
+
+    def gather(self, value: Shared) -> list[Shared]:
+        """The value of each process, in each."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def decide(self, work: Callable[[], Shared]) -> Shared:
+        """What the main process finds, in every process: what a disk shows may differ from one to the other.
+
+        Raises:
+            UserError: in all of them, when it does in the main one.
+        """
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except Exception as caught:
+                error = caught
+        said = None if error is None else str(error) if isinstance(error, UserError) else repr(error)
+        value, said = self.share((value, said))
+        if error is not None:
+            raise error
+        if said is not None:
+            raise UserError(f"the main process: {said}")
+        return value  # type: ignore[return-value]
+
+    def agree(self, work: Callable[[], Shared]) -> Shared:
+        """What each process finds for itself.
+
+        Raises:
+            UserError: in all of them, when it does in some: one that ended alone would leave the others waiting.
+        """
+        value, said = None, None
+        try:
+            value = work()
+        except UserError as error:
+            said = str(error)
+        refused = {rank: text for rank, text in enumerate(self.gather(said)) if text is not None}
+        if said is not None:
+            raise UserError(said)
+        if refused:
+            raise UserError("\n".join(f"process {rank}: {text}" for rank, text in refused.items()))
+        return value  # type: ignore[return-value]
 
     def wait(self) -> None:
         """Wait until all are here. One that died ends the others here too."""

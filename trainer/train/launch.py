@@ -24,7 +24,7 @@ from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
 from trainer.core.console import log
-from trainer.core.distributed import uses_cpu
+from trainer.core.distributed import Processes, uses_cpu
 from trainer.core.errors import UserError
 from trainer.data.index import Index, count_fields, open_index
 from trainer.data.loader import MicroBatches
@@ -47,7 +47,8 @@ from trainer.model.exports import find_recorded
 from trainer.model.latents import describe_numbers, find_other_numbers
 from trainer.model.lineage import describe_software, read_lineage
 from trainer.sample.pictures import check_config_prompts
-from trainer.train.run import Resumed, find_resumed, run_path
+from trainer.train.beginning import Resumed, find_resumed
+from trainer.train.run import run_path
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class RunInputs:
     facts: dict[str, Any]  # what a checkpoint records of its inputs, and a resume compares
     fixed: dict[str, Any]  # the config's values that a resume may not change, see config.fixed
     software: dict[str, Any]  # commit and versions of what runs here: on the disk they may change under a long run
+
+    @property
+    def processes(self) -> Processes:
+        """All that train, and which of them this is."""
+        return processes_of(self.accelerator)
 
     @property
     def first(self) -> int:
@@ -82,6 +88,11 @@ class RunInputs:
     def fork(self) -> dict[str, Any] | None:
         """The run that this one branched off, see Resumed."""
         return self.resumed.fork if self.resumed else None
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """Accelerate's processes as ours."""
+    return Processes(accelerator.process_index, accelerator.num_processes)
 
 
 FOR_CUDA = ("bitsandbytes", "xformers")
@@ -212,7 +223,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     Raises:
         UserError: for missing or damaged files, latents that another VAE made, or settings of samples without effect.
     """
-    software, resumed = describe_software(), find_resumed(config)
+    software, resumed = describe_software(), find_resumed(config, processes_of(accelerator))
     if note := check_config_prompts(config.sampling):
         log.info(note)
     index = open_index(config.data.shards)

@@ -39,8 +39,8 @@ from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
 from trainer.train.outcome import noting_outcome
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
-from trainer.train.resume import check_resumed, describe_changes, restore_scaler
-from trainer.train.run import begin_attempt, find_resumed, lock_run, read_work, run_path
+from trainer.train.resume import check_same, describe_changes, hash_state, restore_scaler, settle_resumed
+from trainer.train.run import begin_attempt, lock_run, read_work, run_path
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
 from trainer.train.stops import StopAsked, Stops, stop_requests
@@ -54,9 +54,7 @@ def train(config: Config, check: bool = False) -> Result:
     """
     inputs = open_inputs(config, build_accelerator(config))
     with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests(config.run.time_limit) as stops:
-        inputs.accelerator.wait_for_everyone()
-        inputs = replace(inputs, resumed=find_resumed(config))  # another process may have saved before the lock
-        check_resumed(inputs)
+        inputs = settle_resumed(inputs, check)
         first, last = inputs.first, inputs.last
         if first >= last:
             return make_result(
@@ -64,6 +62,8 @@ def train(config: Config, check: bool = False) -> Result:
             )
         inputs = settle_memory(inputs)
         model, sdxl, optimizer = load_model(inputs)
+        if inputs.processes.world > 1:
+            check_same(inputs.processes, "weights or optimizer state", hash_state(sdxl, optimizer))
         stops.expect_saves(expect_size(inputs, sdxl))
         log.info(describe_start(inputs, sdxl))
         if changes := describe_changes(inputs):

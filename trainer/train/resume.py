@@ -1,19 +1,38 @@
 """From which checkpoint a run resumes or forks, and what must be as it was: config, data, base, VAE and tokenizers."""
 
+import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from trainer.config.fixed import find_interpolated, fixed_values
 from trainer.config.yaml_text import read_yaml
 from trainer.core.console import log
+from trainer.core.distributed import Processes
 from trainer.core.errors import UserError, shorten
-from trainer.core.layout import CONFIG_FILE
+from trainer.core.files import set_aside, sha256_bytes
+from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from trainer.core.progress import format_count
-from trainer.model.checkpoint import find_newest, step_of, verify_checkpoint
+from trainer.model.checkpoint import (
+    REMEDY_DAMAGED,
+    DamagedCheckpoint,
+    list_checkpoints,
+    list_incomplete,
+    step_of,
+    verify_checkpoint,
+)
+from trainer.model.sdxl import trained_parameters
 from trainer.report.config_values import find_differences, flatten_config
+from trainer.train.beginning import Resumed, find_resumed
 from trainer.train.launch import RunInputs
-from trainer.train.run import Resumed, run_path
+from trainer.train.narrow import NarrowOptimizer
+from trainer.train.run import run_path
+from trainer.train.save import remove_leftovers
 
 # what a run reads is compared by hashes, so that where it lies is free
 GUARDED = (
@@ -25,6 +44,7 @@ GUARDED = (
     ("pair of tokenizers (SHA-256)", ("tokenizers_sha256",)),
 )
 
+DAMAGED = "damaged"  # behind the name of a checkpoint that was set aside
 MAX_CHANGES, MAX_VALUE = 6, 40  # in the line that says what a resume changes: keys, and characters of a value
 REMEDY = "Restore what it was, or choose another run.name"
 RESUME_OR_FORK = (
@@ -35,32 +55,119 @@ FORK_REMEDY = "A fork keeps this: restore what it was, or start from an export o
 FORK_KEEPS = ("optim.name", "model.train_", "diffusion.")  # keys, by their beginnings, that make the state what it is
 
 
-def check_resumed(inputs: RunInputs) -> None:
-    """Compare the checkpoint that this run begins with, if any, with this config and these data; its files with hashes.
+def settle_resumed(inputs: RunInputs, check: bool) -> RunInputs:
+    """With the checkpoint that this run begins with, all of whose bytes are right; to be called under the run's lock.
+
+    Where the newest of the run's own is damaged, that is the one before, and damaged ones are set aside. ``check``
+    leaves them where they are.
 
     Raises:
-        UserError: when resuming would not continue that run, or would overwrite another.
+        UserError: in all processes, when that checkpoint cannot be continued, or would overwrite another; and when it
+            was named and is damaged.
     """
+    damaged: dict[Path, str] = {}
+    while True:
+        resumed = find_resumed(inputs.config, inputs.processes, damaged)  # another process may have saved meanwhile
+        inputs = replace(inputs, resumed=resumed)
+        check_resumed(inputs)
+        flaw = inputs.processes.decide(lambda found=resumed: find_flaw(found))  # type: ignore[misc]
+        if resumed is None or flaw is None:
+            break
+        if inputs.config.checkpoint.resume != "auto" or resumed.begins_fork:
+            raise UserError(flaw)
+        damaged[resumed.folder] = flaw
+    if inputs.processes.is_main:
+        tidy_checkpoints(inputs, check)
+    return inputs
+
+
+def find_flaw(resumed: Resumed | None) -> str | None:
+    """What is damaged of a checkpoint, of which every byte is read."""
+    try:
+        if resumed is not None:
+            verify_checkpoint(resumed.folder)
+    except DamagedCheckpoint as error:
+        return str(error)
+    return None
+
+
+def tidy_checkpoints(inputs: RunInputs, check: bool) -> None:
+    """Say what of the run's checkpoints is damaged or not whole; damaged ones are set aside, leftovers removed."""
+    folder, resumed = run_path(inputs.config) / CHECKPOINTS_FOLDER, inputs.resumed
+    for path in list_incomplete(folder):
+        log.info("note: %s is called like a checkpoint and is not whole: it counts as none", path)
+    for path, reason in resumed.damaged if resumed else ():
+        lies = "it would be set aside" if check else f"it lies in {set_aside(path, DAMAGED)} now"
+        said = reason.removesuffix(f"; {REMEDY_DAMAGED}")
+        log.warning("warning: %s. The run goes on from the checkpoint before it; %s", said, lies)
+    if not check:
+        remove_leftovers(folder)
+
+
+def check_resumed(inputs: RunInputs) -> None:
+    """Compare the checkpoint that this run begins with, if any, with this config and these data.
+
+    Raises:
+        UserError: in all processes, when resuming would not continue that run, or would overwrite another.
+    """
+    inputs.processes.decide(lambda: check_newest(inputs))
+    inputs.processes.agree(lambda: check_continued(inputs))
+
+
+def check_newest(inputs: RunInputs) -> None:
+    """Refuse to overwrite: what this run begins with must be the newest of the run's own that is whole."""
     path, resumed = run_path(inputs.config), inputs.resumed
-    newest = find_newest(path)
-    if newest is not None and inputs.config.checkpoint.resume == "never":
-        raise UserError(f"{path} has checkpoints and checkpoint.resume is never; choose another run.name")
-    if newest is not None and step_of(newest) > inputs.first:
+    unusable = {folder for folder, _ in resumed.damaged} if resumed else set()
+    own = [folder for folder in list_checkpoints(path / CHECKPOINTS_FOLDER) if folder not in unusable]
+    if own and step_of(own[-1]) > inputs.first:
         begins = resumed.folder if resumed else "the base"
         raise UserError(f"{path} has newer checkpoints than {begins}; move them away, or choose another run.name")
+
+
+def check_continued(inputs: RunInputs) -> None:
+    """Refuse what would not continue the checkpoint."""
+    resumed = inputs.resumed
     if resumed is None:
         return
     if resumed.begins_fork:
         check_fork(inputs, resumed)
-    else:
-        check_config(resumed.folder, resumed.state, inputs.fixed)
-        if "fixed" not in resumed.state and (unknown := find_interpolated(inputs.fixed["values"])):
-            log.warning("warning: %s does not record the value of %s: make sure that it is the same now",
-                        resumed.folder, ", ".join(unknown))  # fmt: skip
-        check_inputs(resumed.folder, resumed.state, inputs.facts, GUARDED, REMEDY)
-    if inputs.accelerator.is_main_process:
-        verify_checkpoint(resumed.folder)
-    inputs.accelerator.wait_for_everyone()
+        return
+    check_config(resumed.folder, resumed.state, inputs.fixed)
+    if "fixed" not in resumed.state and (unknown := find_interpolated(inputs.fixed["values"])):
+        log.warning("warning: %s does not record the value of %s: make sure that it is the same now",
+                    resumed.folder, ", ".join(unknown))  # fmt: skip
+    check_inputs(resumed.folder, resumed.state, inputs.facts, GUARDED, REMEDY)
+
+
+def check_same(processes: Processes, what: str, digest: str) -> None:
+    """Refuse to train with something that is not the same in all processes.
+
+    Raises:
+        UserError: in all of them, naming the hosts.
+    """
+    seen = processes.gather((socket.gethostname(), digest))
+    others = [f"{rank} (on {host})" for rank, (host, found) in enumerate(seen) if found != seen[0][1]]
+    if others:
+        raise UserError(
+            f"{what} of process {', '.join(others)} differ from those of the main process (on {seen[0][0]}): all must "
+            "read the same files, from a file system that their hosts share or from equal copies"
+        )
+
+
+def hash_state(sdxl: nn.Module, optimizer: Optimizer) -> str:
+    """A digest of the bits of weights and optimizer state, summed up where they lie."""
+    tensors: list[Tensor] = []
+    if isinstance(optimizer, NarrowOptimizer):
+        tensors = [optimizer.weights.weights, *([] if (behind := optimizer.weights.behind) is None else [behind])]
+    parameters = trained_parameters(sdxl)
+    tensors += [value.detach() for value in sdxl.parameters()]
+    for parameter in parameters.values():
+        state = sorted(optimizer.state.get(parameter, {}).items())
+        tensors += [value for _, value in state if isinstance(value, Tensor)]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    device = next(sdxl.parameters()).device
+    sums = [tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64).to(device) for tensor in tensors]
+    return sha256_bytes(torch.stack(sums).cpu().numpy().tobytes())
 
 
 def check_fork(inputs: RunInputs, resumed: Resumed) -> None:

@@ -1,6 +1,6 @@
 """A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export.
 
-And what it says: with which checkpoint a run begins, and what its work took in hours and hardware.
+And what it says: what its work took in hours and hardware.
 """
 
 import datetime
@@ -15,7 +15,6 @@ from trainer.config.schema import Config
 from trainer.core.files import write_json, write_text
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE
 from trainer.core.locks import hold_lock
-from trainer.model.checkpoint import find_checkpoint, find_newest, read_train_state
 from trainer.model.run_records import read_metrics, read_run
 
 
@@ -35,46 +34,6 @@ def lock_run(path: Path, is_main_process: bool) -> AbstractContextManager[None]:
     path.mkdir(parents=True, exist_ok=True)
     busy = f"{path} is in use by another process; wait for it, or choose another run.name"
     return hold_lock(path / RUN_LOCK_FILE, busy)
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run begins with: its own, or at first another run's."""
-
-    folder: Path
-    state: dict[str, Any]
-    fork: dict[str, Any] | None  # the run that this one branched off: run, step, samples_seen, lineage
-
-    @property
-    def begins_fork(self) -> bool:
-        """Whether it is another run's."""
-        return self.fork is not None and self.fork["step"] == self.state["step"]
-
-    @property
-    def tracker_run_id(self) -> str | None:
-        """The trackers' run to continue; None where this run begins as a fork."""
-        return None if self.begins_fork else self.state["tracker_run_id"]
-
-
-def find_resumed(config: Config) -> Resumed | None:
-    """The checkpoint that ``checkpoint.resume`` names, else the one that ``checkpoint.fork`` does; None for the base.
-
-    Raises:
-        UserError: where they name none.
-    """
-    choice, path, fork = config.checkpoint.resume, run_path(config), config.checkpoint.fork
-    own = find_newest(path) if choice in ("auto", "never") else find_checkpoint(choice, path, key="checkpoint.resume")
-    if own is not None:
-        state = read_train_state(own)
-        return Resumed(own, state, state.get("fork"))
-    if fork is None:
-        return None
-    folder = find_checkpoint(fork, key="checkpoint.fork")
-    state = read_train_state(folder)
-    lineage = {key: value for key, value in state["lineage"].items() if key != "base"}  # the base is this run's too
-    samples = state["lineage"]["samples_seen"]
-    origin = {"run": state["run"], "step": state["step"], "samples_seen": samples, "lineage": lineage}
-    return Resumed(folder, state, origin)
 
 
 def begin_attempt(config: Config, facts: dict[str, Any], tracker_run_id: str | None, **noted: Any) -> tuple[int, str]:
