@@ -17,6 +17,7 @@ import torch
 
 from trainer import __version__
 from trainer.config.schema import Config
+from trainer.core.asked import check_asked
 from trainer.core.console import log
 from trainer.core.disk import disk_space, format_bytes
 from trainer.core.distributed import Processes, choose_device, join_processes, uses_cpu
@@ -99,6 +100,7 @@ def prepare(config: Config) -> Summary:
     work = Work(find_place(config.data.shards))
     check_paths(config)
     with join_processes() as processes, ExitStack() as stack:
+        check_asked(processes.world, None)
         if processes.is_main:
             warn_of_fp16(config)
         else:

@@ -82,8 +82,9 @@ def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
     of_data = warn_of_data(inputs.data.plan, inputs.facts["images"], data.global_batch_size, inputs.last)
     gpus = 0 if uses_cpu() else torch.cuda.device_count()
     of_gpus = warn_of_gpus(inputs.accelerator.num_processes, gpus, inputs.config.run.num_processes)
+    of_cpu = warn_of_cpu(inputs.config.precision.compute, uses_cpu())
     of_memory = warn_of_memory(inputs.facts["memory"], inputs.config)
-    return [*of_data, *of_gpus, *of_memory, *warn_of_disk(inputs, size)]
+    return [*of_data, *of_gpus, *of_cpu, *of_memory, *warn_of_disk(inputs, size)]
 
 
 def warn_of_gpus(processes: int, gpus: int, asked: int | None) -> Iterator[str]:
@@ -92,6 +93,16 @@ def warn_of_gpus(processes: int, gpus: int, asked: int | None) -> Iterator[str]:
         yield (
             f"{gpus} GPUs are here, and one process uses one of them: accelerate launch --num_processes {gpus} uses "
             "all (run.num_processes=1 says that one is meant)"
+        )
+
+
+def warn_of_cpu(compute: str, on_cpu: bool) -> Iterator[str]:
+    """Arithmetic that was meant for a GPU."""
+    if on_cpu and compute == "bf16":
+        seen = "no GPU is seen" if not torch.cuda.is_available() else "ACCELERATE_USE_CPU is set"
+        yield (
+            f"{seen}: this run computes bf16 on the CPU, which most emulate, slower than fp32 (precision.compute=fp32 "
+            "precision.frozen=fp32)"
         )
 
 

@@ -23,6 +23,7 @@ from trainer.config.environment import hide_environment
 from trainer.config.fixed import describe_fixed
 from trainer.config.rules import explain_processes
 from trainer.config.schema import Config
+from trainer.core.asked import check_asked
 from trainer.core.console import log
 from trainer.core.distributed import Processes, uses_cpu
 from trainer.core.errors import UserError
@@ -206,12 +207,7 @@ def check_processes(config: Config, processes: int) -> None:
     Raises:
         UserError: when they differ; ``accelerate launch --cpu --num_processes 2`` runs one and says nothing.
     """
-    asked = config.run.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != processes:
-        raise UserError(
-            f"{asked} processes were asked for, but {processes} run. On GPUs use accelerate launch --num_processes "
-            f"{asked}; on the CPU ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked}"
-        )
+    check_asked(processes, config.run.num_processes)
     data = config.data
     if data.global_batch_size % (data.micro_batch_size * processes):
         raise UserError(explain_processes(processes, data.micro_batch_size, data.global_batch_size))
