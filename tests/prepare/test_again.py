@@ -31,6 +31,7 @@ from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import write_json
 from trainer.data.index import open_index, read_raw_latents
+from trainer.data.manifest import seal_manifest
 from trainer.prepare import encode as encoding
 from trainer.prepare import prepare
 from trainer.prepare.verify import verify_shards
@@ -252,7 +253,8 @@ def test_a_set_of_an_older_version_is_hashed(whole: Config, tmp_path: Path, monk
         edit_posts(tmp_path / "old", lambda post: post | {"score": 2})
         run(config)
     manifest = Path(config.data.shards) / "manifest.json"
-    write_json(manifest, {k: v for k, v in json.loads(manifest.read_text()).items() if k != "latents_sha256"})
+    kept = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "latents_sha256"}
+    write_json(manifest, seal_manifest(kept))
     edit_posts(tmp_path / "old", lambda post: post | {"score": 1})
     encoded = count_encoded(monkeypatch)
     summary = run(config)

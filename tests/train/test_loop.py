@@ -23,6 +23,7 @@ from trainer.core.errors import UserError
 from trainer.core.layout import RUN_LOCK_FILE
 from trainer.data import loader
 from trainer.data.index import count_fields, open_index
+from trainer.data.manifest import seal_manifest
 from trainer.data.plan import build_plan
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.run_records import read_metrics
@@ -141,7 +142,7 @@ def test_latents_of_another_vae_are_refused(make_config: MakeConfig, tmp_path: P
     manifest = json.loads((shards / "manifest.json").read_text())
     manifest["latents"]["vae_sha256"] = "0" * 64
     (shards / "manifest.json").unlink()
-    (shards / "manifest.json").write_text(json.dumps(manifest))
+    (shards / "manifest.json").write_text(json.dumps(seal_manifest(manifest)))
     with pytest.raises(UserError, match="made by another VAE"):
         train(make_config(f"data.shards={shards}"))
 

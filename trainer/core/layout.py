@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 # a set of shards (data.shards); shard-00000.tar and so on lie beside these
+SHARD_NAME = re.compile(r"shard-\d{5,}\.tar")
 INDEX_FILE = "index.arrow"
 MANIFEST_FILE = "manifest.json"
 LATENTS_FILE = "latents.arrow"  # every sample that lies in a tar, in the index or not

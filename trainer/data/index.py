@@ -2,10 +2,11 @@
 
 import io
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,16 +16,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.files import sha256_file
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE
-from trainer.data.shards import SCHEMA, SET_FORMAT, Row
+from trainer.data.index_checks import find_columns_problem, find_rows_problem
+from trainer.data.manifest import read_manifest
+from trainer.data.shards import Row
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.tables import read_table
 
 # of the index, from which captions are composed
 CAPTION_FIELDS = (*(f"tags_{category}" for category in TAG_CATEGORIES), "rating", "score", "year")
 MAX_OPEN_SHARDS = 256  # descriptors a reader keeps, well below the usual limit of 1024
+FP16_EXPONENT = np.uint16(0x7C00)
+NOT_OURS = "this is not what build_shards.py writes, and the set's own sums agree with it: build the set again"
+
+
+class BadSample(UserError):
+    """One sample cannot be read, or is not what the index says; the others may be sound."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +116,9 @@ def open_index(folder: str | Path) -> Index:
     """
     folder = Path(folder)
     index = Index(folder, read_manifest(folder))
-    problem = find_index_problem(index) or next(find_shard_problems(index), None)
-    if problem:
+    shards = index.manifest["shards"]
+    problem = find_index_problem(index) or find_rows_problem(index.table, shards)
+    if problem := problem or next((each for shard in shards if (each := find_file_problem(folder, shard))), None):
         raise UserError(
             f"{folder}: {problem}; start scripts/build_shards.py again if it was interrupted, else restore the folder, "
             "or move it away"
@@ -116,27 +126,14 @@ def open_index(folder: str | Path) -> Index:
     return index
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete set of shards."""
-    path = folder / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: make the shards first, with scripts/build_shards.py") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != SET_FORMAT:
-        raise UserError(f"{path} has format_version {version}, this program reads {SET_FORMAT}")
-    return manifest
-
-
 def find_index_problem(index: Index) -> str | None:
-    """Why index.arrow is not the manifest's, if so."""
-    problem = find_hash_problem(index.folder / INDEX_FILE, index.manifest["index_sha256"])
-    if problem is None and not index.table.schema.equals(SCHEMA):
-        return f"{INDEX_FILE} has other columns than this program's"
-    return problem
+    """Why index.arrow is not the manifest's, or no index, if so."""
+    if problem := find_hash_problem(index.folder / INDEX_FILE, index.manifest["index_sha256"]):
+        return problem
+    try:
+        return find_columns_problem(index.table.schema)
+    except (pa.ArrowException, OSError) as error:
+        return f"{INDEX_FILE} is no Arrow file: {shorten(str(error), 120)}"
 
 
 def find_hash_problem(path: Path, sha256: str) -> str | None:
@@ -146,14 +143,6 @@ def find_hash_problem(path: Path, sha256: str) -> str | None:
     if sha256_file(path) != sha256:
         return f"{path.name} is not the one that {MANIFEST_FILE} names (its SHA-256 differs)"
     return None
-
-
-def find_shard_problems(index: Index) -> Iterator[str]:
-    """What is wrong with the shard files, as far as their names and sizes tell."""
-    shards = index.manifest["shards"]
-    yield from filter(None, (find_file_problem(index.folder, shard) for shard in shards))
-    for name in sorted(set(pc.unique(index.table["shard"]).to_pylist()) - {shard["name"] for shard in shards}):
-        yield f"{INDEX_FILE} names shard {name}, {MANIFEST_FILE} does not list it"
 
 
 def find_file_problem(folder: Path, shard: dict[str, Any]) -> str | None:
@@ -185,7 +174,7 @@ def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> Non
     Nothing but its bytes is read, and they are not copied again.
 
     Raises:
-        UserError: naming shard and key, when the bytes are not those that were written.
+        BadSample: naming shard and key, when the bytes are not those that were written, or no finite latents.
     """
     where = f"shard {index.folder}/{record['shard']}, key {record['key']}"
     written = npy_header(raw_latents.shape)
@@ -194,19 +183,45 @@ def read_latents_into(raw_latents: np.ndarray, index: Index, record: Row) -> Non
         shard = index._open_shard(record["shard"])  # held while it is read: the cache may drop it, or keep another's
         read = os.preadv(shard.fileno(), [header, raw_latents.data], record["offset"])
         found = zlib.crc32(raw_latents.data, zlib.crc32(header))
-        if (read, header, found) == (record["length"], written, record["crc32"]):
-            return
-        # damaged, or of another shape or layout: read again as whatever it says it is
-        payload = os.pread(shard.fileno(), record["length"], record["offset"])
+        if (read, header, found) != (record["length"], written, record["crc32"]):
+            # damaged, or of another shape or layout: read again as whatever it says it is
+            payload = os.pread(shard.fileno(), record["length"], record["offset"])
+            if len(payload) != record["length"]:
+                raise BadSample(f"{where}: the shard ends before its bytes do; restore this shard from a copy")
+            if zlib.crc32(payload) != record["crc32"]:
+                raise BadSample(f"{where}: the bytes are damaged (CRC-32 differs); restore this shard from a copy")
+            raw_latents[...] = parse_npy(payload, raw_latents.shape)
     except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    if len(payload) != record["length"] or zlib.crc32(payload) != record["crc32"]:
-        raise UserError(f"{where}: the bytes are damaged (CRC-32 differs); restore this shard from a copy")
-    latents = np.load(io.BytesIO(payload), allow_pickle=False)
-    if latents.shape != raw_latents.shape or latents.dtype != np.float16:
-        expected = f"float16 {raw_latents.shape}"
-        raise UserError(f"{where}: holds {latents.dtype} {latents.shape}, the index says {expected}")
-    raw_latents[...] = latents
+        raise BadSample(f"{where}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BadSample(f"{where}: {error}; {NOT_OURS}") from error
+    # all bits of the exponent are those of infinity and NaN: faster than isfinite, which has no loop for fp16
+    if (raw_latents.view(np.uint16) & FP16_EXPONENT == FP16_EXPONENT).any():
+        raise BadSample(f"{where}: the latents hold NaN or infinity; {NOT_OURS}")
+
+
+def parse_npy(payload: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The fp16 array of a ``.npy`` file in whatever version and layout, which must be of this shape.
+
+    Its header is read alone: what it declares is compared before memory is asked for, and no pickle is ever loaded.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
+    buffer = io.BytesIO(payload)
+    try:
+        version = np.lib.format.read_magic(buffer)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        declared, fortran, dtype = reader(buffer)
+    except Exception as error:  # NumPy parses it as Python, and lets through whatever that raises
+        raise ValueError(f"is no .npy file ({shorten(str(error), 80)})") from error
+    if dtype != np.float16 or declared != shape:
+        kind = "Python objects" if dtype.hasobject else str(dtype)
+        raise ValueError(f"holds {kind} {shorten(str(declared), 60)}, the index says float16 {shape}")
+    if (rest := len(payload) - buffer.tell()) != (needed := 2 * math.prod(shape)):
+        raise ValueError(f"has {rest} bytes of numbers, not {needed}")
+    flat = np.frombuffer(payload, dtype=np.float16, offset=buffer.tell())
+    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
 @lru_cache(maxsize=256)  # one a bucket

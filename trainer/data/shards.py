@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from trainer.core.files import sha256_file, sha256_json, sync_file, write_json
 from trainer.core.layout import INDEX_FILE, MANIFEST_FILE, shard_name
+from trainer.data.manifest import SET_FORMAT, seal_manifest
 from trainer.data.post import POST_FIELDS
 from trainer.data.tables import ArrowStream, cut_batches, stream_table, write_batches
 
-SET_FORMAT = 1
 INDEX_ROWS = 65536  # rows of one record batch of the index
 
 Row = dict[str, Any]
@@ -122,7 +122,7 @@ def write_index(
     """
     path = folder / INDEX_FILE
     write_batches(path, SCHEMA, cut_batches(pa.RecordBatchReader.from_stream(rows), SCHEMA, INDEX_ROWS))
-    manifest = {
+    said = {
         "format_version": SET_FORMAT,
         "latents": latents,
         **more,
@@ -130,6 +130,7 @@ def write_index(
         "index_sha256": sha256_file(path),
         "shards": [vars(shard) for shard in sorted(shards, key=lambda shard: shard.name)],
     }
+    manifest = seal_manifest(said)
     write_json(folder / MANIFEST_FILE, manifest)
     return manifest
 

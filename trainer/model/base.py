@@ -19,11 +19,12 @@ from torch import Tensor
 from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes, sha256_file
+from trainer.core.json_text import read_json
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 from trainer.core.progress import BYTES, Meter
 from trainer.model.diffusion import SILENT, Prediction, file_predictions, scheduler_prediction, write_scheduler
 from trainer.model.exports import find_export, find_run, suggest_exports
-from trainer.model.hub import STEMS, fetch, find_cached, find_weights, read_json, refuse_pickled
+from trainer.model.hub import STEMS, fetch, find_cached, find_weights, refuse_pickled
 from trainer.model.latents import LatentScale, check_vae_config
 from trainer.model.recognise import check_model_file, check_model_folder
 from trainer.model.single_file import (

@@ -3,16 +3,15 @@
 Pickled files are never chosen: opening them could run code.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from trainer.core.errors import UserError, shorten
+from trainer.core.json_text import read_json
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
 
 STEMS = {
@@ -134,7 +133,10 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
     for name in pick_weights(names, stem):
         if not name.endswith(".json"):
             return [folder / name]
-        shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+        listed = read_json(folder / name).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()) or not listed:
+            raise UserError(f"{folder / name} lists no files: weight_map must name one for each tensor")
+        shards = sorted(set(listed.values()))
         if absent := [shard for shard in shards if shard not in names]:
             raise UserError(f"{folder}: {', '.join(absent[:4])} is missing, which {name} lists")
         return [folder / shard for shard in shards]
@@ -152,14 +154,3 @@ def refuse_pickled(path: Path) -> None:
     """Pickles can run code when they are opened."""
     if path.suffix in PICKLED:
         raise UserError(f"{path} is pickled and could run code when opened: convert it to .safetensors first")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.core.errors import UserError
+from trainer.core.json_text import read_json
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
-from trainer.model.hub import STEMS, find_weights, read_json
+from trainer.model.hub import STEMS, find_weights
 from trainer.model.weights_file import LazyFile
 
 UNET, ENCODERS = r"^model\.diffusion_model\.", r"^conditioner\.embedders\."
