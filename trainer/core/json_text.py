@@ -5,6 +5,7 @@ deeply. What it gives here can be walked by recursion and written again as JSON.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.core.errors import UserError, shorten
 MAX_DEPTH = 100  # objects and lists within each other; a lineage of twenty stages has some 50
 MAX_DIGITS = 40  # transformers writes 1e30, as a whole number, for "no limit"
 MAX_JSON_BYTES = 2**28
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BrokenJson(ValueError):
@@ -36,6 +38,7 @@ def decode_json(text: str | bytes, *, infinity: bool = False) -> Any:
         return float(name)
 
     try:
+        text = text.decode() if isinstance(text, bytes) else text  # json.loads would guess at other encodings
         value = json.loads(text, object_pairs_hook=one_of_each, parse_int=whole, parse_float=finite,
                            parse_constant=constant)  # fmt: skip
     except RecursionError as error:
@@ -43,6 +46,8 @@ def decode_json(text: str | bytes, *, infinity: bool = False) -> Any:
     except UnicodeDecodeError as error:
         raise BrokenJson(f"it is not UTF-8 (byte {error.start})") from error
     check_depth(value)
+    if SURROGATE.search(text):
+        check_unicode(value)
     return value
 
 
@@ -71,10 +76,18 @@ def finite(text: str) -> float:
     return value
 
 
+def check_unicode(value: Any) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and UTF-8 cannot hold: it could not be written again."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BrokenJson("it holds half of a surrogate pair") from error
+
+
 def check_depth(value: Any) -> None:
     """Refuse what no recursion should walk."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             item
             for each in level

@@ -49,6 +49,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # a model's folder, as diffusers has it, and what is published
 MODEL_INDEX_FILE = "model_index.json"
 COMPONENT_FILE = "config.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 LINEAGE_FILE = "lineage.json"
 SUMS_FILE = "SHA256SUMS"
 EXPORT_SUMS_SUFFIX = ".sha256"  # beside an export: <name>.sha256 names what lies under its name

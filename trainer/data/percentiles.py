@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.config.schema import RATINGS, CaptionsConfig, QualityRule
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.layout import MANIFEST_FILE, RUN_FILE
 from trainer.data.index import open_index
 
@@ -62,7 +62,7 @@ def choose_thresholds(
     if named is not None:
         return read_thresholds(rules, named)
     # a base whose set had no scores has no thresholds
-    if base is not None and base.get("rules") == describe_rules(rules) and base["resolved"]:
+    if isinstance(base, dict) and base.get("rules") == describe_rules(rules) and base.get("resolved"):
         return take_over(rules, base, "the base's lineage")
     return resolve_anew(rules, table, OWN_SCORES)
 
@@ -82,9 +82,25 @@ def read_thresholds(rules: CaptionsConfig, folder: Path) -> Resolved:
 
 
 def take_over(rules: CaptionsConfig, recorded: Thresholds, source: str) -> Resolved:
-    """Rules by score as they were recorded."""
-    quality = [QualityRule(**rule) for rule in recorded["resolved"]]
+    """Rules by score as they were recorded.
+
+    Raises:
+        UserError: where they are no such rules: a base's lineage is somebody else's.
+    """
+    rows = recorded["resolved"]
+    if not isinstance(rows, list) or not all(is_rule(row) for row in rows):
+        raise UserError(f"the quality rules by score that {source} records are damaged: {shorten(repr(rows), 120)}")
+    quality = [QualityRule(**row) for row in rows]
     return Resolved(dataclasses.replace(rules, quality=quality), recorded, source)
+
+
+def is_rule(row: Any) -> bool:
+    """Whether a JSON value is a quality rule by score, as ``describe_rules`` writes it."""
+    if not isinstance(row, dict) or row.keys() != {field.name for field in dataclasses.fields(QualityRule)}:
+        return False
+    known = row["rating"] in (None, *RATING_GROUPS) and row["above_percentile"] is None
+    scored = row["min_score"] is None or (isinstance(row["min_score"], int) and not isinstance(row["min_score"], bool))
+    return isinstance(row["tag"], str) and scored and known
 
 
 def resolve_anew(rules: CaptionsConfig, table: pa.Table, source: str) -> Resolved:

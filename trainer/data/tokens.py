@@ -6,7 +6,6 @@ Recipe, section 4.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import CLIPTokenizer
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.files import sha256_json
+from trainer.core.json_text import check_object, read_json
+from trainer.core.layout import TOKENIZER_SETTINGS
 
 CHUNK_LENGTH = 77  # ids of a chunk: BOS, 75 content tokens, EOS
 CONTENT_LENGTH = 75
@@ -113,22 +114,62 @@ def load_tokenizer(folder: Path, vocab_size: int, padding_token: str) -> TextTok
     declared = declared_padding(folder)
     if declared is not None and declared != padding_token:
         raise UserError(f"tokenizer {folder} pads with {declared!r}; this encoder of SDXL pads with {padding_token!r}")
-    wrapped = CLIPTokenizer(vocab=vocab, merges=merges, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
+    try:
+        wrapped = CLIPTokenizer(
+            vocab=vocab, merges=merges, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN
+        )
+    except Exception as error:  # the library has no class of its own for a merge of tokens that are not there
+        raise UserError(f"tokenizer {folder} makes no tokenizer: {shorten(str(error))}") from error
     return TextTokenizer(TagIds(wrapped.backend_tokenizer), vocab[BOS_TOKEN], vocab[EOS_TOKEN], vocab[padding_token])
 
 
 def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a tokenizer folder."""
+    """Vocabulary and merges of a tokenizer folder.
+
+    Raises:
+        UserError: where there are none, or they are no such tables, naming the file.
+    """
     vocab_file, merges_file, fast_file = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     if vocab_file.exists() and merges_file.exists():
-        lines = merges_file.read_text(encoding="utf-8").splitlines()
-        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-        return json.loads(vocab_file.read_text(encoding="utf-8")), [(pair[0], pair[1]) for pair in pairs]
+        try:
+            lines = merges_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{merges_file} cannot be read: {error}") from error
+        pairs: Any = [line.split() for line in lines if line and not line.startswith("#version")]
+        return check_vocabulary(read_json(vocab_file), vocab_file), check_merges(pairs, merges_file)
     if fast_file.exists():
-        model = json.loads(fast_file.read_text(encoding="utf-8"))["model"]
-        split = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return model["vocab"], [(left, right) for left, right in split]
+        model = check_object(read_json(fast_file).get("model"), f"{fast_file}: model")
+        merges = model.get("merges")
+        split = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges] if merges else []
+        return check_vocabulary(model.get("vocab"), fast_file), check_merges(split, fast_file)
     raise UserError(f"tokenizer {folder} has neither vocab.json with merges.txt nor tokenizer.json")
+
+
+def check_vocabulary(vocab: Any, file: Path) -> dict[str, int]:
+    """Tokens and their ids, each of which is given once."""
+    known = check_object(vocab, f"the vocabulary in {file}")
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in known.values()):
+        raise UserError(f"the vocabulary in {file} must map tokens to whole numbers")
+    if len(set(known.values())) < len(known):
+        raise UserError(f"the vocabulary in {file} gives two tokens the same id")
+    return known
+
+
+def check_merges(pairs: Any, file: Path) -> list[tuple[str, str]]:
+    """Merges, pairs of texts."""
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair) for pair in pairs
+    ):
+        raise UserError(f"the merges in {file} must be pairs of tokens")
+    return [(left, right) for left, right in pairs]
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens of tokenizer.json beside its vocabulary."""
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise UserError(f"{folder / 'tokenizer.json'}: added_tokens must be a list of objects")
+    return check_vocabulary({str(token.get("content")): token.get("id") for token in added}, folder / "tokenizer.json")
 
 
 def hash_tokenizers(folder_1: Path, folder_2: Path) -> str:
@@ -138,10 +179,13 @@ def hash_tokenizers(folder_1: Path, folder_2: Path) -> str:
 
 def declared_padding(folder: Path) -> str | None:
     """The padding token that a tokenizer folder declares, if it does."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in TOKENIZER_SETTINGS[::-1]:
         file = folder / name
-        if file.exists() and (token := json.loads(file.read_text(encoding="utf-8")).get("pad_token")) is not None:
-            return token["content"] if isinstance(token, dict) else token
+        if file.exists() and (token := read_json(file).get("pad_token")) is not None:
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
+                raise UserError(f"{file}: pad_token must be a token, not {shorten(repr(token), 80)}")
+            return content
     return None
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from trainer.config.schema import ModelConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes, sha256_file
-from trainer.core.json_text import read_json
-from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
+from trainer.core.json_text import check_object, decode_json, read_json
+from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE, TOKENIZER_SETTINGS
 from trainer.core.progress import BYTES, Meter
+from trainer.model.component_configs import check_component, describe_left_out
 from trainer.model.diffusion import SILENT, Prediction, file_predictions, scheduler_prediction, write_scheduler
 from trainer.model.exports import find_export, find_run, suggest_exports
 from trainer.model.hub import STEMS, fetch, find_cached, find_weights, refuse_pickled
@@ -38,6 +39,7 @@ from trainer.model.single_file import (
 from trainer.model.weights_file import LazyFile, check_finite, measure_tensors
 
 CONFIGS_KEY = "trainer.configs"  # our single files carry their component configs under this metadata key, as JSON
+CLIP_VOCABULARY = 49_408
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -108,11 +110,9 @@ def read_config(base: Base, component: str) -> dict[str, Any]:
 
     A single file without configs of its own is SDXL; then its markers and metadata say how it predicts.
     """
-    if base.path.is_dir():
-        return read_json(base.path / config_file(component))
+    if (said := read_said_config(base, component)) is not None:
+        return check_component(component, said, f"{base.path}: {config_file(component)}")
     file = LazyFile(base.path)
-    if component in (carried := carried_configs(file)):
-        return carried[component]
     config = read_sdxl_config(component)
     if component == "scheduler":
         said = file_predictions(file, file.metadata)
@@ -120,9 +120,42 @@ def read_config(base: Base, component: str) -> dict[str, Any]:
     return config
 
 
-def carried_configs(file: LazyFile) -> dict[str, Any]:
-    """The component configs in a single file of ours; none in others."""
-    return json.loads(file.metadata.get(CONFIGS_KEY, "{}"))
+def read_said_config(base: Base, component: str) -> dict[str, Any] | None:
+    """A config as the base has it, whatever it holds; None of a single file without."""
+    if base.path.is_dir():
+        return read_json(base.path / config_file(component), infinity=component == "scheduler")
+    return carried_configs(LazyFile(base.path)).get(component)
+
+
+def carried_configs(file: LazyFile) -> dict[str, dict[str, Any]]:
+    """The component configs in a single file of ours, whatever they hold; none in others.
+
+    Raises:
+        UserError: where they are no JSON objects.
+    """
+    where = f"{file.path}: {CONFIGS_KEY}"
+    try:
+        configs = check_object(decode_json(file.metadata.get(CONFIGS_KEY, "{}"), infinity=True), where)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read as JSON: {error}") from error
+    return {name: check_object(config, f"{where}, {name}") for name, config in configs.items()}
+
+
+def note_configs(base: Base, tokenizers: Sequence[Path] = ()) -> list[str]:
+    """What the configs of a base and of tokenizers say that is left out, a note for each file."""
+    found = [
+        (config_file(component), component, said)
+        for component in ("model_index", "scheduler", *STEMS)
+        if (base.path.is_file() or (base.path / config_file(component)).is_file())
+        and (said := read_said_config(base, component)) is not None
+    ]
+    files = [folder / name for folder in tokenizers for name in TOKENIZER_SETTINGS if (folder / name).is_file()]
+    found += [(f"{file.parent.name}/{file.name}", "tokenizer", read_json(file)) for file in files]
+    return [
+        f"{base.reference}: {file} says {names}, which is left out, of what is trained and of what is exported"
+        for file, component, said in found
+        if (names := describe_left_out(component, said)) is not None
+    ]
 
 
 def read_sdxl_config(component: str) -> dict[str, Any]:
@@ -249,8 +282,10 @@ def find_tokenizers(base: Base, tokenizer: str | None, key: str = "model.tokeniz
 
 
 def read_vocab_sizes(base: Base) -> tuple[int, int]:
-    """Vocabulary sizes of both text encoders."""
-    sizes = [read_config(base, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
+    """Vocabulary sizes of both text encoders; transformers leaves out of a config what is CLIP's."""
+    sizes = [
+        read_config(base, name).get("vocab_size") or CLIP_VOCABULARY for name in ("text_encoder", "text_encoder_2")
+    ]
     return sizes[0], sizes[1]
 
 
@@ -296,7 +331,7 @@ def find_vae_config(model: ModelConfig) -> dict[str, Any] | None:
         base = find_base(model.pretrained, model.revision, parts=())
         return read_config(base, "vae") if has_vae(base) else None
     cached = find_cached(model.pretrained, model.revision, config_file("vae"))
-    return None if cached is None else read_json(cached)
+    return None if cached is None else check_component("vae", read_json(cached), str(cached))
 
 
 def find_vae(vae: str, revision: str | None) -> Path:
@@ -316,11 +351,13 @@ def load_vae(vae: str, path: Path, config: dict[str, Any] | None) -> VaeWeights:
     try:
         if path.is_dir():
             folder = path / "vae" if (path / "vae").is_dir() else path
-            config = read_json(folder / COMPONENT_FILE)
+            config = check_component("vae", read_json(folder / COMPONENT_FILE), COMPONENT_FILE)
             state = read_component_folder(folder, "vae", config)
         else:
             file = LazyFile(path)
-            config = carried_configs(file).get("vae") or config or read_sdxl_config("vae")
+            if carried := carried_configs(file).get("vae"):
+                config = check_component("vae", carried, CONFIGS_KEY)
+            config = config or read_sdxl_config("vae")
             prefix = NAME_PREFIXES["vae"] if any(name.startswith(NAME_PREFIXES["vae"]) for name in file) else ""
             as_diffusers = not prefix and any(".mid_block." in name for name in file)
             state = normalise("vae", file, config) if as_diffusers else read_component("vae", file, config, prefix)

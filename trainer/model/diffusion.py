@@ -17,6 +17,16 @@ SCHEDULE: dict[str, Any] = {  # SDXL's, as a scheduler's config names it
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": NUM_TIMESTEPS,
     "trained_betas": None,
 }  # fmt: skip
+# diffusers' schedulers that have this schedule; the class of another is somebody's own, or predicts something else
+SCHEDULERS = {
+    f"{name}Scheduler"
+    for name in (
+        "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+        "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+        "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD",
+        "UniPCMultistep",
+    )
+}  # fmt: skip
 ZTSNR_MARKER = "ztsnr"  # an empty tensor by which single files say that their schedule ends in pure noise
 MODELSPEC_KEY = "modelspec.prediction_type"
 SILENT = "without a word on it"  # where an SDXL file says nothing of what it predicts
@@ -75,10 +85,14 @@ def scheduler_prediction(scheduler: Mapping[str, Any]) -> Prediction:
     Raises:
         UserError: for another noise schedule than SDXL's, or a prediction of which nothing is known here.
     """
-    kind, said = str(scheduler.get("_class_name", "")), scheduler.get("prediction_type", "epsilon")
+    kind = str(scheduler.get("_class_name", "EulerDiscreteScheduler"))
+    said = scheduler.get("prediction_type", "epsilon")
     if kind.startswith(("EDM", "FlowMatch")):
         what = "EDM" if kind.startswith("EDM") else "flow matching"
         raise UserError(f"its scheduler is {kind}: {what} predicts neither epsilon nor v of SDXL's schedule")
+    if kind not in SCHEDULERS:
+        raise UserError(f"its scheduler is {kind}, which diffusers has not for SDXL's schedule: EulerDiscreteScheduler "
+                        "is SDXL's")  # fmt: skip
     if said not in PREDICTION_TYPES:
         known = " and ".join(PREDICTION_TYPES)
         raise UserError(f"its scheduler says prediction_type {said!r}: only {known} are known here")

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from trainer.core.errors import UserError
+from trainer.model.component_configs import CONFIG_KEYS
 
 NUMBERS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-# what else diffusers' AutoencoderKL has in its config; nothing of it changes latents once they are made
-LAYOUT = {
-    "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
-    "act_fn", "latent_channels", "norm_num_groups", "sample_size", "force_upcast", "use_quant_conv",
-    "use_post_quant_conv", "mid_block_add_attention",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def check_vae_config(config: Mapping[str, Any]) -> LatentScale:
     """
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise UserError(f"the VAE is an {kind}, not the AutoencoderKL of SDXL")
-    known = {*NUMBERS, *LAYOUT}
+    known = CONFIG_KEYS["vae"]
     # a setting that is null or false changes nothing; names with _ are diffusers' own notes
     strange = [name for name, value in config.items() if name not in known and name[:1] != "_" and value]
     if strange:

@@ -6,7 +6,6 @@ must not carry a user's folders: absolute paths are cut to their last two parts,
 """
 
 import datetime
-import json
 import platform
 import re
 import subprocess
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 import trainer
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
+from trainer.core.json_text import decode_json
 from trainer.core.layout import CHECKPOINTS_FOLDER, LINEAGE_FILE, RUN_FILE, find_record
 from trainer.model.checkpoint import list_checkpoints, read_train_state
 from trainer.model.exports import list_exports
@@ -170,9 +170,9 @@ def read_lineage(path: Path) -> Lineage | None:
     try:
         if path.is_file():
             with safe_open(path, framework="pt") as file:
-                lineage = json.loads((file.metadata() or {}).get(LINEAGE_KEY, "null"))
+                lineage = decode_json((file.metadata() or {}).get(LINEAGE_KEY, "null"))
         elif (path / LINEAGE_FILE).is_file():
-            lineage = json.loads((path / LINEAGE_FILE).read_text(encoding="utf-8"))
+            lineage = decode_json((path / LINEAGE_FILE).read_bytes())
         elif find_record(path) is not None:
             lineage = read_train_state(path).get("lineage")
         else:

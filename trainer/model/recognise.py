@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.core.json_text import read_json
 from trainer.core.layout import COMPONENT_FILE, MODEL_INDEX_FILE
+from trainer.model.component_configs import check_component
 from trainer.model.hub import STEMS, find_weights
 from trainer.model.weights_file import LazyFile
 
@@ -77,6 +78,7 @@ def check_model_folder(folder: Path, parts: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a diffusers folder: {explain_other_folder(folder)}")
     if what := explain_folder(folder):
         raise UserError(f"{folder} {what}")
+    check_component("model_index", read_json(folder / MODEL_INDEX_FILE), f"{folder}: {MODEL_INDEX_FILE}")
     for component in parts:
         if not (folder / component / COMPONENT_FILE).is_file():
             if component == "vae":
@@ -96,7 +98,7 @@ def explain_channels(channels: int) -> str | None:
 
 def explain_folder(folder: Path) -> str | None:
     """What a diffusers folder holds, where it is not an SDXL base."""
-    kind = read_json(folder / MODEL_INDEX_FILE).get("_class_name", "pipeline without a name")
+    kind = shorten(str(read_json(folder / MODEL_INDEX_FILE).get("_class_name", "pipeline without a name")), 80)
     if (folder / "transformer").is_dir():
         return f"is a {kind}, with a transformer in place of a UNet: {OTHER}"
     if not (folder / "unet" / COMPONENT_FILE).is_file():
@@ -108,7 +110,8 @@ def explain_folder(folder: Path) -> str | None:
         return f"is a {kind} with another UNet than SDXL's (Stable Diffusion 1 or 2): {OTHER}"
     if "quantization_config" in unet:
         return f"has a quantised UNet, which cannot be trained: {DTYPES_WANTED}"
-    return explain_channels(unet.get("in_channels", 4))
+    channels = unet.get("in_channels", 4)
+    return explain_channels(channels) if isinstance(channels, int) else None  # what it is instead is said by its check
 
 
 def explain_other_folder(folder: Path) -> str:

@@ -167,14 +167,21 @@ def build_part(base: Base, part: str, dtype: torch.dtype) -> Any:
 
 
 def build_empty(part: str, config: dict[str, Any]) -> Any:
-    """One part from its component config, its parameters on the meta device."""
+    """One part from its component config, its parameters on the meta device.
+
+    Raises:
+        UserError: where the library cannot build it.
+    """
     builders: dict[str, Callable[[], Any]] = {
         "unet": lambda: UNet2DConditionModel.from_config(config),
         "text_encoder_1": lambda: CLIPTextModel(CLIPTextConfig(**config)),
         "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
     }
-    with torch.device("meta"):
-        module = builders[part]()
+    try:
+        with torch.device("meta"):
+            module = builders[part]()
+    except Exception as error:  # the libraries raise whatever their blocks and activations do
+        raise UserError(f"the config of {COMPONENTS[part]} describes no model: {shorten(str(error))}") from error
     for name, buffer in module.named_buffers():
         # the only buffers are the encoders' position numbers, which no file holds
         assert name.endswith("position_ids"), name

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from trainer.core.errors import UserError
+from trainer.core.errors import UserError, shorten
 from trainer.model.latents import check_vae_config, read_latent_scale, unscale_latents
 from trainer.model.weights_file import check_finite
 
@@ -21,8 +21,11 @@ def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtyp
             config says what is not known here, or the dtype cannot hold the weights.
     """
     check_vae_config(config)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config))
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(dict(config))
+    except Exception as error:  # the library raises whatever its blocks and activations do
+        raise UserError(f"the VAE's config describes no model: {shorten(str(error))}") from error
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if (vae.config.latent_channels, factor) != (4, 8):
         raise UserError(f"the VAE makes {vae.config.latent_channels} channels at 1/{factor} of the side, not 4 at 1/8")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainer.core.errors import UserError, shorten
 from trainer.core.files import shown_name
+from trainer.core.json_text import decode_json
 from trainer.core.progress import BYTES, Meter, watch_writing
 
 PICKLED_BYTES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -196,7 +197,7 @@ def explain_frame(path: Path, size: int) -> str | None:
     if length + 8 > size:
         return f"it ends within its header: {cut}"
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        tensors = {name: entry for name, entry in decode_json(header).items() if name != "__metadata__"}
         whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError):
         return None

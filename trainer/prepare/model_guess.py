@@ -14,6 +14,7 @@ from trainer.model.base import (
     find_base,
     find_tokenizers,
     has_vae,
+    note_configs,
     note_weights,
     read_config,
     read_predictions,
@@ -91,6 +92,7 @@ def describe_model(reference: str, base: Base, is_hub_id: bool = False) -> Model
     schedule = ", with zero terminal SNR" if prediction.zero_terminal_snr else schedule
     tokenizer = None if is_hub_id else find_own_tokenizer(base)
     notes = [] if is_hub_id or (note := note_weights(base)) is None else [note]
+    notes += note_configs(base)
     if tokenizer is not None:
         notes.append(f"{reference} has no tokenizers: model.tokenizer is {tokenizer}")
     said = f"{kind}{size}, which predicts {spell(prediction.prediction_type).card}{schedule}"

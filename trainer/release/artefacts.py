@@ -28,15 +28,16 @@ from trainer.core.files import (
     write_bytes,
     write_text,
 )
-from trainer.core.layout import EXPORT_SUMS_SUFFIX
+from trainer.core.json_text import decode_json
+from trainer.core.layout import EXPORT_SUMS_SUFFIX, TOKENIZER_SETTINGS
+from trainer.data.tokens import read_added_tokens, read_bpe
 from trainer.model.base import find_base, has_vae, read_state
+from trainer.model.component_configs import check_component
 from trainer.model.lineage import Lineage, read_lineage
 from trainer.model.sdxl import COMPONENTS
 from trainer.model.weights_file import LazyFile, read_frame, save_tensors
 
 TOKENIZER_WORDS = ("vocab.json", "merges.txt")
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_PLACES = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}  # of its maker's disk
 HASH_KEY = "modelspec.hash_sha256"
 NO_HASH = "0x" + "0" * 64
 
@@ -133,18 +134,18 @@ def write_tokenizer(target: Path, source: Path, name: str) -> None:
         for file in TOKENIZER_WORDS:
             write_bytes(target / file, (source / file).read_bytes())
     else:
-        fast = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-        vocab = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast.get("added_tokens", [])}
+        vocab, pairs = read_bpe(source)
+        vocab |= read_added_tokens(source)
         in_order = dict(sorted(vocab.items(), key=lambda item: item[1]))
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in fast["model"]["merges"]]
+        merges = [" ".join(pair) for pair in pairs]
         write_text(target / "vocab.json", json.dumps(in_order, ensure_ascii=False))
         write_text(target / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     # settings that transformers 5 wrote, without the map, are not ones that transformers 4 understands
     own = source if present.issuperset(TOKENIZER_SETTINGS) else resources.files("trainer.model") / "assets/sdxl" / name
     for file in TOKENIZER_SETTINGS:
         text = (own / file).read_text(encoding="utf-8")
-        said = json.loads(text)
-        kept = {key: value for key, value in said.items() if key not in TOKENIZER_PLACES}
+        said = decode_json(text)
+        kept = check_component("tokenizer", said, f"{source / file}")
         write_text(target / file, text if kept == said else json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 

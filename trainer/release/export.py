@@ -267,9 +267,9 @@ def build_configs(base: Base, vae_config: dict[str, Any], diffusion: DiffusionCo
         name = str(DTYPES[dtype]).removeprefix("torch.")
         configs[component] |= {"architectures": [architecture], "model_type": "clip_text_model", "torch_dtype": name}
     configs["vae"] = dict(vae_config)
-    for config in configs.values():
-        config.pop("_name_or_path", None)
-    scheduler = write_scheduler(read_config(base, "scheduler"), trained_prediction(diffusion))
+    said = read_config(base, "scheduler")
+    scheduler_prediction(said)  # of a class of diffusers', which the index will name
+    scheduler = write_scheduler(said, trained_prediction(diffusion))
     index = read_sdxl_config("model_index")
     index["force_zeros_for_empty_prompt"] = read_config(base, "model_index").get("force_zeros_for_empty_prompt", True)
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "EulerDiscreteScheduler")]

@@ -231,6 +231,8 @@ def read_terms(path: Path, where: str) -> Terms:
     texts = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
     header = read_card_header(path / "README.md")
     named = header.get("license_name") if header.get("license") in (None, "other") else header["license"]
+    if not isinstance(named, str | None):  # of references to references text could be made without end
+        raise UserError(f"{path / 'README.md'}: its header must name the licence by a text")
     found = {name: recognise(text) for name, text in texts.items()}
     unknown = [name for name, licence in found.items() if licence is None]
     recognised = {licence for licence in found.values() if licence}
@@ -240,9 +242,9 @@ def read_terms(path: Path, where: str) -> Terms:
     if named is None:
         own = FAIPL if FAIPL in recognised else OPENRAIL if recognised else ", ".join(unknown) or None
         return Terms(where, own, texts, tuple(extra) if recognised else ())
-    if known_name(str(named)) == OPENRAIL and FAIPL in recognised:
+    if known_name(named) == OPENRAIL and FAIPL in recognised:
         extra.append(f"its README.md names {OPENRAIL}, but its licence text is that of {FAIPL}")
-    return Terms(where, known_name(str(named)), texts, tuple(extra))
+    return Terms(where, known_name(named), texts, tuple(extra))
 
 
 def read_card_header(card: Path) -> dict[str, Any]:
@@ -255,8 +257,10 @@ def read_card_header(card: Path) -> dict[str, Any]:
     match = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, flags=re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{card}: the header is not YAML, so that it does not say which licence: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates that are none, and of deep nesting
+        raise UserError(
+            f"{card}: the header is not YAML, so that it does not say which licence: {shorten(str(error))}"
+        ) from error
     return header if isinstance(header, dict) else {}
 
 

@@ -38,6 +38,7 @@ from trainer.model.base import (
     find_base,
     find_tokenizers,
     hash_base,
+    note_configs,
     note_weights,
     read_predictions,
     read_vae,
@@ -230,6 +231,8 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
             log.info("note: %s", note)
         vae = read_vae(config.model.vae, base, config.model.vae_revision)
         folders = find_tokenizers(base, config.model.tokenizer)
+        for note in note_configs(base, folders):
+            log.info("note: %s", note)
     check_latents_made_by(config.data.shards, index.manifest["latents"], vae)
     tokenizers = load_tokenizers(*folders, read_vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
@@ -294,9 +297,9 @@ def check_latents_made_by(shards: str, made_by: dict[str, Any], vae: VaeWeights)
     Raises:
         UserError: when it is another, or when its config scales latents otherwise.
     """
-    if made_by["vae_sha256"] != vae.sha256:
+    if (sha256 := made_by.get("vae_sha256")) != vae.sha256:
         raise UserError(
-            f"the latents in {shards} were made by another VAE (SHA-256 {made_by['vae_sha256']}) than the one that "
+            f"the latents in {shards} were made by another VAE (SHA-256 {sha256}) than the one that "
             f"this config names ({vae.sha256}); set model.vae to that one, or build the shards again"
         )
     if differing := find_other_numbers(made_by, vae.scale):
