@@ -19,8 +19,8 @@ from typing import Any
 from posts import find_tokenizer_base, load_base_tokenizers, make_rows, plain_config, print_rates
 from transformers import CLIPTokenizer
 
-from trainer.config.schema import CaptionsConfig
-from trainer.data.loader import draw_sample_caption
+from trainer.data.caption_draws import draw_sample_caption
+from trainer.data.template import CaptionRules, ready_rules
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 
 Rows = list[dict[str, Any]]
@@ -41,7 +41,7 @@ def check_ids(captions: list[str], tokenizers: tuple[TextTokenizer, TextTokenize
 
 def list_work(
     rows: Rows,
-    rules: CaptionsConfig,
+    rules: CaptionRules,
     tokenizers: tuple[TextTokenizer, TextTokenizer],
     library: tuple[CLIPTokenizer, ...],
 ) -> dict[str, Work]:
@@ -67,12 +67,12 @@ def list_work(
 
     def tokenize(captions: list[str], _: int) -> None:
         for start in range(0, len(captions), BATCH):
-            tokenize_captions(captions[start : start + BATCH], tokenizers, rules.max_token_length)
+            tokenize_captions(captions[start : start + BATCH], tokenizers, rules.config.max_token_length)
 
     def everything(_: list[str], pass_: int) -> None:
         for start in range(0, len(rows), BATCH):
             captions = [draw_sample_caption(row, pass_, 42, rules) for row in rows[start : start + BATCH]]
-            tokenize_captions(captions, tokenizers, rules.max_token_length)
+            tokenize_captions(captions, tokenizers, rules.config.max_token_length)
 
     return {
         "transformers' tokenizer called, twice a caption": call_library,
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokenizers", type=Path, help="a base model's folder with tokenizer and tokenizer_2")
     arguments = parser.parse_args()
-    rules = plain_config().captions
+    rules = ready_rules(plain_config().captions)
     rows = list(make_rows(arguments.captions))
     with tempfile.TemporaryDirectory() as name:
         base = find_tokenizer_base(arguments.tokenizers, Path(name))

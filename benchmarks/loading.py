@@ -26,6 +26,7 @@ from trainer.data.index import Index, latents_shape, open_index, read_latents_in
 from trainer.data.loader import MicroBatches, load_batches
 from trainer.data.plan import Plan
 from trainer.data.shards import SCHEMA, ShardWriter, write_index
+from trainer.data.template import ready_rules
 
 SAMPLES_PER_SHARD = 500
 MICRO_BATCH_SIZE = 16
@@ -153,7 +154,7 @@ def main() -> None:
         index = open_index(folder / "shards")
         plan = Plan(index.bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
         tokenizers = load_base_tokenizers(find_tokenizer_base(arguments.tokenizers, folder))
-        data = MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, MICRO_BATCH_SIZE)
+        data = MicroBatches(plan, index, tokenizers, ready_rules(config.captions), config.diffusion, MICRO_BATCH_SIZE)
         work = list_work(data, arguments.samples // 96 * data.per_step)
         print_rates("latents of 4x128x128", "samples/s", measure(work, arguments.rounds))
 

@@ -20,11 +20,13 @@ from posts import plain_config
 
 from trainer.core.layout import shard_name
 from trainer.data.buckets import list_buckets
+from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.index import open_index
-from trainer.data.loader import draw_sample_caption, draw_sample_noise, draw_sample_timestep
+from trainer.data.loader import draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan
 from trainer.data.shards import SCHEMA, ShardFile, write_index
 from trainer.data.sites import TAG_CATEGORIES
+from trainer.data.template import ready_rules
 from trainer.report.survey import count_rules, count_sources, count_tags, find_duplicates
 
 
@@ -113,9 +115,10 @@ def deep_resume(folder: Path) -> str:
     index = open_index(folder)
     plan = Plan(index.bucket_sizes, seed=42, bucket_batch_size=48, global_batch_size=96)
     config = plain_config()
+    rules = ready_rules(config.captions)
     for sample in plan.step_samples(100_000):
         record = index.row(sample.row)
-        draw_sample_caption(record, sample.pass_, 42, config.captions)
+        draw_sample_caption(record, sample.pass_, 42, rules)
         draw_sample_timestep(record["key"], sample.pass_, 42, config.diffusion)
         shape = (4, record["bucket_height"] // 8, record["bucket_width"] // 8)
         draw_sample_noise(shape, record["key"], sample.pass_, 42, 0.0)

@@ -20,12 +20,12 @@ from million import list_shards, measure
 from posts import make_rows, plain_config
 
 from trainer.config.schema import FiltersConfig
-from trainer.core.rng import rng
-from trainer.data.captions import compose_caption, draw_caption
+from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.index import open_index
 from trainer.data.plan import Plan
 from trainer.data.post import ImagePlace, Post, read_post
 from trainer.data.tables import read_table
+from trainer.data.template import ready_rules
 from trainer.prepare import prepare  # noqa: F401, so that its libraries are loaded
 from trainer.prepare.inputs import Survey, survey_inputs
 from trainer.prepare.merge import merge_set, plan_chunks
@@ -144,12 +144,9 @@ def plan(folder: Path) -> str:
 
 def captions(folder: Path) -> str:
     """compose and draw the caption of every sample"""
-    index, rules = open_index(Work(folder / "shards").set), plain_config().captions
+    index, rules = open_index(Work(folder / "shards").set), ready_rules(plain_config().captions)
     rows = chain.from_iterable(batch.to_pylist() for batch in index.table.to_batches())
-    lengths = [
-        len(draw_caption(compose_caption(row, rules), rules, rng("caption", 42, 0, number)))
-        for number, row in enumerate(rows)
-    ]
+    lengths = [len(draw_sample_caption(row, 0, 42, rules)) for row in rows]
     return f"{np.mean(lengths):.0f} letters on average"
 
 

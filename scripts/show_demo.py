@@ -4,7 +4,6 @@
 (docs/demo.png is a copy of that), and lists what lies where.
 """
 
-import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
@@ -39,24 +38,23 @@ class Drawing:
 def open_drawings(config: Config, size: tuple[int, int] | None = None) -> list[Drawing]:
     """A set's drawings in the order of their keys; in another bucket's ``size``, if given."""
     # here and below: torch takes seconds to import, and --help needs none of it
-    from trainer.core.rng import rng
     from trainer.data.buckets import fit_to_bucket
-    from trainer.data.captions import compose_caption, draw_caption
+    from trainer.data.caption_draws import whole_caption
     from trainer.data.images import read_bytes, read_pixels
     from trainer.data.index import open_index
     from trainer.data.post import ImagePlace
+    from trainer.data.template import ready_rules
 
     index = open_index(config.data.shards)
     posts = [json.loads(line) for file in config.data.posts or [] for line in Path(file).read_text().splitlines()]
     files = {str(post["id"]): Path(config.data.images or "") / post["file"] for post in posts}
-    unshuffled = dataclasses.replace(config.captions, shuffle=False)
+    rules = ready_rules(config.captions)
     drawings = []
     for record in (index.row(row) for row in range(len(index))):
         bucket = size or (record["bucket_width"], record["bucket_height"])
         fit = fit_to_bucket((record["original_width"], record["original_height"]), bucket)
         pixels = read_pixels(read_bytes(ImagePlace(files[record["key"]])), fit)
-        prompt = draw_caption(compose_caption(record, config.captions), unshuffled, rng("prompt"))
-        drawings.append(Drawing(record["key"], prompt, Image.fromarray(pixels)))
+        drawings.append(Drawing(record["key"], whole_caption(record, rules), Image.fromarray(pixels)))
     return drawings
 
 

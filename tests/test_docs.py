@@ -16,8 +16,8 @@ import yaml
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig, PublishConfig
-from trainer.data.captions import compose_caption
 from trainer.data.post import ImagePlace, read_post
+from trainer.data.template import compose_caption, ready_rules
 
 PAGES = sorted(
     [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "demo/README.md")] + [*REPOSITORY.glob("docs/*.md")]
@@ -119,7 +119,7 @@ def test_the_example_post_is_read() -> None:
     record = {name: getattr(post, name) for name in ("caption", "rating", "score", "year")} | {"extra": None}
     record |= {f"tags_{kind}": getattr(post, f"tags_{kind}")
                for kind in ("general", "character", "copyright", "artist", "meta")}  # fmt: skip
-    caption = compose_caption(record, CaptionsConfig())
+    caption = compose_caption(record, ready_rules(CaptionsConfig()))
     assert f"\n{caption}\n" in (REPOSITORY / "docs/captions.md").read_text()
 
 

@@ -15,6 +15,7 @@ from trainer.config.schema import Config
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, draw_noise, draw_sample_noise, load_batches, make_time_ids
 from trainer.data.plan import Plan, build_plan
+from trainer.data.template import ready_rules
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.model.base import find_base, find_tokenizers, read_vocab_sizes
 
@@ -36,14 +37,29 @@ def open_batches(config: Config) -> MicroBatches:
     base = find_base(config.model.pretrained)
     tokenizers = load_tokenizers(*find_tokenizers(base, None), read_vocab_sizes(base))
     plan = build_plan(index, config.run.seed, config.data)
-    return MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
+    return MicroBatches(
+        plan, index, tokenizers, ready_rules(config.captions), config.diffusion, config.data.micro_batch_size
+    )
 
 
 def test_the_lines_are_what_the_loader_makes(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("diffusion.noise_offset=0.0357", "run.seed=5")
     lines = explain(config, tmp_path, 7)
     assert [list(line) for line in lines] == [
-        ["step", "unit", "position", "key", "bucket", "epoch", "pass", "caption", "timestep", "noise_seed"]
+        [
+            "step",
+            "unit",
+            "position",
+            "key",
+            "bucket",
+            "epoch",
+            "pass",
+            "caption",
+            "kind",
+            "parts",
+            "timestep",
+            "noise_seed",
+        ]
     ] * 4
     assert [line["position"] for line in lines] == [0, 1, 2, 3] and [line["unit"] for line in lines] == [0, 0, 1, 1]
     data = open_batches(config)

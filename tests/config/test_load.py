@@ -116,8 +116,14 @@ def test_what_is_missing_is_told_by_each_key(tmp_path: Path) -> None:
         ("optim.betas=0.9", "optim.betas: must be a list, not 0.9"),
         ("optim.betas=[0.9, off]", "optim.betas.1: must be a number, not False"),
         ("model.train_unet=1", "model.train_unet: must be true or false, not 1"),
-        ("captions.max_token_length=76", "captions.max_token_length: must be one of 75, 150, 225, not 76"),
-        ("captions.max_token_length=225.0", "captions.max_token_length: must be one of 75, 150, 225, not 225.0"),
+        (
+            "captions.max_token_length=76",
+            "captions.max_token_length: must be one of 75, 150, 225, 300, 375, 450, not 76",
+        ),
+        (
+            "captions.max_token_length=225.0",
+            "captions.max_token_length: must be one of 75, 150, 225, 300, 375, 450, not 225.0",
+        ),
         ("precision.compute=no", "precision.compute: must be one of fp32, bf16, fp16, not 'no'"),
         ("logging.trackers=[wandb, mlflow]", "logging.trackers.1: must be one of wandb, tensorboard, not 'mlflow'"),
         ("captions.ratings={g: null}", "captions.ratings.g: must be text (in quotes), not None"),

@@ -17,9 +17,9 @@ from trainer.core.errors import UserError
 
 def test_every_section_and_field_has_a_meaning() -> None:
     sections = read_reference()
-    assert [section.key for section in sections if not section.is_entry] == list(field_types(Config))
-    assert [section.key for section in sections if section.is_entry] == [
-        "data.sources", "captions.quality", "captions.years", "captions.columns",
+    assert [section.key for section in sections if not section.within] == list(field_types(Config))
+    assert [section.key for section in sections if section.within] == [
+        "data.sources", "captions.template", "captions.mix", "captions.quality", "captions.years", "captions.columns",
     ]  # fmt: skip
     unsaid = [section.key for section in sections if not section.meaning]
     unsaid += [field.key for section in sections for field in section.fields if not field.meaning]
@@ -40,7 +40,7 @@ def test_what_may_change_on_resume_is_said_as_it_is_checked() -> None:
     fixed = fixed_values(written, constant=False)
     for section in read_reference():
         for field in section.fields:
-            if not section.is_entry:
+            if not section.within:
                 length = "may change when the run resumes at a constant rate"
                 fixed_words = length if field.key in LENGTH_KEYS else "fixed for the run"
                 assert field.resume == (fixed_words if field.key in fixed else "may change when the run resumes")
@@ -66,7 +66,7 @@ def test_a_comment_belongs_to_the_field_after_or_beside_it() -> None:
         ("data.posts", "list of path or null", "null"),
         ("data.sources", "list of sections or null", "null"),
         ("captions.keep_tokens_separator", "text", "'|||'"),
-        ("captions.max_token_length", "75, 150 or 225", "225"),
+        ("captions.max_token_length", "75, 150, 225, 300, 375 or 450", "225"),
         ("captions.quality.rating", "g, s, q, e or none, or null", "null"),
         ("logging.trackers", "list of wandb or tensorboard", "[]"),
         ("optim.betas", "list of number or null", "[0.9, 0.99]"),

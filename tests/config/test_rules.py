@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config import precision_rules, rules
+from trainer.config import precision_rules, rules, template_rules
 from trainer.config.load import find_config_problems, load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -45,7 +45,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["sampling.guidance_scale=0.5"], "sampling.guidance_scale", "must be at least 1, not 0.5"),
     *[([f"{key}={value}"], key, f"must lie between 0 and 1, not {value}")
       for key in ("data.max_bad_fraction", "data.max_empty_captions", "captions.tag_dropout",
-                  "captions.caption_dropout")
+                  "captions.caption_dropout", "captions.frequent_tag_dropout")
       for value in (-0.1, 1.1)],
     (["schedule.lr=cosine", "schedule.min_lr_ratio=1.1"], "schedule.min_lr_ratio", "between 0 and 1, not 1.1"),
     *[([f"{key}=0"], key, "must be above 0, not 0")
@@ -84,6 +84,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         ("kind: folder, path: a, missing_images: ignore", "missing_images", "has no effect: folder has no missing"),
         ("kind: posts, path: a, images: b, strip_prefix: ''", "strip_prefix", "must be some text, or null"),
         ("kind: kohya, path: a, images: b, caption_column: c", "caption_column", "has no effect: kohya has no"),
+        ("kind: tars, path: a, more_caption_columns: [c]", "more_caption_columns", "has no effect: tars has no more"),
         ("kind: dataset, path: a, follow_links: true", "follow_links", "has no effect: dataset has no follow_links"),
         ("kind: posts, path: a", "images", "missing: posts needs the folder of its images"),
         ("kind: kohya, path: a", "images", "missing: kohya needs the folder of its images"),
@@ -108,6 +109,29 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
       for share in (0, 100, -1)],
     (["captions.columns=[{column: x, tag: a, above: 1}, {column: x, tag: b, above: 1}]"],
      "captions.columns", "the same above"),
+    (["captions.template=[]"], "captions.template", "name at least one part"),
+    (["captions.template=[{tag: rating}, {tag: rating}]"], "captions.template", "has 2 parts {tag: rating}"),
+    *[([f"captions.template=[{{{part}}}]"], f"captions.template.0{key}", message) for part, key, message in (
+        ("fixed: true", "", "needs exactly one of tags, tag, column, text and caption"),
+        ("tags: meta, text: a", "", "not tags and text at once"),
+        ("text: ' '", ".text", "must be some text"),
+        ("tags: artist, prefix: 'a, '", ".prefix", "without commas"),
+        ("tags: artist, dropout: 1.1", ".dropout", "must lie between 0 and 1, not 1.1"),
+        ("tags: artist, tag_dropout: -0.1", ".tag_dropout", "must lie between 0 and 1, not -0.1"),
+        ("tags: artist, max_tags: 0", ".max_tags", "must be at least 1, not 0"),
+        ("tag: rating, max_tags: 1", ".max_tags", "has no effect on a part of the kind tag"),
+        ("caption: natural, tag_dropout: 0.5", ".tag_dropout", "dropout leaves out a caption, which is one"))],
+    (["captions.template=[{tags: general}, {column: b}]", "captions.columns=[{column: a, tag: x}]"],
+     "captions.columns", "no part of captions.template is {tag: columns} or {column: a}"),
+    (["captions.mix={tags: 1.1}"], "captions.mix.tags", "must lie between 0 and 1, not 1.1"),
+    (["captions.mix={tags: 0.5, natural: 0.4}"], "captions.mix", "must add up to 1, not 0.9"),
+    (["captions.mix={tags: 1}", "captions.template=[{caption: natural}]"], "captions.mix", "a place of its own"),
+    (["captions.frequent_tag_dropout=0.5"], "captions.frequent_tag_dropout", "needs captions.frequent_tag_share"),
+    (["captions.frequent_tag_share=0.5"], "captions.frequent_tag_dropout", "has no effect without it"),
+    (["captions.frequent_tag_dropout=0.5", "captions.frequent_tag_share=1"],
+     "captions.frequent_tag_share", "must lie between 0 and 1, not 1"),
+    *[([f"captions.{name}=a"], f"captions.{name}", "nothing leaves out single tags")
+      for name in ("protected_tags", "protected_tags_file")],
     (["filters.ratings=[g, safe]"], "filters.ratings", "is g, s, q or e, never safe"),
     (["filters.ratings=[]"], "filters.ratings", "an empty list removes everything"),
     (["filters.first_year=2020", "filters.last_year=2019"], "filters.first_year", "is after filters.last_year"),
@@ -194,6 +218,19 @@ def test_rules(words: list[str], key: str, part: str) -> None:
             " caption_column: b}, {kind: posts, path: p.jsonl, images: i, missing_images: ignore, caption_column: c},"
             " {kind: kohya, path: m.json, images: i, missing_images: set_aside, strip_prefix: /old}]"
         ],
+        [
+            "captions.template=[{tags: artist, prefix: 'by ', dropout: 1, tag_dropout: 1, max_tags: 1},"
+            " {text: a, dropout: 0.5}, {text: b}, {column: c, fixed: true}, {caption: natural, dropout: 0.5}]",
+            "captions.columns=[{column: c, tag: d}]",
+            "captions.protected_tags=[solo]",
+        ],
+        [
+            "captions.mix={tags: 0.4, natural: 0.1, tags_natural: 0.25, natural_tags: 0.25}",
+            "captions.frequent_tag_dropout=1",
+            "captions.frequent_tag_share=0.001",
+            "captions.protected_tags_file=a.txt",
+        ],
+        ["captions.tag_implications=a.csv", "captions.protected_tags=a", "captions.max_token_length=450"],
         ["captions.years=[]", "captions.quality=[]", "captions.ratings={}", "captions.people=[]"],
         ["publish.repo_id=owner/name", "publish.private=false", "publish.source_url=https://example.org/a/b"],
         ["publish.repo_id=Owner-1/name.v1_0", "publish.private=true", "publish.license_link=https://example.org"],
@@ -206,7 +243,7 @@ def test_the_borders_of_the_rules_are_allowed(words: list[str]) -> None:
 
 def test_every_rule_has_a_case() -> None:
     """Each ``yield`` of the rules is reached by one of RULES: a rule without a case fails here."""
-    paths = [inspect.getfile(module) for module in (rules, precision_rules)]
+    paths = [inspect.getfile(module) for module in (rules, precision_rules, template_rules)]
     trees = {path: ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))) for path in paths}
     yields = {(path, node.lineno) for path, nodes in trees.items() for node in nodes if isinstance(node, ast.Yield)}
     reached: set[tuple[str, int]] = set()

@@ -110,7 +110,9 @@ def test_lists_stay_lists(tmp_path: Path, minimal: Path, monkeypatch: pytest.Mon
 PLACES = [
     ("run.output_dir", "~/x"), ("model.pretrained", "~/x"), ("model.vae", "~/x"), ("model.tokenizer", "~/x"),
     ("data.shards", "~/x"), ("data.images", "~/x"), ("checkpoint.resume", "~/x"), ("checkpoint.fork", "~/x"),
-    ("captions.thresholds_from", "~/x"), ("publish.card_template", "~/x"), ("data.posts", "[~/x, a]"),
+    ("captions.thresholds_from", "~/x"), ("captions.protected_tags_file", "~/x"), ("captions.tag_aliases", "~/x"),
+    ("captions.tag_implications", "~/x"), ("captions.tag_removals", "~/x"),
+    ("publish.card_template", "~/x"), ("data.posts", "[~/x, a]"),
     ("data.sources", "[{kind: posts, path: ~/x, images: ~/x}]"),
 ]  # fmt: skip
 
@@ -121,8 +123,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     section, name = key.split(".")
-    percentiles = "captions.quality=[{tag: a, above_percentile: 50}]"  # for thresholds_from
-    config = load_config([minimal], [f"{key}={value}", percentiles])
+    # for thresholds_from and protected_tags_file
+    needed = ["captions.quality=[{tag: a, above_percentile: 50}]", "captions.tag_dropout=0.1"]
+    config = load_config([minimal], [f"{key}={value}", *needed])
     found = getattr(getattr(config, section), name)
     home = str(tmp_path / "x")
     match name:
@@ -134,7 +137,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(
             assert found == home
     assert "~/x" in str(config.written[section][name])  # a file never says where the home folder is
     file = write(tmp_path / "file.yaml", f"{section}: {{{name}: {value}}}")
-    assert getattr(getattr(load_config([minimal, file], [percentiles]), section), name) == found
+    assert getattr(getattr(load_config([minimal, file], needed), section), name) == found
 
 
 def test_a_tilde_alone_is_the_home_folder_where_nothing_is_no_path(

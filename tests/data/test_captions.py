@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from trainer.config.schema import CaptionsConfig, QualityRule, YearRule
 from trainer.core.rng import rng
-from trainer.data.captions import compose_caption, draw_caption, quality_tag, split_tags, year_tag
+from trainer.data.caption_draws import draw_caption
+from trainer.data.captions import quality_tag, split_tags, year_tag
 from trainer.data.post import ImagePlace, read_post
+from trainer.data.template import compose_caption, ready_rules
 
 RECIPE = CaptionsConfig()
 EMPTY: dict[str, Any] = dict.fromkeys(
@@ -23,11 +25,11 @@ EMPTY: dict[str, Any] = dict.fromkeys(
 
 def compose(rules: CaptionsConfig = RECIPE, **fields: Any) -> str:
     assert fields.keys() <= EMPTY.keys()
-    return compose_caption(EMPTY | fields, rules)
+    return compose_caption(EMPTY | fields, ready_rules(rules))
 
 
 def draw(caption: str, rules: CaptionsConfig = RECIPE, *, seed: int = 42, pass_: int = 0, key: str = "7") -> str:
-    return draw_caption(caption, rules, rng("caption", seed, pass_, key))
+    return draw_caption(caption, ready_rules(rules), rng("caption", seed, pass_, key))
 
 
 def with_rules(**changes: Any) -> CaptionsConfig:
@@ -76,7 +78,7 @@ def test_a_post_becomes_the_recipes_caption() -> None:
         "tag_string_character": "", "tag_string_copyright": "touhou", "tag_string_artist": "zun",
     }  # fmt: skip
     row = dataclasses.asdict(read_post(record, source="s", image=ImagePlace(Path("5.png"))))
-    caption = compose_caption(row, RECIPE)
+    caption = compose_caption(row, ready_rules(RECIPE))
     assert caption == "6+girls, touhou, zun ||| rating: sensitive, blue eyes, early, highres, best quality"
     assert sorted(draw(caption).split(", ")[3:]) == ["best quality", "blue eyes", "early", "highres",
                                                      "rating: sensitive"]  # fmt: skip

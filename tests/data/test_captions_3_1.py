@@ -10,9 +10,10 @@ import pytest
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig, ColumnRule, QualityRule
-from trainer.data.captions import column_tags, compose_caption, quality_tag
+from trainer.data.captions import column_tags, quality_tag
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.shards import SCHEMA
+from trainer.data.template import compose_caption, ready_rules
 from trainer.report.survey import count_rules
 
 BLANK: dict[str, Any] = dict.fromkeys(SCHEMA.names)
@@ -104,6 +105,6 @@ def test_a_caption(rules: CaptionsConfig) -> None:
     table = make_table(posts("e", list(range(100))))
     record = BLANK | {"tags_general": "smile 1girl", "tags_character": "hatsune_miku", "rating": "e", "score": 99,
                       "year": 2019, "extra": '{"aesthetic_score": 0.5}'}  # fmt: skip
-    assert compose_caption(record, resolve_percentiles(rules, table)) == (
+    assert compose_caption(record, ready_rules(resolve_percentiles(rules, table))) == (
         "1girl, hatsune miku ||| explicit, nsfw, smile, recent, masterpiece, aesthetic"
     )

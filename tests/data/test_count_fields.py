@@ -3,9 +3,10 @@
 import pyarrow as pa
 
 from trainer.config.schema import CaptionsConfig, ColumnRule
-from trainer.data.captions import column_tags, compose_caption
+from trainer.data.captions import column_tags
 from trainer.data.index import CAPTION_FIELDS, count_fields
 from trainer.data.shards import SCHEMA
+from trainer.data.template import compose_caption, ready_rules
 
 EMPTY = dict.fromkeys(("caption", *CAPTION_FIELDS), 0)
 
@@ -18,7 +19,7 @@ def table_of(*rows: dict) -> pa.Table:
 def test_a_finished_caption_hides_what_stands_beside_it() -> None:
     rows = [{"caption": "a fox", "score": 200, "rating": "g", "year": 2020, "tags_general": "1girl"}, {"caption": ""}]
     assert count_fields(table_of(*rows)) == EMPTY | {"caption": 2}
-    assert compose_caption(rows[0], CaptionsConfig()) == "a fox"
+    assert compose_caption(rows[0], ready_rules(CaptionsConfig())) == "a fox"
 
 
 def test_fields_are_counted_where_they_hold_something() -> None:

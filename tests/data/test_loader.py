@@ -13,10 +13,11 @@ import pytest
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.rng import philox_key
-from trainer.data.captions import compose_caption, draw_caption
+from trainer.data.caption_draws import draw_caption
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, draw_noise, load_batches, make_ahead, make_time_ids
 from trainer.data.plan import build_plan
+from trainer.data.template import compose_caption, ready_rules
 from trainer.data.tokens import load_tokenizers
 from trainer.model.base import find_base, find_tokenizers, read_vocab_sizes
 
@@ -34,7 +35,9 @@ def open_batches(config: Config) -> MicroBatches:
     base = find_base(config.model.pretrained)
     tokenizers = load_tokenizers(*find_tokenizers(base, None), read_vocab_sizes(base))
     plan = build_plan(index, config.run.seed, config.data)
-    return MicroBatches(plan, index, tokenizers, config.captions, config.diffusion, config.data.micro_batch_size)
+    return MicroBatches(
+        plan, index, tokenizers, ready_rules(config.captions), config.diffusion, config.data.micro_batch_size
+    )
 
 
 def generator(purpose: str, seed: int, pass_: int, key: str) -> np.random.Generator:
@@ -71,9 +74,8 @@ def test_batches_are_what_plain_reading_and_drawing_make(make_config: MakeConfig
             timestep = generator("timestep", seed, sample.pass_, key).integers(*bounds)
             assert batch.timesteps[position] == timestep
             assert batch.time_ids[position].tolist() == make_time_ids(row)
-            caption = draw_caption(
-                compose_caption(row, config.captions), config.captions, generator("caption", seed, sample.pass_, key)
-            )
+            rules = ready_rules(config.captions)
+            caption = draw_caption(compose_caption(row, rules), rules, generator("caption", seed, sample.pass_, key))
             for tokenizer, input_ids in zip(data.tokenizers, (batch.input_ids_1, batch.input_ids_2), strict=True):
                 ids = tokenizer.tag_ids.bpe.encode(caption, add_special_tokens=False).ids
                 fills = tokenizer.bos_id, tokenizer.eos_id, tokenizer.padding_id

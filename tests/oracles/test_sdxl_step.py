@@ -25,9 +25,11 @@ from torch import Tensor
 from support.checkpoints import OPTIMIZER
 from trainer.config.schema import Config
 from trainer.core.rng import rng
+from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.index import open_index
-from trainer.data.loader import draw_sample_caption, draw_sample_timestep
+from trainer.data.loader import draw_sample_timestep
 from trainer.data.plan import build_plan
+from trainer.data.template import ready_rules
 from trainer.train.loop import train
 
 MakeConfig = Callable[..., Config]
@@ -131,7 +133,7 @@ def read_samples(config: Config) -> list[dict[str, Any]]:
                 "raw_latents": torch.from_numpy(raw_latents),
                 "noise": torch.from_numpy(noise) + config.diffusion.noise_offset * torch.from_numpy(channels),
                 "timestep": draw_sample_timestep(row["key"], planned.pass_, seed, config.diffusion),
-                "caption": draw_sample_caption(row, planned.pass_, seed, config.captions),
+                "caption": draw_sample_caption(row, planned.pass_, seed, ready_rules(config.captions)),
                 "time_ids": size_conditions(row),
             }
         )

@@ -22,10 +22,10 @@ from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data import shards
 from trainer.data.buckets import fit_image
-from trainer.data.captions import compose_caption
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
 from trainer.data.shards import ShardWriter, write_index
+from trainer.data.template import compose_caption, ready_rules
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers
 from trainer.report.data_page import DATA_GENERATOR, make_report, render_data, summarise
@@ -112,7 +112,7 @@ def test_lengths_are_the_tokenizers(tiny: Report, tiny_page: Reader) -> None:
     tokenizer = load_tokenizer(folder, size, EOS_TOKEN)
     expected = []
     for number in range(len(tiny.index)):
-        fixed, _, free = compose_caption(tiny.index.row(number), tiny.config.captions).partition("|||")
+        fixed, _, free = compose_caption(tiny.index.row(number), ready_rules(tiny.config.captions)).partition("|||")
         tags = [tag.strip() for tag in [*fixed.split(","), *reversed(free.split(","))] if tag.strip()]
         expected.append(len(tokenizer.content_ids([", ".join(tags)])[0]))  # the order does not matter
     assert tiny.lengths is not None and tiny.lengths.tokens.tolist() == expected
@@ -290,7 +290,8 @@ def test_rules_are_counted_as_captions_apply_them(tmp_path: Path) -> None:
     table = open_index(write_set(tmp_path / "set", rows)).table
     found = count_rules(table, rules)
     assert (found.composed, found.finished) == (257, 43)
-    captions = [compose_caption({**dict.fromkeys(shards.SCHEMA.names), **each}, rules) for each in rows]
+    ready = ready_rules(rules)
+    captions = [compose_caption({**dict.fromkeys(shards.SCHEMA.names), **each}, ready) for each in rows]
     words = Counter(word.strip() for text in captions for word in text.split("|||")[-1].split(",") if "|||" in text)
     for tag, count in [*found.quality, *found.years]:
         assert tag == "" or words[tag] == count

@@ -1,6 +1,5 @@
 """It learns: eight drawings by heart, exported, drawn again from the exported file alone by diffusers' own pipeline."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,9 @@ from PIL import Image
 
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
-from trainer.core.rng import rng
-from trainer.data.captions import compose_caption, draw_caption
+from trainer.data.caption_draws import whole_caption
 from trainer.data.index import open_index, read_raw_latents
+from trainer.data.template import ready_rules
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.model.base import find_base, read_config, read_state
 from trainer.model.sdxl import COMPONENTS, build_empty, encode_prompts, rename_for
@@ -68,9 +67,8 @@ def test_eight_drawings_are_learned_by_heart(tiny_base: Path, tmp_path: Path, ma
     paths = export(tmp_path / "eight")
     single, folder = sorted(paths, key=Path.is_dir)
     index = open_index(config.data.shards)
-    unshuffled = dataclasses.replace(config.captions, shuffle=False)
-    composed = [compose_caption(index.row(row), config.captions) for row in range(len(index))]
-    captions = [draw_caption(caption, unshuffled, rng("prompt")) for caption in composed]
+    rules = ready_rules(config.captions)
+    captions = [whole_caption(index.row(row), rules) for row in range(len(index))]
     pipeline = StableDiffusionXLPipeline.from_single_file(str(single), config=str(folder), local_files_only=True)
     pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

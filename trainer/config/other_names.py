@@ -114,7 +114,7 @@ OTHER_NAMES: dict[str, Counterpart] = {
     "caption_dropout_probability": ("captions.caption_dropout", ""),
     "proportion_empty_prompts": ("captions.caption_dropout", ""),
     "caption_tag_dropout_rate": ("captions.tag_dropout", ""),
-    "tokenizer_max_length": ("captions.max_token_length", "75, 150 or 225"),
+    "tokenizer_max_length": ("captions.max_token_length", "75, 150, 225 and so on up to 450"),
     "clip_skip": ("", "SDXL reads the encoders' last layer but one, always: leave it out"),
     "caption_separator": ("", "tags are separated by commas, always: leave it out"),
     # model

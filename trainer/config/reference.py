@@ -39,16 +39,16 @@ class FieldHelp:
 
 @dataclasses.dataclass(frozen=True)
 class SectionHelp:
-    """One section, or what an entry of one of its lists holds."""
+    """One section, or what lies in it: a section of its own, or an entry of one of its lists."""
 
     key: str
     meaning: str
     fields: list[FieldHelp]
-    is_entry: bool = False  # one of a list
+    within: Literal["", "section", "entry"] = ""  # what it is in another section
 
     @property
     def heading(self) -> str:
-        return f"an entry of {self.key}" if self.is_entry else self.key
+        return f"an entry of {self.key}" if self.within == "entry" else self.key
 
 
 def read_reference() -> list[SectionHelp]:
@@ -63,9 +63,9 @@ def read_reference() -> list[SectionHelp]:
 
 
 def read_section(
-    key: str, section: Any, comments: dict[str, str], is_free: bool, is_entry: bool = False
+    key: str, section: Any, comments: dict[str, str], is_free: bool, within: Literal["", "section", "entry"] = ""
 ) -> Iterator[SectionHelp]:
-    """One section, and what its lists consist of."""
+    """One section, the sections in it, and what its lists consist of."""
     hints = field_types(section)
     items = [item for item in dataclasses.fields(section) if item.name in hints]
     fields = [
@@ -78,11 +78,13 @@ def read_section(
         )
         for item in items
     ]
-    yield SectionHelp(key, comments.get(section.__name__, ""), fields, is_entry)
+    yield SectionHelp(key, comments.get(section.__name__, ""), fields, within)
     for item in items:
-        entry = entry_hint(hints[item.name])
+        inner, entry = bare(hints[item.name]), entry_hint(hints[item.name])
         if dataclasses.is_dataclass(entry):
-            yield from read_section(f"{key}.{item.name}", entry, comments, is_free, is_entry=True)
+            yield from read_section(f"{key}.{item.name}", entry, comments, is_free, "entry")
+        elif dataclasses.is_dataclass(inner):
+            yield from read_section(f"{key}.{item.name}", inner, comments, is_free, "section")
 
 
 def read_comments(source: str) -> dict[str, str]:
@@ -118,6 +120,8 @@ def describe_kind(hint: Any) -> str:
         return f"{', '.join(words[:-1])} or {words[-1]}{', or null' if null else ''}"
     if typing.get_origin(kind) is dict:
         return f"mapping of {' to '.join(map(describe_kind, typing.get_args(kind)))}{null}"
+    if dataclasses.is_dataclass(kind):
+        return f"section{null}"
     if (entry := entry_hint(hint)) is not None:
         return f"list of {'sections' if dataclasses.is_dataclass(entry) else describe_kind(entry)}{null}"
     return KINDS_OF_VALUE[kind] + null
@@ -130,13 +134,16 @@ def describe_default(item: "dataclasses.Field[Any]") -> str:
     value: Any = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     if isinstance(value, list):
         value = [as_mapping(each) if dataclasses.is_dataclass(each) else each for each in value]
+    elif dataclasses.is_dataclass(value):
+        value = as_mapping(value)
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
 def as_mapping(rule: Any) -> dict[str, Any]:
-    """An entry of a list without what is null."""
-    return {name: value for name, value in dataclasses.asdict(rule).items() if value is not None}
+    """An entry of a list, or a section, without what is at its default."""
+    defaults = {item.name: item.default for item in dataclasses.fields(rule)}
+    return {name: value for name, value in dataclasses.asdict(rule).items() if value != defaults[name]}
 
 
 # --- on a screen
@@ -157,18 +164,18 @@ def explain_config(names: list[str]) -> str:
 
 def explain_name(name: str, sections: list[SectionHelp]) -> list[str]:
     """The fields of a section and of its entries; or those that are called so, with or without their section."""
-    if chosen := [section for section in sections if section.key == name and not section.is_entry]:
-        below = [section for section in sections if section.is_entry and section.key.startswith(f"{name}.")]
+    if chosen := [section for section in sections if section.key == name and not section.within]:
+        below = [section for section in sections if section.within and section.key.startswith(f"{name}.")]
         return [part for section in (*chosen, *below) for part in explain_section(section)]
     fields = [field for section in sections for field in section.fields]
     if found := [field for field in fields if name in (field.key, field.key.rpartition(".")[2])]:
-        entries = [section for section in sections if section.is_entry and section.key in [one.key for one in found]]
+        entries = [section for section in sections if section.within and section.key in [one.key for one in found]]
         return [*map(explain_field, found), *(part for section in entries for part in explain_section(section))]
     names = [*(section.key for section in sections), *(field.key for field in fields)]
     hint = explain_unknown(name.rpartition(".")[2], ())
     if not hint and (near := difflib.get_close_matches(name, names, n=1)):
         hint = f", did you mean {near[0]}?"
-    listed = ", ".join(section.key for section in sections if not section.is_entry)
+    listed = ", ".join(section.key for section in sections if not section.within)
     raise UserError(f"--help-config {name}: no section or field is called so{hint}\n  sections are: {listed}")
 
 
@@ -217,12 +224,13 @@ values.
 def write_reference() -> str:
     """The page docs/config.md."""
     sections = read_reference()
-    links = [f"[{section.key}](#{section.key})" for section in sections if not section.is_entry]
+    links = [f"[{section.key}](#{section.key})" for section in sections if not section.within]
     return "\n".join([HEAD, f"Sections: {', '.join(links)}.", *map(write_section, sections)])
 
 
 def write_section(section: SectionHelp) -> str:
-    heading = f"### An entry of `{section.key}`" if section.is_entry else f"## {section.key}"
+    headings = {"": f"## {section.key}", "section": f"### `{section.key}`", "entry": f"### An entry of `{section.key}`"}
+    heading = headings[section.within]
     return "\n".join(["", heading, "", section.meaning, "", *map(write_field, section.fields)])
 
 

@@ -11,6 +11,7 @@ from trainer.config.durations import parse_duration
 from trainer.config.free_text import find_unfit
 from trainer.config.precision_rules import precision_rules
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
+from trainer.config.template_rules import template_rules
 
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
 
@@ -19,7 +20,7 @@ def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broke
     """Every rule that a well-typed config breaks; a preparation needs neither rates nor a length."""
     rules = [
         range_rules, run_and_model_rules, source_rules, batch_rules, filter_rules, caption_rules, bucket_rules,
-        diffusion_rules, optim_rules, precision_rules, schedule_rules, output_rules, publish_rules,
+        template_rules, diffusion_rules, optim_rules, precision_rules, schedule_rules, output_rules, publish_rules,
     ]  # fmt: skip
     for find_broken in rules if preparing else [training_rules, *rules]:
         yield from find_broken(config)
@@ -39,7 +40,7 @@ RANGES = (
      "sampling.num_inference_steps sampling.guidance_scale"),
     (0, 1, "must lie between 0 and 1",
      "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout "
-     "schedule.min_lr_ratio"),
+     "captions.frequent_tag_dropout schedule.min_lr_ratio"),
     (math.ulp(0.0), math.inf, "must be above 0",
      "diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"),
 )  # fmt: skip
@@ -91,6 +92,7 @@ ONLY_FOR = {  # fields of a source that only some kinds have
     "revision": ("dataset",),
     "image_column": ("dataset",),
     "caption_column": ("dataset", "posts"),
+    "more_caption_columns": ("dataset", "posts"),
     "follow_links": ("posts", "folder", "tars", "kohya"),
 }
 

@@ -15,6 +15,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "adafactor"]
 WeightMode = Literal["autocast", "master", "stochastic"]  # what they cost: docs/training.md
 GradientDtype = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]  # what they mean: trainer.model.diffusion
+TokenLength = Literal[75, 150, 225, 300, 375, 450]
 MemoryPolicy = Literal["auto", "none", "selective", "full"]
 NUM_TIMESTEPS = 1000  # of SDXL's noise schedule
 RATINGS = ("g", "s", "q", "e")  # general, sensitive, questionable, explicit
@@ -87,6 +88,8 @@ class SourceConfig:
     image_column: str | None = None  # dataset: null is its only column of images
     # dataset and posts: the column or field of finished captions; null: caption, or text or prompt where no tags are
     caption_column: str | None = None
+    # dataset and posts: further columns or fields with captions of the image, each of which is one more variant
+    more_caption_columns: list[str] | None = None
     strip_prefix: str | None = free(None)  # posts and kohya: what file names begin with that is not here
     # posts and kohya: ignore counts posts without an image apart from what is set aside
     missing_images: Literal["set_aside", "ignore"] = free("set_aside")
@@ -151,6 +154,36 @@ class ColumnRule:
 
 
 @dataclass(frozen=True)
+class CaptionPart:
+    """A part of a caption. Exactly one of tags, tag, column, text and caption says of what."""
+
+    # the post's tags of a category: people are those of captions.people, which general has where no part has them
+    tags: Literal["people", "general", "character", "copyright", "artist", "meta"] | None = None
+    # what captions.ratings, quality and years make of the post; columns: what captions.columns make of those numbers
+    # that have no part of their own
+    tag: Literal["rating", "quality", "year", "columns"] | None = None
+    # another field of the post: the tag of its rules in captions.columns, or where it has none its value as it is
+    column: str | None = None
+    text: str | None = None  # this text, in every caption
+    caption: Literal["natural"] | None = None  # the post's own caption, undivided; one of its variants in each pass
+    fixed: bool = False  # keeps its place; parts beside each other that are not fixed are shuffled together
+    prefix: str = ""  # stands before each of its tags: "by " makes "by someone" of an artist
+    dropout: float = 0.0  # probability of the whole part to be left out
+    tag_dropout: float = 0.0  # probability of each of its tags to be left out
+    max_tags: int | None = None  # so many of its tags at most: the first where fixed, else drawn in every pass again
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Probabilities of what a caption is made of; all 0: the post's own caption where it has one, else its tags."""
+
+    tags: float = 0.0  # the template alone
+    natural: float = 0.0  # the post's own caption alone
+    tags_natural: float = 0.0  # the template, then the post's own caption
+    natural_tags: float = 0.0  # the post's own caption, then the template
+
+
+@dataclass(frozen=True)
 class YearRule:
     """A tag from the year of a post's upload."""
 
@@ -201,16 +234,39 @@ def default_people() -> list[str]:
     return [*girls, "multiple girls", *boys, "multiple boys", "male focus"]
 
 
+def default_template() -> list[CaptionPart]:
+    """The recipe's order, section 2.6."""
+    fixed = [CaptionPart(tags=category, fixed=True) for category in ("people", "character", "copyright", "artist")]
+    rating, year, quality, columns = (CaptionPart(tag=tag) for tag in ("rating", "year", "quality", "columns"))
+    return [*fixed, rating, CaptionPart(tags="general"), year, CaptionPart(tags="meta"), quality, columns]
+
+
 @dataclass(frozen=True)
 class CaptionsConfig:
     """How tags become a caption. Nothing is encoded again when these change."""
 
+    # the caption's parts in their order: what is fixed keeps its place, what stands between is shuffled
+    template: list[CaptionPart] = field(default_factory=default_template)
+    # several captions a sample, of which each pass draws one; what a sample lacks leaves its share to the others
+    mix: MixConfig = field(default_factory=MixConfig)
     # tags before it are fixed, after it shuffled, after a second one fixed again; in a tag it is written with spaces
     keep_tokens_separator: str = "|||"
     keep_tokens: int = 0  # leading tags kept in place where a caption has no separator
     shuffle: bool = True  # the free part, in every pass again
     tag_dropout: float = 0.0  # probability of each free tag to be left out
     caption_dropout: float = 0.0  # probability of a caption to be empty
+    # probability of a post's tag to be left out that more than frequent_tag_share of the set's samples have
+    frequent_tag_dropout: float = 0.0
+    frequent_tag_share: float | None = None  # counted once, over the set that the run begins with
+    protected_tags: list[str] = field(default_factory=list)  # never left out, but with the whole caption
+    protected_tags_file: Place | None = free(None)  # more of them, one a line
+    # tables of Danbooru, .jsonl, .json, .csv or .tsv with antecedent_name, consequent_name and status, of which the
+    # active count. An alias is replaced; a tag that another of the post's tags implies is left out
+    tag_aliases: Place | None = free(None)
+    tag_implications: Place | None = free(None)  # see tag_aliases
+    # tags that no caption has: one a line, or a table with name, of which those count that are deprecated, where it
+    # says is_deprecated
+    tag_removals: Place | None = free(None)
     quality: list[QualityRule] = field(default_factory=default_quality)  # tags from scores
     # for quality rules by percentile: the set of shards, or the run, whose thresholds they take; null: those that the
     # base was trained with, else by the scores of this set
@@ -220,7 +276,7 @@ class CaptionsConfig:
     columns: list[ColumnRule] = field(default_factory=list)  # tags from numbers, after the quality tag
     people: list[str] = field(default_factory=default_people)  # tags that go to the front
     keep_underscore_max_length: int = 3  # tags up to this long keep their underscores: ^_^
-    max_token_length: Literal[75, 150, 225] = 225  # tokens that are read of a caption, in chunks of 75
+    max_token_length: TokenLength = 225  # tokens that are read of a caption, in chunks of 75
 
 
 @dataclass(frozen=True)

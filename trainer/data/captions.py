@@ -1,15 +1,12 @@
-"""Post -> ordered caption; caption -> this pass's draw (keep, shuffle, drop).
+"""The words of one post: its tags as a caption spells them, and the tags that rules make of its numbers.
 
-A composed caption reads ``fixed ||| free``: people, characters, copyrights and artists in order, then all that is
-shuffled. The index stores the post's fields, not the caption, so rules can change without encoding an image again.
+What is made of them, in which order, says ``template``; what a pass sees of that, ``caption_draws``. The index stores
+the post's fields, not the caption, so rules can change without encoding an image again.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterable, Sequence
 
 from trainer.config.schema import CaptionsConfig
 
@@ -17,38 +14,15 @@ from trainer.config.schema import CaptionsConfig
 VARIANT_SEPARATOR = "\x1e"
 
 
-def compose_caption(record: Mapping[str, Any], rules: CaptionsConfig) -> str:
-    """The caption of one sample, before any shuffling.
-
-    ``record`` has the index's columns: ``caption`` (a finished one, which wins), ``tags_general`` ... ``tags_meta``
-    (separated by spaces), ``rating``, ``score``, ``year``, ``extra``; each may be None. Rules by percentiles must have
-    been resolved. Recipe, section 2.
-    """
-    if record["caption"] is not None:
-        return record["caption"]
-    general = split_tags(record["tags_general"], rules)
-    counts = frozenset(rules.people)
-    people = [tag for tag in general if tag in counts]
-    fixed = people + [
-        tag for name in ("character", "copyright", "artist") for tag in split_tags(record[f"tags_{name}"], rules)
-    ]
-    free = [
-        rules.ratings.get(record["rating"], ""),
-        *(tag for tag in general if tag not in counts),
-        year_tag(record["year"], rules),
-        *split_tags(record["tags_meta"], rules),
-        quality_tag(record["score"], rules, record["rating"]),
-        *column_tags(record["extra"], rules),
-    ]
-    # the separator stays even beside an empty part: without it the caption would count as one that has none
-    parts = [join_tags(fixed), rules.keep_tokens_separator, join_tags(free)]
-    return " ".join(part for part in parts if part)
-
-
 def split_tags(tags: str | None, rules: CaptionsConfig) -> list[str]:
-    """Tags at spaces; "_" becomes " " only in tags longer than ``keep_underscore_max_length`` (``^_^`` stays)."""
+    """Tags at spaces, as they are spelt in captions."""
+    return spell_tags((tags or "").split(), rules)
+
+
+def spell_tags(tags: Iterable[str], rules: CaptionsConfig) -> list[str]:
+    """ "_" becomes " " only in tags longer than ``keep_underscore_max_length`` (``^_^`` stays)."""
     longest, separator = rules.keep_underscore_max_length, rules.keep_tokens_separator
-    words = [tag if len(tag) <= longest else tag.replace("_", " ") for tag in (tags or "").split()]
+    words = [tag if len(tag) <= longest else tag.replace("_", " ") for tag in tags]
     return [tag if separator not in tag else hide_separator(tag, separator) for tag in words]
 
 
@@ -81,11 +55,14 @@ def quality_tag(score: int | None, rules: CaptionsConfig, rating: str | None = N
     return tag
 
 
-def column_tags(extra: str | None, rules: CaptionsConfig) -> list[str]:
-    """For each column that has rules, the tag of the highest that the post's number is above; none without a number."""
+def column_tags(extra: str | None, rules: CaptionsConfig, columns: Sequence[str] | None = None) -> list[str]:
+    """For each column that has rules, the tag of the highest that the post's number is above; none without a number.
+
+    ``columns`` are those that are looked at; None: all.
+    """
     values = json.loads(extra) if extra and rules.columns else {}
     tags = []
-    for column in dict.fromkeys(rule.column for rule in rules.columns):
+    for column in dict.fromkeys(rule.column for rule in rules.columns) if columns is None else columns:
         value = values.get(column)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -95,32 +72,10 @@ def column_tags(extra: str | None, rules: CaptionsConfig) -> list[str]:
     return tags
 
 
-def draw_caption(caption: str, rules: CaptionsConfig, generator: np.random.Generator) -> str:
-    """What the model sees of a caption this time: one of its variants, free tags dropped and shuffled, no separator.
-
-    Text after a second separator is a fixed tail. A caption without separator is free as a whole but for its
-    ``keep_tokens`` leading tags. Recipe, section 2. Only a caption with variants has a draw for them.
-    """
-    # all is drawn always and in this order, so that turning one knob leaves the draws of the others as they were
-    if generator.random() < rules.caption_dropout:
-        return ""
-    if VARIANT_SEPARATOR in caption:
-        variants = caption.split(VARIANT_SEPARATOR)
-        caption = variants[int(generator.integers(len(variants)))]
-    parts = caption.split(rules.keep_tokens_separator)
-    if len(parts) == 1:
-        tags = split_caption(caption)
-        head, free, tail = tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
-    else:
-        head, free = split_caption(parts[0]), split_caption(parts[1])
-        tail = [tag for part in parts[2:] for tag in split_caption(part)]
-    order = generator.permutation(len(free))
-    if not rules.shuffle:
-        order = np.arange(len(free))
-    if rules.tag_dropout:  # the last of the draws
-        kept = generator.random(len(free)) >= rules.tag_dropout
-        order = order[kept[order]]
-    return join_tags([*head, *[free[i] for i in order.tolist()], *tail])
+def column_text(extra: str | None, column: str) -> str:
+    """What another field of the post says, as it is; nothing of what is neither text nor a number."""
+    value = json.loads(extra).get(column) if extra else None
+    return "" if value is None or isinstance(value, bool) else str(value)
 
 
 def split_caption(text: str) -> list[str]:

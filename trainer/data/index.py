@@ -82,14 +82,16 @@ class Index:
         return {name: column[int(number)].as_py() for name, column in self._columns.items()}
 
 
-def count_fields(table: pa.Table, columns: Iterable[str] = ()) -> dict[str, int]:
+def count_fields(table: pa.Table, columns: Iterable[str] = (), beside: bool = False) -> dict[str, int]:
     """How many samples have a finished caption (``caption``), and how many of the others each field that makes one.
 
     What a finished caption stands beside is no part of it: no rule touches that sample. ``columns`` are those of
-    ``extra`` that are looked for, ``extra.NAME``, where they hold a number.
+    ``extra`` that are looked for, ``extra.NAME``, where they hold a number. Where a post's own caption stands
+    ``beside`` what is composed, it is one more such field (``text``), and no caption is finished.
     """
-    composed = pc.is_null(table["caption"])
-    counts = {"caption": len(table) - count_true(composed)}
+    finished = pc.is_valid(table["caption"])
+    composed = pc.or_(finished, True) if beside else pc.invert(finished)
+    counts = {"caption": 0, "text": count_true(finished)} if beside else {"caption": count_true(finished)}
     for name in CAPTION_FIELDS:
         column = table[name]
         there = pc.greater(pc.binary_length(column), 0) if pa.types.is_string(column.type) else pc.is_valid(column)

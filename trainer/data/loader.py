@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config.schema import CaptionsConfig, DiffusionConfig
+from trainer.config.schema import DiffusionConfig
 from trainer.core.rng import rng
-from trainer.data.captions import compose_caption, draw_caption
+from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.index import Index, latents_shape, read_latents_into
 from trainer.data.plan import Plan, Planned
+from trainer.data.template import CaptionRules
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 
 LOOK_SECONDS = 0.2  # between looks whether the run stops, while a batch is waited for
@@ -62,7 +63,7 @@ class MicroBatches:
     plan: Plan
     index: Index
     tokenizers: Tokenizers
-    captions: CaptionsConfig
+    captions: CaptionRules
     diffusion: DiffusionConfig
     micro_batch_size: int
 
@@ -74,11 +75,6 @@ class MicroBatches:
     def __getitem__(self, number: int) -> Batch:
         step, place = divmod(number, self.per_step)
         return make_batch(self.plan.micro_batch(step, place, self.micro_batch_size), self)
-
-
-def draw_sample_caption(record: Mapping[str, Any], pass_: int, seed: int, rules: CaptionsConfig) -> str:
-    """The caption of a sample in one pass."""
-    return draw_caption(compose_caption(record, rules), rules, rng("caption", seed, pass_, record["key"]))
 
 
 def draw_sample_timestep(key: str, pass_: int, seed: int, config: DiffusionConfig) -> int:
@@ -126,7 +122,7 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
         noise[place] = draw_sample_noise(shape, key, pass_, seed, data.diffusion.noise_offset)
         captions.append(draw_sample_caption(record, pass_, seed, data.captions))
         timesteps.append(draw_sample_timestep(key, pass_, seed, data.diffusion))
-    chunks = tokenize_captions(captions, data.tokenizers, data.captions.max_token_length)
+    chunks = tokenize_captions(captions, data.tokenizers, data.captions.config.max_token_length)
     return Batch(
         keys=[record["key"] for record in records],
         raw_latents=torch.from_numpy(raw_latents),

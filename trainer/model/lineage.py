@@ -34,7 +34,9 @@ PROSE = {
     "captions", "sampling", "filters", "stage", "title", "author", "notes", "acknowledgements", "prompt", "prompts",
     "negative_prompt", "tags",
 }  # fmt: skip
-PATHS_IN_PROSE = {"thresholds_from"}  # of captions
+PATHS_IN_PROSE = {  # of captions
+    "thresholds_from", "protected_tags_file", "tag_aliases", "tag_implications", "tag_removals",
+}  # fmt: skip
 
 Lineage = dict[str, Any]
 

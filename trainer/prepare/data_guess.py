@@ -6,16 +6,15 @@ Nothing is known here of the formats: a kind fits where its own code finds posts
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import BucketsConfig, CaptionsConfig, DataConfig, SourceConfig
 from trainer.core.errors import UserError, shorten
 from trainer.core.progress import format_count, metered
-from trainer.core.rng import rng
 from trainer.data.buckets import Size, list_buckets, nearest_bucket
-from trainer.data.captions import compose_caption, draw_caption
+from trainer.data.caption_draws import whole_caption
 from trainer.data.formats import is_image_name
 from trainer.data.images import BadImage, read_bytes, read_image_header
 from trainer.data.post import Post
@@ -25,6 +24,7 @@ from trainer.data.sources.folders import CAPTIONS, POSTS
 from trainer.data.sources.record_files import COMPRESSED_ENDS
 from trainer.data.sources.records import Item, Reject, explain_reason
 from trainer.data.sources.tars import is_compressed
+from trainer.data.template import ready_rules
 from trainer.prepare.inputs import describe_post, read_place
 
 RECORD_ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -93,8 +93,8 @@ class DataGuess:
 
     def choose_prompts(self, rules: CaptionsConfig, count: int) -> list[str]:
         """Captions of some posts, as a model would see them unshuffled, from the beginning to the end."""
-        plain = replace(rules, shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
-        texts = [draw_caption(compose_caption(row, plain), plain, rng("prompt")) for row in self.first]
+        ready = ready_rules(rules)
+        texts = [whole_caption(row, ready) for row in self.first]
         texts = list(dict.fromkeys(filter(None, texts)))
         return [texts[place * len(texts) // count] for place in range(count)] if len(texts) > count else texts
 

@@ -31,7 +31,10 @@ from trainer.release.tag_rules import (
     best_tags,
     caution,
     count_captions,
+    describe_mix,
+    describe_order,
     describe_tags,
+    ends_with_quality,
     keep_taught,
     list_categories,
     special_tags,
@@ -144,6 +147,8 @@ def describe_use(release: Release) -> dict[str, Any]:
         "header": yaml.safe_dump(build_header(release), sort_keys=False, allow_unicode=True, width=120),
         "people": [tag for tag in captions.people[:1] + captions.people[6:8] if tag],
         "best": best,
+        "order": describe_order(captions),
+        "mix": describe_mix(captions),
         "example": list_example(release),
         "caution": caution(captions),
         "sizes": [f"{width} x {height}" for width, height in sides],
@@ -181,11 +186,14 @@ def list_example(release: Release) -> list[str]:
     kinds = [word for word, name in (("character", "characters"), ("series", "series")) if name in there]
     year, general = ["year tag"] if captions.years else [], captions.ratings.get("g")
     people = ["1girl"] if captions.people or release.taught is None else []
-    return [*best_tags(captions), *people, *kinds, "everything else", *year, *([general] if general else [])]
+    best, rating = best_tags(captions), [general] if general else []
+    if ends_with_quality(captions):
+        return [*people, *kinds, "everything else", *year, *rating, *best]
+    return [*best, *people, *kinds, "everything else", *year, *rating]
 
 
 def choose_prompt(release: Release) -> str:
-    """A prompt to begin with, in the captions' order: a sample's, or one of the config's, with the best tags first.
+    """A prompt to begin with, in the captions' order: a sample's, or one of the config's, with the best tags.
 
     Tags that no sample had are none to begin with: a prompt without any of them is preferred, else they are left out.
     """
@@ -195,8 +203,12 @@ def choose_prompt(release: Release) -> str:
     known = [prompt for prompt in prompts if not find_untaught(release, prompt)]
     prompts = known or [kept for prompt in prompts if (kept := leave_out(prompt, find_untaught(release, prompt)))]
     prompts.append(", ".join([*people, "solo", "smile", *([general] if general else [])]))
-    begin = ", ".join(best)
-    return next((text for text in prompts if text.startswith(begin)), f"{begin}, {prompts[0]}")
+    words = ", ".join(best)
+    if not words:
+        return prompts[0]
+    if ends_with_quality(captions):
+        return next((text for text in prompts if text.endswith(words)), f"{prompts[0]}, {words}")
+    return next((text for text in prompts if text.startswith(words)), f"{words}, {prompts[0]}")
 
 
 def find_untaught(release: Release, prompt: str) -> set[str]:

@@ -3,15 +3,78 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
-from trainer.config.schema import CaptionsConfig
+from trainer.config.schema import CaptionPart, CaptionsConfig, default_template
 
 RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 
 
+PART_WORDS = {
+    ("tags", "people"): "who", ("tags", "character"): "characters", ("tags", "copyright"): "series",
+    ("tags", "artist"): "artists", ("tags", "general"): "everything else", ("tags", "meta"): "tags of the file",
+    ("tag", "rating"): "rating", ("tag", "quality"): "quality", ("tag", "year"): "year",
+    ("tag", "columns"): "tags from numbers", ("caption", "natural"): "a description",
+}  # fmt: skip
+MIX_WORDS = {
+    "tags": "tags alone",
+    "natural": "a description alone",
+    "tags_natural": "tags, then a description",
+    "natural_tags": "a description, then tags",
+}
+
+
+def keep_asked(captions: CaptionsConfig) -> CaptionsConfig:
+    """Rules of captions without those that no part of the template asks for."""
+    asked = {part.tag for part in captions.template}
+    people = any(part.tags == "people" for part in captions.template)
+    return dataclasses.replace(
+        captions,
+        people=captions.people if people else [],
+        quality=captions.quality if "quality" in asked else [],
+        ratings=captions.ratings if "rating" in asked else {},
+        years=captions.years if "year" in asked else [],
+    )
+
+
+def describe_order(captions: CaptionsConfig) -> list[str]:
+    """The parts of a caption in words, those that are shuffled together as one; empty for the recipe's order."""
+    if captions.template == default_template():
+        return []
+    order: list[str] = []
+    for fixed, parts in groupby(captions.template, key=lambda part: part.fixed or not captions.shuffle):
+        names = [name_part(part) for part in parts]
+        alone = fixed or len(names) == 1
+        order += names if alone else [f"{', '.join(names[:-1])} and {names[-1]} in any order"]
+    return order
+
+
+def name_part(part: CaptionPart) -> str:
+    """One part of a caption in words."""
+    for kind in ("tags", "tag", "caption"):
+        if (what := getattr(part, kind)) is not None:
+            return PART_WORDS[kind, what]
+    return part.column or f'"{part.text}"'
+
+
+def describe_mix(captions: CaptionsConfig) -> list[str]:
+    """The kinds of captions with their shares, in words; empty where samples had one each."""
+    shares = {words: getattr(captions.mix, kind) for kind, words in MIX_WORDS.items()}
+    return [f"{words} ({share:.0%})" for words, share in shares.items() if share]
+
+
+def ends_with_quality(captions: CaptionsConfig) -> bool:
+    """Whether the quality tag has a fixed place after the general tags."""
+    template = captions.template
+    quality = [place for place, part in enumerate(template) if part.tag == "quality" and part.fixed]
+    general = [place for place, part in enumerate(template) if part.tags == "general"]
+    return bool(quality and general) and quality[0] > general[0]
+
+
 def keep_taught(captions: CaptionsConfig, taught: Mapping[str, int] | None) -> CaptionsConfig:
     """Rules of captions without those that gave no sample a tag, as far as what samples had is known."""
+    captions = keep_asked(captions)
     if taught is None:
         return captions
     return dataclasses.replace(

@@ -11,6 +11,7 @@ from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources.records import explain_reason
+from trainer.report.caption_survey import count_kinds, count_mapped, measure_captions
 from trainer.report.examples import draw_examples
 from trainer.report.facts import (
     CROP_RANGES,
@@ -35,10 +36,9 @@ from trainer.report.survey import (
     count_sources,
     count_tags,
     find_duplicates,
-    measure_captions,
     measure_fits,
 )
-from trainer.report.thresholds import find_thresholds
+from trainer.report.thresholds import find_caption_rules
 
 DATA_GENERATOR = "anime-base-trainer inspect_shards"  # by this a page is known as ours
 TOP_TAGS = 40  # of each category
@@ -55,19 +55,20 @@ def make_report(config: Config) -> Report:
     """
     index = open_index(config.data.shards)
     rows, seed, latents = index.table, config.run.seed, index.manifest["latents"]
-    config = replace(config, captions=find_thresholds(config, rows).captions)
+    captions = find_caption_rules(config, rows)
+    config, beside = replace(config, captions=captions.config), captions.uses_caption
     plan = build_plan(index, seed, config.data)
     # by exactly one of the two the run's length is given
     steps = config.schedule.max_steps or plan.steps_for_epochs(config.schedule.epochs or 1)
     fits = measure_fits(rows, latents.get("buckets", {}).get("upscale", True))
-    tags = {category: count_tags(rows, category, TOP_TAGS) for category in TAG_CATEGORIES}
-    finished = count_finished(rows, config.captions.keep_tokens_separator, TOP_TAGS)
+    tags = {category: count_tags(rows, category, TOP_TAGS, beside) for category in TAG_CATEGORIES}
+    finished = None if beside else count_finished(rows, config.captions.keep_tokens_separator, TOP_TAGS)
     vae, tokenizer, missing = find_models(config, latents.get("vae_sha256", ""))
     lengths = None
     if tokenizer is not None:
         chosen = choose_rows("report lengths", seed, len(index), MAX_TOKENIZED)
-        tokens = measure_captions(index, chosen, config.captions, tokenizer)
-        lengths = count_lengths(tokens, config.captions.max_token_length)
+        measured = measure_captions(index, chosen, captions, tokenizer, seed)
+        lengths = count_lengths(measured.tokens, config.captions.max_token_length, measured.cut)
     run, shown = walk_run(plan, steps), choose_rows("report samples", seed, len(index), SAMPLES).tolist()
     return Report(
         config=config,
@@ -77,11 +78,14 @@ def make_report(config: Config) -> Report:
         buckets=describe_buckets(index, plan, run),
         fits=fits,
         sources=count_sources(rows),
-        tags=tags | ({FINISHED: finished} if finished.images else {}),
-        rules=count_rules(rows, config.captions),
+        tags=tags | ({FINISHED: finished} if finished is not None and finished.images else {}),
+        rules=count_rules(rows, config.captions, beside),
+        kinds=count_kinds(rows, captions),
+        mapped=count_mapped(rows, captions),
+        frequent=sorted(captions.frequent),
         lengths=lengths,
         duplicates=find_duplicates(rows),
-        examples=draw_examples(index, config, fits, shown, vae),
+        examples=draw_examples(index, config, captions, fits, shown, vae),
         missing=missing,
         counts=index.manifest.get("counts", {}),
     )

@@ -15,12 +15,13 @@ from trainer.core.errors import UserError
 from trainer.core.files import sha256_bytes
 from trainer.core.progress import metered
 from trainer.data.buckets import Fit, Size
+from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.images import BadImage, read_bytes, read_pixels
 from trainer.data.index import Index, read_raw_latents
-from trainer.data.loader import draw_sample_caption
 from trainer.data.post import Post
 from trainer.data.shards import Row
 from trainer.data.sources import iterate_sources
+from trainer.data.template import CaptionRules
 from trainer.model.latents import read_latent_scale, scale_latents
 from trainer.model.vae import decode_latents, pixels_to_image
 from trainer.report.survey import Fits
@@ -60,14 +61,19 @@ class Example:
 
 
 def draw_examples(
-    index: Index, config: Config, fits: Fits, numbers: Sequence[int], vae: AutoencoderKL | None
+    index: Index,
+    config: Config,
+    rules: CaptionRules,
+    fits: Fits,
+    numbers: Sequence[int],
+    vae: AutoencoderKL | None,
 ) -> list[Example]:
     """Some rows of the index as pictures and captions."""
     rows = [index.row(number) for number in numbers]
     posts, reason = find_images(config, {row["key"] for row in rows})
     examples = []
     for number, row in zip(metered(numbers, "draw samples", "sample", len(numbers)), rows, strict=True):
-        captions = [draw_sample_caption(row, pass_, config.run.seed, config.captions) for pass_ in range(PASSES)]
+        captions = [draw_sample_caption(row, pass_, config.run.seed, rules) for pass_ in range(PASSES)]
         decoded = draw_latents(vae, read_raw_latents(index, number)) if vae is not None else None
         original, why_not = draw_original(posts[row["key"]], row) if row["key"] in posts else (None, reason)
         factor, cropped = float(fits.factors[number]), float(fits.cropped[number])

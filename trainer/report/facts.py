@@ -3,7 +3,7 @@
 A model is only needed for thumbnails and lengths; where it cannot be found, that is said and left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from trainer.core.distributed import choose_device
 from trainer.core.errors import UserError
 from trainer.data.index import Index
 from trainer.data.plan import Plan
-from trainer.data.tokens import EOS_TOKEN, TextTokenizer, load_tokenizer
+from trainer.data.tokens import CONTENT_LENGTH, EOS_TOKEN, TextTokenizer, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers, read_config, read_vae
 from trainer.model.sdxl import DTYPES
 from trainer.model.vae import build_vae
+from trainer.report.caption_survey import KindCounts
 from trainer.report.examples import Example
 from trainer.report.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
 
@@ -32,7 +33,7 @@ FACTOR_RANGES = {0.25: "shrunk to 0.25 or less", 0.5: "shrunk to 0.25 .. 0.5", 0
                  np.nextafter(1, 0): "shrunk to 0.75 .. 1", 1.0: "unchanged", 1.25: "enlarged by up to 1.25",
                  1.5: "enlarged by 1.25 .. 1.5", 2.0: "enlarged by 1.5 .. 2", 4.0: "enlarged by 2 .. 4",
                  np.inf: "enlarged by more than 4"}  # fmt: skip
-TOKEN_RANGES = {75: "up to 75", 150: "76 to 150", 225: "151 to 225", np.inf: "more than 225"}  # one, two, three chunks
+SHOWN_CHUNKS = 3  # at least, in the table of lengths
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class LengthFacts:
     step: int  # tokens of a column of the histogram
     columns: list[int]  # captions of 1 .. step, step + 1 .. 2 step, ... tokens; the last column holds all above
     chunk_ends: list[float]  # where chunks end within the histogram, in tokens
+    cut: Counts = field(default_factory=list)  # part -> captions that lose something of it
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Report:
     sources: Counts  # images of each
     tags: dict[str, TagCounts]  # by category
     rules: RuleCounts
+    kinds: KindCounts | None  # None: each sample has one caption
+    mapped: Counts  # tags that tables change, by what they do
+    frequent: list[str]  # tags that captions.frequent_tag_dropout may leave out
     lengths: LengthFacts | None
     duplicates: Duplicates
     examples: list[Example]
@@ -103,15 +108,24 @@ def describe_buckets(index: Index, plan: Plan, run: RunFacts) -> list[BucketFact
     return facts
 
 
-def count_lengths(tokens: np.ndarray, limit: int) -> LengthFacts:
+def count_lengths(tokens: np.ndarray, limit: int, cut: Counts | None = None) -> LengthFacts:
     """What is shown of the lengths of captions."""
-    names = {edge: f"{name} (truncated)" if edge > limit else name for edge, name in TOKEN_RANGES.items()}
+    ranges = name_token_ranges(max(SHOWN_CHUNKS, limit // CONTENT_LENGTH))
+    names = {edge: f"{name} (truncated)" if edge > limit else name for edge, name in ranges.items()}
     longest = int(tokens.max())
     step = next(step for step in (5, 15, 25) if step == 25 or longest < 40 * step)
     shown = min(MAX_COLUMNS, -(-max(longest, limit, 1) // step))
     columns = np.bincount(np.minimum(np.maximum(tokens - 1, 0) // step, shown - 1), minlength=shown).tolist()
-    ends = [edge for edge in TOKEN_RANGES if edge <= step * shown]
-    return LengthFacts(tokens, limit, int((tokens > limit).sum()), count_in_ranges(tokens, names), step, columns, ends)
+    ends = [edge for edge in ranges if edge <= step * shown]
+    truncated = int((tokens > limit).sum())
+    return LengthFacts(tokens, limit, truncated, count_in_ranges(tokens, names), step, columns, ends, cut or [])
+
+
+def name_token_ranges(chunks: int) -> dict[float, str]:
+    """Numbers of tokens by the chunks that they fill, by their upper edges."""
+    edges = [CONTENT_LENGTH * chunk for chunk in range(1, chunks + 1)]
+    names = {edge: f"{edge - CONTENT_LENGTH + 1} to {edge}" for edge in edges}
+    return names | {edges[0]: f"up to {edges[0]}", np.inf: f"more than {edges[-1]}"}
 
 
 def count_views(views: np.ndarray) -> Counts:

@@ -3,7 +3,6 @@
 Everything here is a function of the index and of the config's rules; what a run makes of it is the plan's.
 """
 
-import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -16,22 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.config.schema import CaptionsConfig
-from trainer.core.progress import Meter
 from trainer.core.rng import rng
-from trainer.data.captions import (
-    VARIANT_SEPARATOR,
-    column_tags,
-    compose_caption,
-    draw_caption,
-    quality_tag,
-    year_tag,
-)
-from trainer.data.index import Index
+from trainer.data.captions import VARIANT_SEPARATOR, column_tags, quality_tag, year_tag
 from trainer.data.tables import connect
-from trainer.data.tokens import TextTokenizer
 
 EXAMPLE_GROUPS, EXAMPLE_KEYS = 10, 6  # of duplicates
-TOKENIZED_AT_ONCE = 1000
 WHITE_SPACE = r"\p{Z}\t-\r\x1c-\x1f\x{85}"  # in a pattern's brackets: what Python's str.split parts at
 
 Counts = list[tuple[str, int]]
@@ -98,10 +86,11 @@ def measure_fits(table: pa.Table, upscale: bool) -> Fits:
     return Fits(1 - bucket_width * bucket_height / resized, factor)
 
 
-def count_tags(table: pa.Table, category: str, most: int) -> TagCounts:
-    """The tags of one category as the index has them."""
+def count_tags(table: pa.Table, category: str, most: int, beside: bool = False) -> TagCounts:
+    """The tags of one category as the index has them; of all images where a caption of theirs stands ``beside``."""
     tags = f"tags_{category}"
-    texts = f"SELECT {tags} AS text FROM rows WHERE caption IS NULL AND regexp_matches({tags}, '[^{WHITE_SPACE}]')"
+    composed = "true" if beside else "caption IS NULL"
+    texts = f"SELECT {tags} AS text FROM rows WHERE {composed} AND regexp_matches({tags}, '[^{WHITE_SPACE}]')"
     return count_words(table, texts, " ", f"string_split_regex(piece, '[{WHITE_SPACE}]+')", most)
 
 
@@ -134,27 +123,31 @@ def count_words(table: pa.Table, texts: str, between: str, words: str, most: int
     return TagCounts([(word, count) for word, count, _ in found], found[0][2] if found else 0, images)
 
 
-def count_rules(table: pa.Table, rules: CaptionsConfig) -> RuleCounts:
-    """Ratings, quality and year tags; the rules are asked once for each rating, score and year that occurs."""
+def count_rules(table: pa.Table, rules: CaptionsConfig, beside: bool = False) -> RuleCounts:
+    """Ratings, quality and year tags; the rules are asked once for each rating, score and year that occurs.
+
+    Of all images where a caption of theirs stands ``beside``.
+    """
     # what the rules can give is shown even where it does not occur, in the rules' order
     ratings = Counter(dict.fromkeys(rules.ratings.values(), 0))
     quality = Counter(dict.fromkeys((rule.tag for rule in rules.quality), 0))
     years = Counter(dict.fromkeys((rule.tag for rule in rules.years), 0))
-    sql = "SELECT rating, score, year, count(*) FROM rows WHERE caption IS NULL GROUP BY ALL ORDER BY ALL"
+    composed = "true" if beside else "caption IS NULL"
+    sql = f"SELECT rating, score, year, count(*) FROM rows WHERE {composed} GROUP BY ALL ORDER BY ALL"
     for rating, score, year, count in query_rows(table, sql):
         ratings[rules.ratings.get(rating, "")] += count
         quality[quality_tag(score, rules, rating)] += count
         years[year_tag(year, rules)] += count
-    columns = count_columns(table, rules) if rules.columns else Counter()
+    columns = count_columns(table, rules, beside) if rules.columns else Counter()
     counts = [list(counter.items()) for counter in (ratings, quality, years, columns)]
     return RuleCounts(ratings.total(), len(table) - ratings.total(), *counts)
 
 
-def count_columns(table: pa.Table, rules: CaptionsConfig) -> Counter[str]:
+def count_columns(table: pa.Table, rules: CaptionsConfig, beside: bool) -> Counter[str]:
     """Tags from the numbers of posts; "" for each post and column that gives none."""
     tags = Counter(dict.fromkeys((rule.tag for rule in rules.columns), 0))
     columns = len({rule.column for rule in rules.columns})
-    for extra in table["extra"].filter(pc.is_null(table["caption"])):
+    for extra in table["extra"] if beside else table["extra"].filter(pc.is_null(table["caption"])):
         found = column_tags(extra.as_py(), rules)
         tags.update(found)
         tags[""] += columns - len(found)
@@ -184,21 +177,3 @@ def choose_rows(purpose: str, seed: int, rows: int, most: int) -> np.ndarray:
     if rows <= most:
         return np.arange(rows)
     return np.sort(rng(purpose, seed).choice(rows, most, replace=False))
-
-
-def measure_captions(index: Index, rows: np.ndarray, rules: CaptionsConfig, tokenizer: TextTokenizer) -> np.ndarray:
-    """Content tokens of whole captions, nothing dropped and nothing cut: int64 (len(rows),).
-
-    The order of the tags, which changes from pass to pass, does not change the length.
-    """
-    whole = dataclasses.replace(rules, shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
-    generator = rng("report lengths")  # its draws decide nothing
-    captions = [draw_caption(compose_caption(index.row(row), rules), whole, generator) for row in rows.tolist()]
-    lengths: list[int] = []
-    starts = range(0, len(captions), TOKENIZED_AT_ONCE)
-    with Meter("count tokens", len(captions), "caption") as meter:
-        for start in starts:
-            some = captions[start : start + TOKENIZED_AT_ONCE]
-            lengths += map(len, tokenizer.content_ids(some))
-            meter.update(len(some))
-    return np.array(lengths, dtype=np.int64)

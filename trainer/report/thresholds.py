@@ -1,7 +1,8 @@
-"""Where a run's quality thresholds come from, by its records alone: what training finds, without a model."""
+"""A run's caption rules by its records alone: what training finds, without a model."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -15,8 +16,27 @@ from trainer.data.percentiles import (
     describe_rules,
     resolve_anew,
 )
+from trainer.data.tag_counts import find_frequent
+from trainer.data.template import CaptionRules, ready_rules
 from trainer.model.exports import find_run
 from trainer.model.lineage import read_lineage
+
+
+def find_caption_rules(config: Config, table: pa.Table) -> CaptionRules:
+    """The caption rules as training has them, or will have them: thresholds, tables of tags, frequent tags.
+
+    Raises:
+        UserError: as ``find_thresholds``, and for a table of tags that cannot be read.
+    """
+    captions = find_thresholds(config, table).captions
+    recorded = read_run_record(config) or {}
+    return ready_rules(captions, find_frequent(captions, table, recorded.get("frequent_tags")) or ())
+
+
+def read_run_record(config: Config) -> dict[str, Any] | None:
+    """What this run has recorded; None where it has not begun."""
+    records = Path(config.run.output_dir).expanduser() / config.run.name / RUN_FILE
+    return json.loads(records.read_text(encoding="utf-8")) if records.is_file() else None
 
 
 def find_thresholds(config: Config, table: pa.Table) -> Resolved:
@@ -28,10 +48,8 @@ def find_thresholds(config: Config, table: pa.Table) -> Resolved:
     rules = config.captions
     if not by_percentile(rules):
         return Resolved(rules, None, "")
-    records = Path(config.run.output_dir).expanduser() / config.run.name / RUN_FILE
-    own = None
-    if records.is_file():
-        recorded = json.loads(records.read_text(encoding="utf-8"))
+    own, recorded = None, read_run_record(config)
+    if recorded is not None:
         # version 0.2.0 recorded none, and took those of the set
         own = recorded.get("thresholds", resolve_anew(rules, table, "").thresholds)
     if own is not None and own["rules"] != describe_rules(rules):

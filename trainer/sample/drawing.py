@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
@@ -22,6 +23,7 @@ from trainer.config.schema import (
     ModelConfig,
     PrecisionConfig,
     SamplingConfig,
+    TokenLength,
 )
 from trainer.core.console import log
 from trainer.core.distributed import choose_device, describe_device
@@ -177,7 +179,9 @@ def trained_token_length(lineage: Lineage | None) -> int:
         length = lineage["config"]["captions"]["max_token_length"] if lineage else None
     except (KeyError, TypeError):  # of another version, or of other hands
         length = None
-    return length if length in (75, 150, 225) else CaptionsConfig.max_token_length
+    if isinstance(length, int) and length in get_args(TokenLength):
+        return length
+    return CaptionsConfig.max_token_length
 
 
 def trained_sampling(lineage: Lineage | None) -> SamplingConfig:

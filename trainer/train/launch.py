@@ -31,6 +31,9 @@ from trainer.data.index import Index, count_fields, open_index
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import build_plan
+from trainer.data.tag_counts import find_frequent
+from trainer.data.tag_maps import hash_tag_maps
+from trainer.data.template import ready_rules
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
 from trainer.model.base import (
     Base,
@@ -239,6 +242,9 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     lineage = read_lineage(base.path)
     plan = build_plan(index, config.run.seed, config.data)
     thresholds = run_thresholds(config, index, resumed, lineage)
+    own = resumed.state.get("frequent_tags") if resumed is not None and not resumed.begins_fork else None
+    frequent = find_frequent(thresholds.captions, index.table, own)
+    captions = ready_rules(thresholds.captions, frequent or ())
     if thresholds.source:
         advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
         advice = advice if thresholds.source == OWN_SCORES else ""
@@ -257,10 +263,12 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         "vae_numbers": describe_numbers(vae.scale),
         "index_fingerprint": index.fingerprint,
         "images": len(index),
-        "caption_fields": count_fields(index.table, dict.fromkeys(rule.column for rule in config.captions.columns)),
+        "caption_fields": count_fields(index.table, sorted(captions.ruled), beside=captions.uses_caption),
         "thresholds": thresholds.thresholds,
+        "frequent_tags": frequent,
+        "tag_maps_sha256": hash_tag_maps(captions.maps),
     }
-    data = MicroBatches(plan, index, tokenizers, thresholds.captions, config.diffusion, config.data.micro_batch_size)
+    data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
     return RunInputs(config, accelerator, resumed, data, base, vae, facts, describe_fixed(config), software)
 
 

@@ -18,6 +18,7 @@ from trainer.core.errors import UserError, shorten
 from trainer.core.files import set_aside, sha256_bytes
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from trainer.core.progress import format_count
+from trainer.data.tag_maps import TagMaps, hash_tag_maps
 from trainer.model.checkpoint import (
     REMEDY_DAMAGED,
     DamagedCheckpoint,
@@ -35,8 +36,12 @@ from trainer.train.run import run_path
 from trainer.train.save import remove_leftovers
 
 # what a run reads is compared by hashes, so that where it lies is free
-GUARDED = (
+OF_DATA = (
     ("data set (index fingerprint)", ("index_fingerprint",)),
+    ("choice of tag tables and protected tags (SHA-256 of what they say)", ("tag_maps_sha256",)),
+)
+GUARDED = (
+    *OF_DATA,
     ("base model (SHA-256)", ("base", "sha256")),
     ("prediction type of the base", ("base", "prediction")),
     ("VAE (SHA-256)", ("vae_sha256",)),
@@ -136,7 +141,9 @@ def check_continued(inputs: RunInputs) -> None:
     if "fixed" not in resumed.state and (unknown := find_interpolated(inputs.fixed["values"])):
         log.warning("warning: %s does not record the value of %s: make sure that it is the same now",
                     resumed.folder, ", ".join(unknown))  # fmt: skip
-    check_inputs(resumed.folder, resumed.state, inputs.facts, GUARDED, REMEDY)
+    # a version that records no tables had none
+    state = {"tag_maps_sha256": hash_tag_maps(TagMaps())} | resumed.state
+    check_inputs(resumed.folder, state, inputs.facts, GUARDED, REMEDY)
 
 
 def check_same(processes: Processes, what: str, digest: str) -> None:
@@ -191,7 +198,7 @@ def check_fork(inputs: RunInputs, resumed: Resumed) -> None:
         for values in (fixed_values(state["config"]), inputs.fixed["values"])
     )
     refuse_changes(f"checkpoint.fork: {folder}", before, now, FORK_REMEDY)
-    check_inputs(folder, state, inputs.facts, GUARDED[1:], FORK_REMEDY)  # all but the data
+    check_inputs(folder, state, inputs.facts, GUARDED[len(OF_DATA) :], FORK_REMEDY)
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any]) -> None:

@@ -130,6 +130,30 @@ def test_unclear_records(images: Path) -> None:
         read_posts(images, {"id": 0, "en": "a"}, caption_column="none")
 
 
+def test_further_columns_are_variants(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of posts, tables and datasets, beside tags or not; each column has lines of its own."""
+    columns = {"tags": ["1girl", "", "1boy"], "short": ["a cat", None, ""], "long": ["It sits.\nOn a mat.", "b", None]}
+    rows = [{"id": number} | {name: values[number] for name, values in columns.items()} for number in range(3)]
+    more = {"caption_column": "short", "more_caption_columns": ["long"]}
+    for read in (
+        lambda **given: read_posts(images, *rows, **given),
+        lambda **given: read_table(images, columns, **given),
+        lambda **given: read_dataset(images, columns, monkeypatch, **given),
+    ):
+        assert told(read(**more)) == ["a cat\x1eIt sits.", "b", None]
+        assert told(read(**more, lines="variants")) == ["a cat\x1eIt sits.\x1eOn a mat.", "b", None]
+        assert told(read(more_caption_columns=["short", "long"], lines="tags"))[0] == "a cat\x1eIt sits., On a mat."
+        items = read(**more)
+        assert [item.tags_general for item in items if isinstance(item, Post)] == ["1girl", "", "1boy"]
+    with pytest.raises(UserError, match="has no column none, only id, tags, short, long"):
+        read_table(images, columns, more_caption_columns=["none"])
+    with pytest.raises(UserError, match=r"more_caption_columns none has no effect: no record of posts\.jsonl"):
+        read_posts(images, *rows, more_caption_columns=["long", "none"])
+    with_lists = [{"id": 0, "text": ["one", "two"], "other": ["three"]}]
+    found = read_posts(images, *with_lists, more_caption_columns=["other"], lines="variants")
+    assert told(found) == ["one\x1etwo\x1ethree"]
+
+
 def test_a_record_without_a_name_says_what_it_has(images: Path) -> None:
     (item, *_) = read_posts(images, {"image_path": "0.png", "text": "a"})
     assert isinstance(item, Reject) and "its fields: image_path, text" in item.detail

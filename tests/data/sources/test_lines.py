@@ -14,10 +14,12 @@ import pytest
 from support.paths import REPOSITORY
 from trainer.config.schema import CaptionsConfig, DataConfig, FiltersConfig, SourceConfig
 from trainer.core.rng import rng
-from trainer.data.captions import VARIANT_SEPARATOR, draw_caption
+from trainer.data.caption_draws import draw_caption
+from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.records import settle_caption
+from trainer.data.template import ready_rules
 from trainer.prepare.inputs import find_filter
 from trainer.report.survey import count_finished
 
@@ -82,7 +84,7 @@ def test_tags_of_sd_scripts_join_each_variant(tmp_path: Path) -> None:
 
 def test_each_pass_draws_one_variant() -> None:
     caption = VARIANT_SEPARATOR.join(["a ||| b, c", "d, e", "f"])
-    rules = CaptionsConfig()
+    rules = ready_rules(CaptionsConfig())
     drawn = [draw_caption(caption, rules, rng("caption", 1, pass_, "key")) for pass_ in range(60)]
     assert {frozenset(each.split(", ")) for each in drawn} == {frozenset("abc"), frozenset("de"), frozenset("f")}
     assert drawn == [draw_caption(caption, rules, rng("caption", 1, pass_, "key")) for pass_ in range(60)]
@@ -94,7 +96,7 @@ def test_a_caption_without_variants_draws_what_it_always_did() -> None:
     order = np.random.default_rng(3)
     order.random()  # whether it is dropped
     expected = ", ".join(tags[place] for place in order.permutation(len(tags)))
-    assert draw_caption(", ".join(tags), CaptionsConfig(), np.random.default_rng(3)) == expected
+    assert draw_caption(", ".join(tags), ready_rules(CaptionsConfig()), np.random.default_rng(3)) == expected
 
 
 def test_filters_and_the_page_see_the_tags_of_all_variants() -> None:

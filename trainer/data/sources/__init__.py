@@ -40,7 +40,8 @@ def iterate_sources(data: DataConfig) -> Iterator[Item]:
             items = ignore_missing(items, source) if source.missing_images == "ignore" else items
             items = prefix_keys(items, source.label) if source.prefix_keys else items
             for item in items:
-                yield settle_caption(item, source.lines) if isinstance(item, Post) and item.caption else item
+                several = source.more_caption_columns is not None
+                yield settle_caption(item, source.lines, several) if isinstance(item, Post) and item.caption else item
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     for folder in folders.values():
@@ -92,7 +93,9 @@ def iterate_source(source: SourceConfig, folders: Folders) -> Iterator[Item]:
     match source.kind:
         case "posts":
             assert images is not None
-            yield from iterate_posts_file(path, images, source.label, source.caption_column)
+            yield from iterate_posts_file(
+                path, images, source.label, source.caption_column, source.more_caption_columns or ()
+            )
         case "folder":
             yield from iterate_folder(existing_folder(source.path), source.label, source.follow_links)
         case "tars":

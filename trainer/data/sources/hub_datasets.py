@@ -39,7 +39,8 @@ def iterate_dataset(source: SourceConfig) -> Iterator[Post | Reject]:
         try:
             table = open_arrow(file)
             image = find_image_column(source, table.schema)
-            check_columns(table.schema, source.caption_column, f"the dataset {source.path}")
+            others = source.more_caption_columns or ()
+            check_columns(table.schema, source.caption_column, f"the dataset {source.path}", others)
             for row, (values, path) in enumerate(iterate_dataset_rows(table, image)):
                 place = ImagePlace(file, row=row, column=image) if path is True else path
                 yield read_dataset_row(source, number, values, place, root)
@@ -127,7 +128,8 @@ def read_dataset_row(
     try:
         record = plain_value(values)
         image = place if isinstance(place, ImagePlace) else place_file(place, root)
-        return read_captioned(record, source.caption_column, source=source.label, image=image, origin=origin, key=key)
+        columns, others = source.caption_column, source.more_caption_columns or ()
+        return read_captioned(record, columns, others, source=source.label, image=image, origin=origin, key=key)
     except ValueError as error:
         return reject(key, origin, error)
 

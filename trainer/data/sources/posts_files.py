@@ -1,7 +1,8 @@
 """Posts files, of text or Parquet, whose images lie in a folder: found by path, id, gallery-dl's filename or md5."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -14,34 +15,53 @@ from trainer.data.sources.folders import EXTENSIONS
 from trainer.data.sources.image_folders import ImageFolder
 from trainer.data.sources.image_names import md5_in, read_md5, site_in
 from trainer.data.sources.record_files import iterate_records
-from trainer.data.sources.records import NO_FIELD, BadRecord, Item, Reject, parse_record, read_captioned, reject
+from trainer.data.sources.records import (
+    NO_FIELD,
+    BadRecord,
+    Item,
+    Reject,
+    lacks,
+    parse_record,
+    read_captioned,
+    reject,
+)
 
 FILE_FIELDS = ("file", "file_name")  # the second as imagefolder's metadata.jsonl has it
 
 
-def iterate_posts_file(file: Path, images: ImageFolder, source: str, column: str | None = None) -> Iterator[Item]:
+def iterate_posts_file(
+    file: Path, images: ImageFolder, source: str, column: str | None = None, others: Sequence[str] = ()
+) -> Iterator[Item]:
     """The posts of one file, in order.
 
     Args:
         column: the field of finished captions that the source names.
+        others: further ones, of which each is a variant.
 
     Raises:
         UserError: when the file cannot be read at all, a part of it costs the rest, or it is not clear which column
-            holds the captions; after the last post, where none has the field that the source names.
+            holds the captions; after the last post, where none has a field that the source names.
     """
-    posts, without = 0, 0
-    for where, record in iterate_records(file, column):
-        item = read_record(record, source, f"{file.name} {where}", images, column)
+    posts, without = 0, Counter[str]()
+    for where, record in iterate_records(file, column, others):
+        item = read_record(record, source, f"{file.name} {where}", images, column, others)
         if isinstance(item, Post):
             posts += 1
-            without += any(note.kind == NO_FIELD for note in item.notes)
+            without.update(note.kind for note in item.notes if note.kind.startswith(NO_FIELD))
         yield item
-    if posts and posts == without:
-        raise UserError(f"caption_column {column} has no effect: no record of {file.name} has a field of that name")
+    named = [("caption_column", column, NO_FIELD), *(("more_caption_columns", name, lacks(name)) for name in others)]
+    for key, name, kind in named:
+        if posts and posts == without[kind]:
+            raise UserError(f"{key} {name} has no effect: no record of {file.name} has a field of that name")
 
 
 def read_record(
-    line: bytes | dict[str, Any] | BadRecord, source: str, origin: str, images: ImageFolder, column: str | None
+    line: bytes | dict[str, Any] | BadRecord,
+    source: str,
+    origin: str,
+    images: ImageFolder,
+    column: str | None,
+    others: Sequence[str] = (),
 ) -> Post | Reject:
     """One line or row of a posts file."""
     key = None
@@ -54,7 +74,7 @@ def read_record(
         image = images.place(name)
         # a file name is as good a key as an id, and the only one where several files are of one post
         own_key = key or encode_key(os.fsencode(name))
-        return read_captioned(record, column, source=source, image=image, origin=origin, key=own_key)
+        return read_captioned(record, column, others, source=source, image=image, origin=origin, key=own_key)
     except ValueError as error:
         return reject(key, origin, error)
 

@@ -11,7 +11,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,17 +57,18 @@ class Damaged(Exception):
     """Why the rest of a file is lost."""
 
 
-def iterate_records(file: Path, column: str | None = None) -> Iterator[Record]:
+def iterate_records(file: Path, column: str | None = None, others: Sequence[str] = ()) -> Iterator[Record]:
     """The records of a file in order.
 
     Args:
         column: the field of finished captions that the source names; a table with columns must have it.
+        others: further ones.
 
     Raises:
         UserError: when it cannot be read, is of another kind, or is damaged, so that the rest of it is lost.
     """
     if file.suffix.lower() == ".parquet" or read_start(file).startswith(b"PAR1"):
-        yield from iterate_parquet(file, column)
+        yield from iterate_parquet(file, column, others)
         return
     where = "its beginning"
     try:
@@ -80,7 +81,7 @@ def iterate_records(file: Path, column: str | None = None) -> Iterator[Record]:
         raise UserError(f"{file} is damaged after {where}: {error}") from error
 
 
-def iterate_parquet(file: Path, column: str | None) -> Iterator[Record]:
+def iterate_parquet(file: Path, column: str | None, others: Sequence[str] = ()) -> Iterator[Record]:
     """The rows of a Parquet file as the values of its columns, but for columns of bytes.
 
     Raises:
@@ -90,7 +91,7 @@ def iterate_parquet(file: Path, column: str | None) -> Iterator[Record]:
     try:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
-            check_columns(schema, column, str(file))
+            check_columns(schema, column, str(file), others)
             is_bytes = (pa.types.is_binary, pa.types.is_large_binary)
             columns = [each.name for each in schema if not any(check(each.type) for check in is_bytes)]
             batches = table.iter_batches(ROWS_AT_A_TIME, columns=columns)

@@ -12,7 +12,7 @@ tools that write one tag a line, such as gallery-dl, mean all of them.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from trainer.core.errors import UserError
 from trainer.data.captions import VARIANT_SEPARATOR
-from trainer.data.fields import Note, is_nan, show_text, show_value
+from trainer.data.fields import Note, is_nan, read_text, show_text, show_value
 from trainer.data.post import ImagePlace, Post, read_post
 
 MAX_SIDECAR = 2**22  # bytes of a post or caption: more is none
@@ -169,24 +169,29 @@ def decode_caption(sidecar: Sidecar) -> str:
         raise ValueError(detail) from error
 
 
-def read_captioned(record: dict[str, Any], column: str | None = None, **more: Any) -> Post:
+def read_captioned(record: dict[str, Any], column: str | None = None, others: Sequence[str] = (), **more: Any) -> Post:
     """The Post of a record, whose caption may have another name.
 
     Args:
         column: the field of captions that the source names.
+        others: further ones, whose captions are variants of it.
         more: what ``read_post`` takes beside the record.
 
     Raises:
         ValueError: as ``read_post``, and when it is not clear which field is the caption.
     """
     notes: list[Note] = []
-    name = column if column is not None else None if more.get(CAPTION) is not None else find_caption(record, notes)
+    rest = {name: value for name, value in record.items() if name not in others}
+    name = column if column is not None else None if more.get(CAPTION) is not None else find_caption(rest, notes)
     if column is not None and column not in record:
         notes.append(Note(NO_FIELD, f"the record has no {column}"))
     if name is not None:
         record = {field: value for field, value in record.items() if field != name} | {CAPTION: record.get(name)}
     if isinstance(record.get(CAPTION), list):
         record = record | {CAPTION: join_captions(record[CAPTION])}
+    if others:
+        notes += [Note(lacks(other), f"the record has no {other}") for other in others if other not in record]
+        record = record | {CAPTION: join_columns([record.get(CAPTION), *(record.get(other) for other in others)])}
     post = read_post(record, **more)
     return dataclasses.replace(post, notes=(*post.notes, *notes)) if notes else post
 
@@ -212,6 +217,21 @@ def find_caption(record: Mapping[str, Any], notes: list[Note]) -> str | None:
     return known[0] if known else None
 
 
+def lacks(name: str) -> str:
+    """The kind of note of a record without a field of ``more_caption_columns``."""
+    return f"{NO_FIELD}: {name}"
+
+
+def join_columns(values: list[Any]) -> str | None:
+    """The captions of several fields as variants of one, each of which may have several lines; None without any.
+
+    Raises:
+        ValueError: when one is neither text nor a list of texts.
+    """
+    texts = [read_text("a caption", join_captions(value)) for value in values]
+    return VARIANT_SEPARATOR.join(text.replace(VARIANT_SEPARATOR, "\n") for text in texts if text) or None
+
+
 def join_captions(value: Any) -> Any:
     """Several captions of one image as the lines of one text, None where they are empty; anything else as it is."""
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -235,16 +255,17 @@ def is_other(name: str) -> bool:
     return not is_tags(name) and name not in OTHER_TEXTS and not name.endswith(("_url", "_at", "__"))
 
 
-def check_columns(schema: pa.Schema, column: str | None, where: str) -> None:
+def check_columns(schema: pa.Schema, column: str | None, where: str, others: Sequence[str] = ()) -> None:
     """Refuse a table of which it is not clear which column holds the captions.
 
     Raises:
         UserError: with the columns that there are.
     """
     listed = show_text(", ".join(schema.names))
-    if column is not None and column not in schema.names:
-        raise UserError(f"{where} has no column {column}, only {listed}")
-    if column is not None or CAPTION in schema.names or any(is_tags(name) for name in schema.names):
+    for name in (column, *others):
+        if name is not None and name not in schema.names:
+            raise UserError(f"{where} has no column {name}, only {listed}")
+    if column is not None or others or CAPTION in schema.names or any(is_tags(name) for name in schema.names):
         return
     texts = [field.name for field in schema if holds_text(field.type)]
     known = [name for name in texts if name.lower() in CAPTION_NAMES]
@@ -263,9 +284,19 @@ def holds_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def settle_caption(post: Post, lines: Lines) -> Post:
-    """A post whose caption is one text or variants of one, as the config wants them; of several lines, with a note."""
+def settle_caption(post: Post, lines: Lines, columns: bool = False) -> Post:
+    """A post whose caption is one text or variants of one, as the config wants them; of several lines, with a note.
+
+    ``columns``: its caption holds those of several, each of which has lines of its own.
+    """
     caption = post.caption or ""
+    if columns and VARIANT_SEPARATOR in caption:
+        each = [settle_caption(dataclasses.replace(post, caption=text, notes=()), lines)
+                for text in caption.split(VARIANT_SEPARATOR)]  # fmt: skip
+        text = VARIANT_SEPARATOR.join(one.caption for one in each if one.caption)
+        return dataclasses.replace(
+            post, caption=text, notes=(*post.notes, *(note for one in each for note in one.notes))
+        )
     if not LINE_END.search(caption):
         return post
     parts = [part for line in LINE_END.split(caption) if (part := line.strip())]
