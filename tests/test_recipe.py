@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from support.paths import REPOSITORY
+from trainer.config.caption_fields import default_quality
 from trainer.config.load import load_config
-from trainer.config.schema import Config, default_quality
+from trainer.config.schema import Config
 from trainer.train.optim import build_optimizer
 
 STAGES = ("stage1_feature_alignment", "stage2_refine_unet", "stage3_aesthetic")

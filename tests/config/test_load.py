@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from trainer.config.caption_fields import QualityRule, YearRule
 from trainer.config.command_line import parse_command_line
 from trainer.config.load import load_config, resolved_values
-from trainer.config.schema import Config, QualityRule, YearRule
+from trainer.config.schema import Config
 from trainer.core.errors import UserError
 
 MINIMAL = """

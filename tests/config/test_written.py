@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.caption_fields import QualityRule
 from trainer.config.command_line import config_parser, finish_command_line, parse_command_line
 from trainer.config.load import load_config
-from trainer.config.schema import Config, Place, QualityRule
+from trainer.config.schema import Config, Place
 from trainer.core.errors import UserError
 
 MINIMAL = """

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.config.schema import CaptionsConfig, QualityRule, YearRule
+from trainer.config.caption_fields import QualityRule, YearRule
+from trainer.config.schema import CaptionsConfig
 from trainer.core.rng import rng
 from trainer.data.caption_draws import draw_caption
 from trainer.data.captions import quality_tag, split_tags, year_tag

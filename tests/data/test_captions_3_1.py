@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 
 from support.paths import REPOSITORY
+from trainer.config.caption_fields import ColumnRule, QualityRule
 from trainer.config.load import load_config
-from trainer.config.schema import CaptionsConfig, ColumnRule, QualityRule
+from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import column_tags, quality_tag
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.shards import SCHEMA

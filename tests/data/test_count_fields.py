@@ -2,7 +2,8 @@
 
 import pyarrow as pa
 
-from trainer.config.schema import CaptionsConfig, ColumnRule
+from trainer.config.caption_fields import ColumnRule
+from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import column_tags
 from trainer.data.index import CAPTION_FIELDS, count_fields
 from trainer.data.shards import SCHEMA

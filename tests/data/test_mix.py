@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import CaptionsConfig, MixConfig
+from trainer.config.caption_fields import MixConfig
+from trainer.config.schema import CaptionsConfig
 from trainer.data.caption_draws import draw_record, draw_sample_caption, join_drawn, list_pieces, share_out
 from trainer.data.template import ready_rules
 

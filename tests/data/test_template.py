@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import CaptionPart, CaptionsConfig, ColumnRule, QualityRule
+from trainer.config.caption_fields import CaptionPart, ColumnRule, QualityRule
+from trainer.config.schema import CaptionsConfig
 from trainer.data.caption_draws import draw_record, draw_sample_caption, explain_parts, join_drawn
 from trainer.data.template import CaptionRules, compose_caption, ready_rules
 

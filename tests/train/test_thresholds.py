@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from support.checkpoints import change_record
-from trainer.config.schema import CaptionsConfig, Config, QualityRule
+from trainer.config.caption_fields import QualityRule
+from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data.captions import quality_tag
 from trainer.data.index import open_index

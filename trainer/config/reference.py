@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config import schema
+from trainer.config import caption_fields, schema
 from trainer.config.other_names import explain_unknown
 from trainer.config.schema import FREE, Config
 from trainer.config.yaml_text import UNIONS, bare, entry_hint, field_types, is_place
@@ -53,7 +53,9 @@ class SectionHelp:
 
 def read_reference() -> list[SectionHelp]:
     """Every section, each followed by the entries of its lists."""
-    comments = read_comments(inspect.getsource(schema))
+    comments: dict[str, str] = {}
+    for module in (schema, caption_fields):
+        comments |= read_comments(inspect.getsource(module))
     free = {item.name for item in dataclasses.fields(Config) if item.metadata == FREE}
     return [
         section

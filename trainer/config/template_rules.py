@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from trainer.config.schema import CaptionPart, CaptionsConfig, Config
+from trainer.config.caption_fields import CaptionPart
+from trainer.config.schema import CaptionsConfig, Config
 
 PART_KINDS = ("tags", "tag", "column", "text", "caption")  # of parts
 ONE_TAG = ("text", "caption")  # kinds of parts that are a text, whole or not there

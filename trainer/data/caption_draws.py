@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from trainer.config.schema import CaptionPart, MixConfig
+from trainer.config.caption_fields import CaptionPart, MixConfig
 from trainer.core.rng import rng
 from trainer.data.captions import VARIANT_SEPARATOR, split_caption
 from trainer.data.tag_maps import plain_name

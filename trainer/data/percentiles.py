@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.config.schema import RATINGS, CaptionsConfig, QualityRule
+from trainer.config.caption_fields import QualityRule
+from trainer.config.schema import RATINGS, CaptionsConfig
 from trainer.core.errors import UserError, shorten
 from trainer.core.layout import MANIFEST_FILE, RUN_FILE
 from trainer.data.index import open_index

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trainer.config.schema import CaptionPart, CaptionsConfig
+from trainer.config.caption_fields import CaptionPart
+from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import (
     column_tags,
     column_text,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from trainer.config.schema import CaptionPart, CaptionsConfig, default_template
+from trainer.config.caption_fields import CaptionPart, default_template
+from trainer.config.schema import CaptionsConfig
 
 RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 
