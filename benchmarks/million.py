@@ -18,12 +18,15 @@ import numpy as np
 import pyarrow as pa
 from posts import plain_config
 
+from trainer.config.schema import DataConfig, WeightRule
 from trainer.core.layout import shard_name
 from trainer.data.buckets import list_buckets
 from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.index import open_index
 from trainer.data.loader import draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan
+from trainer.data.plan import build_plan as make_plan
+from trainer.data.sample_weights import find_sample_weights
 from trainer.data.shards import SCHEMA, ShardFile, write_index
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.template import ready_rules
@@ -110,6 +113,17 @@ def one_epoch_by_steps(folder: Path) -> str:
     return f"{seen:,} samples"
 
 
+def weigh(folder: Path) -> str:
+    """open, weigh by four rules, plan, and list an epoch"""
+    index, rules = open_index(folder), [
+        WeightRule(2.0, artist_count_below=60), WeightRule(1.5, tag="masterpiece"), WeightRule(0.5, rating="e"),
+        WeightRule(0.3, column="score", below=0),
+    ]  # fmt: skip
+    data = DataConfig("", weights=rules, bucket_batch_size=48, global_batch_size=96)
+    plan = make_plan(index, 42, data, find_sample_weights(index, data, plain_config().captions))
+    return f"{plan.epoch_rows(1)[1].size:,} samples in an epoch, {plan.steps_for_epochs(10):,} steps for 10"
+
+
 def deep_resume(folder: Path) -> str:
     """open, plan, and draw all of step 100,000 but latents"""
     index = open_index(folder)
@@ -149,7 +163,7 @@ def main() -> None:
             return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
 
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
-        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, deep_resume, count_set):
+        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, weigh, deep_resume, count_set):
             measure(work, folder)
 
 

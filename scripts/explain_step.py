@@ -21,11 +21,10 @@ def main() -> Result:
         raise UserError(f"--step {arguments.step}: steps are counted from 0")
     config = load_config(arguments.config, arguments.overrides)
     from trainer.data.index import open_index
-    from trainer.data.plan import build_plan
     from trainer.report.explain import explain_step
 
     index = open_index(config.data.shards)
-    samples = list(explain_step(config, index, build_plan(index, config.run.seed, config.data), arguments.step))
+    samples = list(explain_step(config, index, arguments.step))
     return Result("\n".join(json.dumps(each, ensure_ascii=False) for each in samples), facts={"samples": samples})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config import precision_rules, rules, template_rules
+from trainer.config import precision_rules, rules, template_rules, weight_rules
 from trainer.config.load import find_config_problems, load_config
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -92,6 +92,20 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["data.sources=[{kind: folder, path: x/a}, {kind: tars, path: y/a}]"],
      "data.sources.1.name", "a is the name of data.sources.0 too"),
     (["run.time_limit=soon"], "run.time_limit", "must be a time such as 11h30m"),
+    (["data.min_weight=-1"], "data.min_weight", "must be at least 0, not -1"),
+    (["data.max_weight=0"], "data.max_weight", "must be above 0, not 0"),
+    (["data.max_weight=2000"], "data.max_weight", "must be at most 1000, not 2000"),
+    (["data.min_weight=2", "data.max_weight=1"], "data.min_weight", "is above data.max_weight 1"),
+    *[([f"data.weights=[{{{rule}}}]"], f"data.weights.0.{field}", part) for rule, field, part in (
+        ("factor: -1, rating: e", "factor", "must lie between 0 and 1000, not -1"),
+        ("factor: 1, rating: e", "factor", "has no effect: it is 1"),
+        ("factor: 2", "factor", "of which images?"),
+        ("factor: 2, above: 3", "above", "of which column?"),
+        ("factor: 2, column: score", "column", "says nothing yet"),
+        ("factor: 2, column: score, equals: a, below: 5", "equals", "needs no below beside it"),
+        ("factor: 2, column: score, above: 5, below: 5", "above", "no number is above 5"),
+        ("factor: 2, tag: ' '", "tag", "must be some text"),
+        ("factor: 2, artist_count_below: 1", "artist_count_below", "must be at least 2, not 1"))],
     (["run.num_processes=4"], "run.num_processes", "4 processes x data.micro_batch_size 16 = 64 does not divide"),
     *[([f"captions.keep_tokens_separator='{text}'"], "captions.keep_tokens_separator", "some text without commas")
       for text in ("", "  ", "a,b")],
@@ -231,6 +245,13 @@ def test_rules(words: list[str], key: str, part: str) -> None:
             "captions.protected_tags_file=a.txt",
         ],
         ["captions.tag_implications=a.csv", "captions.protected_tags=a", "captions.max_token_length=450"],
+        [
+            "data.weights=[{factor: 0, column: score, above: -3, below: 5, rating: none, tag: '2024'},"
+            " {factor: 1000, artist_count_below: 2, character_count_below: 2, copyright_count_below: 9},"
+            " {factor: 0.5, column: source, equals: a}]",
+            "data.min_weight=1",
+            "data.max_weight=1",
+        ],
         ["captions.years=[]", "captions.quality=[]", "captions.ratings={}", "captions.people=[]"],
         ["publish.repo_id=owner/name", "publish.private=false", "publish.source_url=https://example.org/a/b"],
         ["publish.repo_id=Owner-1/name.v1_0", "publish.private=true", "publish.license_link=https://example.org"],
@@ -243,7 +264,7 @@ def test_the_borders_of_the_rules_are_allowed(words: list[str]) -> None:
 
 def test_every_rule_has_a_case() -> None:
     """Each ``yield`` of the rules is reached by one of RULES: a rule without a case fails here."""
-    paths = [inspect.getfile(module) for module in (rules, precision_rules, template_rules)]
+    paths = [inspect.getfile(module) for module in (rules, precision_rules, template_rules, weight_rules)]
     trees = {path: ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))) for path in paths}
     yields = {(path, node.lineno) for path, nodes in trees.items() for node in nodes if isinstance(node, ast.Yield)}
     reached: set[tuple[str, int]] = set()

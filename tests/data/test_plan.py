@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from trainer.data.buckets import list_buckets
 from trainer.data.loader import micro_batch_numbers
 from trainer.data.plan import Plan, Planned, Unit
+from trainer.data.sample_weights import ONE
 
 SIZES = list_buckets(1024, 512, 2048, 64)
 
@@ -57,8 +58,8 @@ def stage_1() -> Plan:
 
 
 def test_stage_1_has_the_recipes_steps(stage_1: Plan) -> None:
-    assert len(stage_1.counts) == 33 and stage_1.counts.sum() == 1_271_990
-    assert stage_1.counts.max() > 100 * stage_1.counts.min() > 0  # the spread is one
+    assert len(stage_1.images) == 33 and stage_1.images.sum() == 1_271_990
+    assert stage_1.images.max() > 100 * stage_1.images.min() > 0  # the spread is one
     steps = stage_1.steps_for_epochs(10)
     # each filled bucket rounds its units, and one step is filled up
     assert abs(steps - 132_499) <= 33 / 2 / 2 + 1
@@ -210,7 +211,7 @@ def test_the_plan_is_the_designs(counts: list[int], unit: int, per_step: int, ep
 @given(counts=st.lists(st.integers(1, 200), min_size=1, max_size=8), unit=st.integers(1, 50), epoch=st.integers(0, 30))
 def test_units_of_an_epoch(counts: list[int], unit: int, epoch: int) -> None:
     plan = make_plan(counts, unit=unit, step=unit)
-    expected = [units_by_end(epoch, count, unit) for count in plan.counts.tolist()]
+    expected = [units_by_end(epoch, count, unit) for count in plan.images.tolist()]
     assert plan.units_until(epoch).tolist() == expected
 
 
@@ -360,11 +361,12 @@ def test_a_repeated_image_is_seen_so_often_in_each_pass(repeats: list[list[int]]
     """Each image r times in a pass of its bucket's stream, each time in a pass of its own."""
     sizes = np.repeat(np.array(SIZES[: len(repeats)]), [len(each) for each in repeats], axis=0)
     times = np.array([number for each in repeats for number in each])
-    plan = Plan(sizes, seed=seed, bucket_batch_size=unit, global_batch_size=unit, repeats=times)
+    plan = Plan(sizes, seed=seed, bucket_batch_size=unit, global_batch_size=unit, weights=times * ONE)
     entries = [sum(each) for each in repeats]
-    assert plan.counts.tolist() == [entries[SIZES.index(bucket)] for bucket in plan.buckets]
+    counts = (plan.weights // ONE).tolist()
+    assert counts == [entries[SIZES.index(bucket)] for bucket in plan.buckets]
     assert plan.images.tolist() == [len(repeats[SIZES.index(bucket)]) for bucket in plan.buckets]
-    for bucket, count in enumerate(plan.counts.tolist()):
+    for bucket, count in enumerate(counts):
         stream = [sample for number in range(3 * count) for sample in plan.unit_samples(Unit(1, bucket, number))]
         for pass_ in range(3):
             seen = Counter(stream[pass_ * count : (pass_ + 1) * count])
@@ -383,7 +385,7 @@ def test_a_repeated_image_is_seen_so_often_in_each_pass(repeats: list[list[int]]
 def test_one_repeat_changes_nothing() -> None:
     sizes = mix_rows([30, 7, 2])
     plain = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8)
-    once = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8, repeats=np.ones(len(sizes), dtype=int))
+    once = Plan(sizes, seed=1, bucket_batch_size=4, global_batch_size=8, weights=np.full(len(sizes), ONE))
     assert [plain.step_samples(step) for step in range(30)] == [once.step_samples(step) for step in range(30)]
 
 

@@ -9,7 +9,8 @@ from support.posts_on_disk import draw, make_base, make_config, run
 from trainer.config.schema import Config, SourceConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
-from trainer.data.plan import build_plan, find_repeats
+from trainer.data.plan import build_plan
+from trainer.data.sample_weights import find_repeats
 from trainer.report.facts import walk_run
 
 

@@ -121,6 +121,35 @@ def test_lengths_are_the_tokenizers(tiny: Report, tiny_page: Reader) -> None:
     assert ["up to 75", str(24 - cut), percent(24 - cut, 24), ""] in tiny_page.rows
 
 
+def test_views_are_shown_by_what_weights_are_about(tmp_path: Path, make_config: MakeConfig) -> None:
+    artists = ["ann bob", "ann", "", "ann", "zoe"]
+    rows = [row(str(number), tags_artist=name, rating="e" if number == 4 else "g", year=2020 + number // 3)
+            for number, name in enumerate(artists)]  # fmt: skip
+    shards = write_set(tmp_path / "shards", rows)
+    config = make_config(
+        f"data.shards={shards}", "schedule.max_steps=null", "schedule.epochs=4", "data.global_batch_size=2",
+        "data.weights=[{factor: 3, artist_count_below: 2}, {factor: 0, rating: e}, {factor: 2, column: x, above: 1}]",
+    )  # fmt: skip
+    report = make_report(config)
+    seen = report.run.views.tolist()
+    assert seen[4] == 0 and seen == pytest.approx([12, 4, 4, 4, 0], abs=2) and sum(seen) == 24
+    assert report.views["Artist"] == [("ann", 3, seen[0] + seen[1] + seen[3]), ("bob", 1, seen[0]), ("zoe", 1, 0)]
+    assert report.views["Rating"] == [("e", 1, 0), ("g", 4, 24)]
+    assert report.views["Year"] == [("2020", 3, sum(seen[:3])), ("2021", 2, seen[3])]
+    assert report.views["Character"] == []
+    page = Reader(render_data(report))
+    assert "1 image is never seen, 1 of them by a weight of 0 in data.weights." in page.text
+    assert ["column: x, above: 1.0", "2.0", "0", "0.0%"] in page.rows
+    assert [
+        "ann",
+        "3",
+        str(seen[0] + seen[1] + seen[3]),
+        f"{(24 - seen[2]) / 3:.1f}",
+        percent(24 - seen[2], 24),
+    ] in page.rows
+    assert "weights: an epoch sees 6 samples of 5 images, 1 of them never seen (weight 0)" in summarise(report)
+
+
 @pytest.mark.parametrize("length", ["schedule.epochs=3", "schedule.max_steps=1", "schedule.max_steps=29"])
 def test_the_run_is_the_plans(make_config: MakeConfig, length: str) -> None:
     """Views and repeats against a walk over every step."""

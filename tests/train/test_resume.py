@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trainer.config.schema import Config
+from trainer.core.errors import UserError
 from trainer.model.checkpoint import read_train_state
 from trainer.model.run_records import read_metrics
 from trainer.train import loop
@@ -22,6 +23,7 @@ STAGES = {
         "captions.max_token_length=150",  # the empty second chunk is shared by all captions
     ],
     "2": ["diffusion.noise_offset=0.0357"],
+    "weighted": ["data.weights=[{factor: 1.7, tag: food}, {factor: 0.4, tag: mammal}, {factor: 0, tag: menu}]"],
 }  # fmt: skip
 
 
@@ -121,6 +123,27 @@ def test_micro_batches_and_workers_may_change_on_the_way(make_config: Callable[.
     path = Path(straight.run.output_dir)
     before, after = (read_metrics(path / name / "metrics.jsonl")[4] for name in ("straight", "changed"))
     assert after["train/loss"] == pytest.approx(before["train/loss"], rel=1e-4)  # the same samples, other sums
+
+
+def test_weights_are_recorded_and_compared(make_config: Callable[..., Config], notes: Callable[[], str]) -> None:
+    rules = "data.weights=[{factor: 3, tag: food}, {factor: 2, tag: nowhere}, {factor: 0, tag: menu}]"
+    run = make_config(rules, "schedule.max_steps=1")
+    train(run)
+    said = notes()
+    assert "weights: an epoch sees 32 samples of 24 images, 2 of them never seen (weight 0)" in said
+    assert "data.weights.1 holds for no image" in said
+    folder = Path(run.run.output_dir) / "run" / "checkpoints" / "step-00000001"
+    record = read_train_state(folder)["weights"]
+    assert [rule["images"] for rule in record["rules"]] == [7, 0, 2]
+    assert json.loads((folder.parents[1] / "run.json").read_text())["weights"] == record
+    with pytest.raises(UserError, match=r"data\.weights: .* in the checkpoint"):
+        train(make_config("schedule.max_steps=2"))
+    fork = make_config("run.name=fork", "schedule.max_steps=2", f"checkpoint.fork={folder.parents[1]}")
+    train(fork)  # other data are what forks are for
+    state = json.loads((folder / "train_state.json").read_text())
+    (folder / "train_state.json").write_text(json.dumps(state | {"weights": record | {"sha256": "0"}}))
+    with pytest.raises(UserError, match=r"another set of weights .*: 0 there"):
+        train(make_config(rules, "schedule.max_steps=2"))
 
 
 def test_a_longer_run_begins_as_the_shorter_one(make_config: Callable[..., Config]) -> None:

@@ -12,6 +12,7 @@ from trainer.config.free_text import find_unfit
 from trainer.config.precision_rules import precision_rules
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
 from trainer.config.template_rules import template_rules
+from trainer.config.weight_rules import weight_rules
 
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
 
@@ -19,8 +20,9 @@ Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which n
 def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broken]:
     """Every rule that a well-typed config breaks; a preparation needs neither rates nor a length."""
     rules = [
-        range_rules, run_and_model_rules, source_rules, batch_rules, filter_rules, caption_rules, bucket_rules,
-        template_rules, diffusion_rules, optim_rules, precision_rules, schedule_rules, output_rules, publish_rules,
+        range_rules, run_and_model_rules, source_rules, weight_rules, batch_rules, filter_rules, caption_rules,
+        bucket_rules, template_rules, diffusion_rules, optim_rules, precision_rules, schedule_rules, output_rules,
+        publish_rules,
     ]  # fmt: skip
     for find_broken in rules if preparing else [training_rules, *rules]:
         yield from find_broken(config)
@@ -30,6 +32,7 @@ def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broke
 RANGES = (
     (0, math.inf, "must be at least 0",
      "run.seed data.loader_threads data.decode_processes captions.keep_tokens captions.keep_underscore_max_length "
+     "data.min_weight "
      "diffusion.min_timestep diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr "
      "optim.weight_decay schedule.warmup_steps"),
     (1, math.inf, "must be at least 1",
@@ -42,7 +45,7 @@ RANGES = (
      "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout "
      "captions.frequent_tag_dropout schedule.min_lr_ratio"),
     (math.ulp(0.0), math.inf, "must be above 0",
-     "diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"),
+     "data.max_weight diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"),
 )  # fmt: skip
 
 

@@ -114,6 +114,24 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class WeightRule:
+    """How much more often, or how much less, some images are seen. All that a rule says of an image must hold."""
+
+    factor: float  # times the image's weight; 0: it is never seen
+    # the image has this tag: of the post, in its finished caption, or one that captions.quality or captions.years gives
+    tag: str | None = None
+    rating: Literal["g", "s", "q", "e", "none"] | None = None  # the post's; none: it has none
+    # a column of the index (score, year, source, original_width, ...), or another field of the post
+    column: str | None = None
+    above: float | None = None  # the column's number is above this
+    below: float | None = None  # the column's number is below this
+    equals: str | None = None  # the column's number or text is this
+    artist_count_below: int | None = None  # one of its artists has fewer images than this in the set
+    character_count_below: int | None = None  # the same for its characters
+    copyright_count_below: int | None = None  # the same for its series
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Posts and images, the shards that are made of them, and the sizes of batches."""
 
@@ -125,6 +143,11 @@ class DataConfig:
     max_bad_fraction: float = free(0.01)  # preparation stops above this share of images set aside
     max_empty_captions: float = free(0.25)  # preparation stops above this share of posts without a caption or tags
     encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
+    # how often images are seen: the factors of all rules that hold for an image multiply to its weight, which is how
+    # often it is seen in a pass, and in an epoch, on average; a source's repeats count beside it
+    weights: list[WeightRule] = field(default_factory=list)
+    min_weight: float = 0.0  # no weight is below it, but for 0
+    max_weight: float = 100.0  # no weight is above it
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
     micro_batch_size: int = free(16)  # samples of one forward; divides bucket_batch_size

@@ -5,6 +5,7 @@ bits on machines without AVX2.
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,30 @@ def philox_key(purpose: str, *names: int | str) -> int:
     for name in (purpose, *names):
         # a NumPy integer would be equal, and have another key
         assert type(name) in (int, str), f"{name!r} is a {type(name).__name__}"
-        text = f"{type(name).__name__}:{name}".encode()
-        digest.update(len(text).to_bytes(8, "little") + text)
+        digest.update(name_bytes(name))
     return int.from_bytes(digest.digest(), "little")
+
+
+def name_bytes(name: int | str) -> bytes:
+    """What is hashed of a name."""
+    text = f"{type(name).__name__}:{name}".encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def hash_keys(keys: Iterable[str], purpose: str, *names: int | str) -> np.ndarray:
+    """A number for each of many keys, uint64 (n,): the lower half of ``philox_key(purpose, *names, key)``.
+
+    Two microseconds each, where a generator takes ten.
+    """
+    before = hashlib.blake2b(digest_size=16)
+    for name in (purpose, *names):
+        before.update(name_bytes(name))
+    lower = bytearray()
+    for key in keys:
+        digest = before.copy()
+        digest.update(name_bytes(key))
+        lower += digest.digest()[:8]
+    return np.frombuffer(bytes(lower), dtype="<u8")
 
 
 class KeySeed(ISeedSequence):

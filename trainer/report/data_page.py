@@ -9,6 +9,7 @@ from trainer.core.layout import NOTES_FILE, QUARANTINE_FILE
 from trainer.core.progress import format_count
 from trainer.data.index import open_index
 from trainer.data.plan import build_plan
+from trainer.data.sample_weights import describe_sum, find_sample_weights
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources.records import explain_reason
 from trainer.report.caption_survey import count_kinds, count_mapped, measure_captions
@@ -39,6 +40,7 @@ from trainer.report.survey import (
     measure_fits,
 )
 from trainer.report.thresholds import find_caption_rules
+from trainer.report.views import count_views_by
 
 DATA_GENERATOR = "anime-base-trainer inspect_shards"  # by this a page is known as ours
 TOP_TAGS = 40  # of each category
@@ -57,7 +59,8 @@ def make_report(config: Config) -> Report:
     rows, seed, latents = index.table, config.run.seed, index.manifest["latents"]
     captions = find_caption_rules(config, rows)
     config, beside = replace(config, captions=captions.config), captions.uses_caption
-    plan = build_plan(index, seed, config.data)
+    weights = find_sample_weights(index, config.data, config.captions)
+    plan = build_plan(index, seed, config.data, weights)
     # by exactly one of the two the run's length is given
     steps = config.schedule.max_steps or plan.steps_for_epochs(config.schedule.epochs or 1)
     fits = measure_fits(rows, latents.get("buckets", {}).get("upscale", True))
@@ -75,6 +78,8 @@ def make_report(config: Config) -> Report:
         index=index,
         plan=plan,
         run=run,
+        weights=weights.record,
+        views=count_views_by(rows, run.views),
         buckets=describe_buckets(index, plan, run),
         fits=fits,
         sources=count_sources(rows),
@@ -114,6 +119,7 @@ def summarise(report: Report) -> str:
     remarks = [f"{count:,} {kind} ({source})" for source, kinds in by_source.items() for kind, count in kinds.items()]
     facts = {
         "images": f"{images:,}, each seen {view_range(run.views)} times",
+        **({"weights": describe_sum(report.weights, images)} if report.weights else {}),
         "steps": f"{run.steps:,} in all, {run.steps_per_epoch:,.1f} an epoch, {run.epochs:,.1f} epochs",
         "cropped": f"{fits.cropped.mean():.2%} of the pixels on average, at most {fits.cropped.max():.1%}",
         "enlarged": f"{(fits.factors > 1).mean():.1%} of the images",

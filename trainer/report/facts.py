@@ -22,6 +22,7 @@ from trainer.model.vae import build_vae
 from trainer.report.caption_survey import KindCounts
 from trainer.report.examples import Example
 from trainer.report.survey import Counts, Duplicates, Fits, RuleCounts, TagCounts
+from trainer.report.views import ViewCounts
 
 FINISHED = "finished captions"  # a category of tags beside the index's
 MAX_COLUMNS = 60  # of the histogram
@@ -82,6 +83,8 @@ class Report:
     index: Index
     plan: Plan
     run: RunFacts
+    weights: dict[str, Any] | None  # as they are recorded; None without rules
+    views: dict[str, list[ViewCounts]]  # by artist, character, rating, year
     buckets: list[BucketFacts]  # the fullest first
     fits: Fits
     sources: Counts  # images of each

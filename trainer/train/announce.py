@@ -1,6 +1,7 @@
 """What a run says for people: at its start what is about to happen, with warnings; at its end what has happened."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,12 +80,13 @@ def describe_weights(precision: PrecisionConfig) -> str:
 def find_warnings(inputs: RunInputs, sdxl: nn.Module) -> list[str]:
     """What somebody should know before the first step, and could still change."""
     data, size = inputs.config.data, expect_size(inputs, sdxl)
+    of_weights = warn_of_weights(inputs.facts["weights"])
     of_data = warn_of_data(inputs.data.plan, inputs.facts["images"], data.global_batch_size, inputs.last)
     gpus = 0 if uses_cpu() else torch.cuda.device_count()
     of_gpus = warn_of_gpus(inputs.accelerator.num_processes, gpus, inputs.config.run.num_processes)
     of_cpu = warn_of_cpu(inputs.config.precision.compute, uses_cpu())
     of_memory = warn_of_memory(inputs.facts["memory"], inputs.config)
-    return [*of_data, *of_gpus, *of_cpu, *of_memory, *warn_of_disk(inputs, size)]
+    return [*of_data, *of_weights, *of_gpus, *of_cpu, *of_memory, *warn_of_disk(inputs, size)]
 
 
 def warn_of_gpus(processes: int, gpus: int, asked: int | None) -> Iterator[str]:
@@ -123,6 +125,13 @@ def warn_of_data(plan: Plan, images: int, batch: int, last: int) -> Iterator[str
         )
     if (epochs := plan.epochs_until(last)) < 1:
         yield f"the run ends at {epochs:.2f} of its first epoch: some images may never be seen"
+
+
+def warn_of_weights(record: dict[str, Any] | None) -> Iterator[str]:
+    """Rules of weights that change nothing, as a misspelt tag or column makes them."""
+    for number, rule in enumerate(record["rules"] if record else ()):
+        if not rule["images"]:
+            yield f"data.weights.{number} holds for no image: is its tag or column spelt as the index has it?"
 
 
 def warn_of_disk(inputs: RunInputs, size: int) -> Iterator[str]:

@@ -31,6 +31,7 @@ from trainer.data.index import Index, count_fields, open_index
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import build_plan
+from trainer.data.sample_weights import describe_sum, find_sample_weights
 from trainer.data.tag_counts import find_frequent
 from trainer.data.tag_maps import hash_tag_maps
 from trainer.data.template import ready_rules
@@ -240,7 +241,6 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     tokenizers = load_tokenizers(*folders, read_vocab_sizes(base))
     hashed = [hash_base(base) if accelerator.is_main_process else ""]
     lineage = read_lineage(base.path)
-    plan = build_plan(index, config.run.seed, config.data)
     thresholds = run_thresholds(config, index, resumed, lineage)
     own = resumed.state.get("frequent_tags") if resumed is not None and not resumed.begins_fork else None
     frequent = find_frequent(thresholds.captions, index.table, own)
@@ -249,6 +249,10 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
         advice = advice if thresholds.source == OWN_SCORES else ""
         log.info("quality tags by percentile: thresholds from %s%s", thresholds.source, advice)
+    weights = find_sample_weights(index, config.data, thresholds.captions)
+    plan = build_plan(index, config.run.seed, config.data, weights)
+    if weights.record:
+        log.info("%s", describe_sum(weights.record, len(index)))
     facts = {
         "base": {
             # what an environment variable holds is not written to a file
@@ -267,6 +271,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         "thresholds": thresholds.thresholds,
         "frequent_tags": frequent,
         "tag_maps_sha256": hash_tag_maps(captions.maps),
+        "weights": weights.record,
     }
     data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
     return RunInputs(config, accelerator, resumed, data, base, vae, facts, describe_fixed(config), software)

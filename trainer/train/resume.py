@@ -39,15 +39,17 @@ from trainer.train.save import remove_leftovers
 OF_DATA = (
     ("data set (index fingerprint)", ("index_fingerprint",)),
     ("choice of tag tables and protected tags (SHA-256 of what they say)", ("tag_maps_sha256",)),
+    ("set of weights (SHA-256 of what data.weights gives each image)", ("weights", "sha256")),
 )
-GUARDED = (
-    *OF_DATA,
+OF_MODEL = (
     ("base model (SHA-256)", ("base", "sha256")),
     ("prediction type of the base", ("base", "prediction")),
     ("VAE (SHA-256)", ("vae_sha256",)),
     ("VAE config (its numbers)", ("vae_numbers",)),
     ("pair of tokenizers (SHA-256)", ("tokenizers_sha256",)),
 )
+
+GUARDED = (*OF_DATA, *OF_MODEL)
 
 DAMAGED = "damaged"  # behind the name of a checkpoint that was set aside
 MAX_CHANGES, MAX_VALUE = 6, 40  # in the line that says what a resume changes: keys, and characters of a value
@@ -198,7 +200,7 @@ def check_fork(inputs: RunInputs, resumed: Resumed) -> None:
         for values in (fixed_values(state["config"]), inputs.fixed["values"])
     )
     refuse_changes(f"checkpoint.fork: {folder}", before, now, FORK_REMEDY)
-    check_inputs(folder, state, inputs.facts, GUARDED[len(OF_DATA) :], FORK_REMEDY)
+    check_inputs(folder, state, inputs.facts, OF_MODEL, FORK_REMEDY)
 
 
 def check_config(checkpoint: Path, state: dict[str, Any], fixed: dict[str, Any]) -> None:
@@ -266,7 +268,7 @@ def check_inputs(
 def pick(values: dict[str, Any], path: tuple[str, ...]) -> Any:
     """The value under a path of keys; None where there is none."""
     for key in path:
-        values = values.get(key, {})
+        values = values.get(key) or {}
     return values or None
 
 
