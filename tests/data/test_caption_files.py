@@ -11,7 +11,6 @@ from trainer.config.load import load_config
 from trainer.data.caption_draws import draw_record, explain_parts, join_drawn
 from trainer.data.index import open_index
 from trainer.data.percentiles import resolve_percentiles
-from trainer.data.plan import build_plan
 from trainer.data.shards import SCHEMA
 from trainer.data.template import CaptionRules, compose_caption, ready_rules
 from trainer.report.explain import explain_step
@@ -80,7 +79,7 @@ def test_a_step_is_explained_with_each(tiny_settings: list[str], name: str, tmp_
     words = [*tiny_settings, "run.name=x", "schedule.max_steps=1", f"run.output_dir={tmp_path}"]
     config = load_config([FOLDER / f"{name}.yaml"], words)
     index = open_index(config.data.shards)
-    for line in explain_step(config, index, build_plan(index, 42, config.data), 0):
+    for line in explain_step(config, index, 0):
         assert line["kind"] == "tags" and line["parts"]
         tags = [tag for part in line["parts"] for tag in part["tags"]]
         assert sorted(tags) == sorted(line["caption"].split(", "))

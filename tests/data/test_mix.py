@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config.caption_fields import MixConfig
 from trainer.config.schema import CaptionsConfig
-from trainer.data.caption_draws import draw_record, draw_sample_caption, join_drawn, list_pieces, share_out
+from trainer.data.caption_draws import draw_record, draw_sample_caption, join_drawn, list_words, share_out
 from trainer.data.template import ready_rules
 
 MIX = MixConfig(tags=0.4, natural=0.1, tags_natural=0.25, natural_tags=0.25)
@@ -38,7 +38,7 @@ def test_what_each_kind_reads() -> None:
     for pass_ in range(100):
         drawn = draw_record(POST, pass_, 42, RULES)
         seen[drawn.kind] = join_drawn(drawn)
-        tags = [tag for part, tag in list_pieces(drawn) if part != "caption: natural"]
+        tags = [tag for part, tag in list_words(drawn) if part != "caption: natural"]
         assert drawn.kind == "natural" or (tags[0] == "1girl" and sorted(tags) == ["1girl", "rating: general", "smile",
                                                                                   "solo"])  # fmt: skip
     assert seen["natural"] == "A girl, who smiles."
@@ -62,7 +62,7 @@ def test_a_mix_moves_no_draw_of_the_tags(changes: dict[str, Any]) -> None:
     for pass_ in range(60):
         drawn = draw_record(POST | changes, pass_, 42, RULES)
         if drawn.kind != "natural":
-            tags = [tag for part, tag in list_pieces(drawn) if part != "caption: natural"]
+            tags = [tag for part, tag in list_words(drawn) if part != "caption: natural"]
             assert ", ".join(tags) == draw_sample_caption(POST | TAGS, pass_, 42, alone)
 
 

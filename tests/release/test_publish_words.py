@@ -190,7 +190,9 @@ def test_one_other_number_makes_other_shapes(tmp_path: Path, other: tuple[str, s
     for component, keys in SHAPING.items():
         config = read_sdxl_config(component)
         assert set(keys) <= config.keys()
-        changed = {other[1]: 5} if other and other[0] == component else {}
+        changed = {}
+        if other and other[0] == component:
+            changed[other[1]] = [5] if isinstance(config[other[1]], list) else 5
         (tmp_path / component).mkdir()
         (tmp_path / component / "config.json").write_text(json.dumps(config | changed))
     assert has_sdxl_shapes(Base("SDXL", tmp_path, None)) == (other is None)

@@ -11,12 +11,13 @@ from trainer.model.checkpoint import read_train_state, seal
 MODEL, OPTIMIZER = piece_name("model", 1), piece_name("optimizer", 1)  # a tiny model's tensors lie in one file each
 
 
-def change_record(checkpoint: Path, **changes: Any) -> None:
-    """Let a checkpoint say something else of itself, with a right digest where it has one."""
+def change_record(checkpoint: Path, *without: str, **changes: Any) -> None:
+    """Let a checkpoint say something else of itself, or less, with a right digest where it has one."""
     file = find_record(checkpoint)
     assert file is not None
     content = json.loads(file.read_text()) | changes
-    content.pop("digest", None)
+    for key in ("digest", *without):
+        content.pop(key, None)
     file.write_bytes(seal(content) if file.name == CHECKPOINT_FILE else json.dumps(content).encode())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.checkpoints import change_record
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import Config
@@ -113,7 +114,7 @@ def test_explain_says_the_kind_and_the_parts_that_the_loader_made(make_config: M
     config = make_config(*words_of(folder))
     data, kinds, left_out = open_batches(config), set(), 0
     for step in range(12):
-        lines = [*explain_step(config, data.index, data.plan, step)]
+        lines = [*explain_step(config, data.index, step)]
         batches = [data[step * data.per_step + place] for place in range(data.per_step)]
         for batch, part in zip(batches, (lines[:2], lines[2:]), strict=True):
             chunks = tokenize_captions([line["caption"] for line in part], data.tokenizers, 300)
@@ -151,10 +152,9 @@ def test_what_a_run_began_with_is_compared_on_resume(make_config: MakeConfig, fo
 def test_a_checkpoint_that_records_no_tables_had_none(make_config: MakeConfig, folder: Path) -> None:
     config = make_config("schedule.max_steps=1")
     train(config)
-    file = find_newest(run_path(config)) / "train_state.json"  # type: ignore[operator]
-    state = json.loads(file.read_text())
-    del state["tag_maps_sha256"]
-    file.write_text(json.dumps(state))
+    checkpoint = find_newest(run_path(config))
+    assert checkpoint is not None
+    change_record(checkpoint, "tag_maps_sha256")
     with pytest.raises(UserError, match="was made with another choice of tag tables"):
         train(make_config("schedule.max_steps=2", f"captions.tag_aliases={folder / 'tag_aliases.csv'}"))
     train(make_config("schedule.max_steps=2"))

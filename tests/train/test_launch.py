@@ -18,7 +18,7 @@ from trainer.core.allocator import use_expandable_segments
 from trainer.core.errors import UserError
 from trainer.model import lineage
 from trainer.model.checkpoint import list_checkpoints, read_train_state
-from trainer.train import launch, loop
+from trainer.train import launch, launch_checks, loop
 from trainer.train.loop import train
 
 MakeConfig = Callable[..., Config]
@@ -27,7 +27,9 @@ MakeConfig = Callable[..., Config]
 def hide(monkeypatch: pytest.MonkeyPatch, packages: list[str]) -> None:
     """As if they were not installed."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(launch, "find_spec", lambda name: None if name in packages else find_spec(name), raising=False)
+    monkeypatch.setattr(
+        launch_checks, "find_spec", lambda name: None if name in packages else find_spec(name), raising=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_other_ways_to_share_a_model_out_are_refused(
     with pytest.raises(UserError, match=rf"ACCELERATE_USE_{mode} is true.*accelerate launch --multi_gpu"):
         train(make_config())
     monkeypatch.setenv(f"ACCELERATE_USE_{mode}", "false")
-    launch.check_environment()
+    launch_checks.check_environment()
 
 
 def weights(config: Config) -> str:

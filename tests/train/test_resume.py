@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.checkpoints import change_record
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import read_train_state
@@ -96,10 +97,10 @@ def test_a_kill_between_checkpoints_repeats_the_steps_after_the_last(
     with pytest.MonkeyPatch.context() as patch:
         step_once = loop.step_once
 
-        def die(run: loop.Run, batches: object, step: int, stop: bool) -> object:
+        def die(run: loop.Run, batches: object, step: int) -> object:
             if step == 5:
                 raise KeyboardInterrupt
-            return step_once(run, batches, step, stop)  # type: ignore[arg-type]
+            return step_once(run, batches, step)  # type: ignore[arg-type]
 
         patch.setattr(loop, "step_once", die)
         with pytest.raises(KeyboardInterrupt):
@@ -140,8 +141,7 @@ def test_weights_are_recorded_and_compared(make_config: Callable[..., Config], n
         train(make_config("schedule.max_steps=2"))
     fork = make_config("run.name=fork", "schedule.max_steps=2", f"checkpoint.fork={folder.parents[1]}")
     train(fork)  # other data are what forks are for
-    state = json.loads((folder / "train_state.json").read_text())
-    (folder / "train_state.json").write_text(json.dumps(state | {"weights": record | {"sha256": "0"}}))
+    change_record(folder, weights=record | {"sha256": "0"})
     with pytest.raises(UserError, match=r"another set of weights .*: 0 there"):
         train(make_config(rules, "schedule.max_steps=2"))
 

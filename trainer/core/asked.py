@@ -50,7 +50,7 @@ def find_asked(stated: int | None, launcher: Launcher | None) -> Iterator[tuple[
             yield int(text), f"accelerate launch --{COUNT_OPTION} {text}"
     elif "--cpu" not in launcher.words:  # with it the file is not read
         file = find_option(launcher.words, CONFIG_OPTION)
-        path = Path(file).expanduser() if file else find_written()
+        path = Path(file).expanduser() if file else find_launch_config()
         if path is not None and (count := read_count(path)) > 0:
             yield count, f"{path}"
 
@@ -64,7 +64,7 @@ def find_option(words: tuple[str, ...], name: str) -> str | None:
     return None
 
 
-def find_written() -> Path | None:
+def find_launch_config() -> Path | None:
     """What accelerate config wrote for this user."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     folder = Path(os.environ.get("HF_HOME") or cache).expanduser() / "accelerate"

@@ -15,7 +15,7 @@ from trainer.data.captions import VARIANT_SEPARATOR, split_caption
 from trainer.data.tag_maps import plain_name
 from trainer.data.template import CATEGORIES, CaptionRules, Composed, Stretch, compose, without_chance
 
-Kind = Literal["empty", "finished", "tags", "natural", "tags_natural", "natural_tags"]
+CaptionKind = Literal["empty", "finished", "tags", "natural", "tags_natural", "natural_tags"]
 Names = tuple[int, int, str]  # of a draw: seed, pass and key
 PARTS_OF_FINISHED = ("finished caption, kept", "finished caption", "finished caption, its end")  # the parts of one
 RUNS_OF_FINISHED = (Stretch(0, 1, True), Stretch(1, 2, False), Stretch(2, 3, True))
@@ -26,7 +26,7 @@ SENTENCE_ENDS = (".", "!", "?", "…", "。")
 class DrawnCaption(NamedTuple):
     """What one pass sees of a sample's caption."""
 
-    kind: Kind
+    kind: CaptionKind
     composed: Composed
     order: list[int]  # places in ``composed.tags`` of what is seen
     own_caption: str = ""  # where it is one of those
@@ -183,12 +183,12 @@ def has_tags(record: Mapping[str, Any]) -> bool:
     return any(record[f"tags_{category}"] for category in CATEGORIES)
 
 
-def share_out(mix: MixConfig, tags: bool, natural: bool) -> dict[Kind, float]:
+def share_out(mix: MixConfig, tags: bool, natural: bool) -> dict[CaptionKind, float]:
     """The probability of each kind that a sample can have: what it lacks leaves its share to the others.
 
     Where the mix has none of those that it can have, it has what there is.
     """
-    shares: dict[Kind, float] = {"tags": mix.tags if tags else 0.0, "natural": mix.natural if natural else 0.0}
+    shares: dict[CaptionKind, float] = {"tags": mix.tags if tags else 0.0, "natural": mix.natural if natural else 0.0}
     both = tags and natural
     shares |= {"tags_natural": mix.tags_natural if both else 0.0, "natural_tags": mix.natural_tags if both else 0.0}
     total = sum(shares.values())
@@ -197,7 +197,7 @@ def share_out(mix: MixConfig, tags: bool, natural: bool) -> dict[Kind, float]:
     return {kind: share / total for kind, share in shares.items() if share}
 
 
-def draw_kind(mix: MixConfig, tags: bool, natural: bool, names: Names) -> Kind:
+def draw_kind(mix: MixConfig, tags: bool, natural: bool, names: Names) -> CaptionKind:
     """What a caption is made of this time; without a mix its template."""
     if not (mix.tags or mix.natural or mix.tags_natural or mix.natural_tags):
         return "tags"
@@ -215,7 +215,7 @@ def join_drawn(drawn: DrawnCaption) -> str:
     return joined.replace(f"{own}, ", f"{own} ", 1) if own.endswith(SENTENCE_ENDS) else joined
 
 
-def list_pieces(drawn: DrawnCaption) -> list[tuple[str, str]]:
+def list_words(drawn: DrawnCaption) -> list[tuple[str, str]]:
     """(part, tag) of what is seen, in its order."""
     owners = list_owners(drawn.composed)
     return [(owners[place], drawn.composed.tags[place]) for place in drawn.order]

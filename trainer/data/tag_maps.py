@@ -17,7 +17,7 @@ from trainer.data.sources.record_files import iterate_records
 from trainer.data.sources.records import BadRecord, parse_record
 
 PAIR = ("antecedent_name", "consequent_name")
-TABLES = (".jsonl", ".json", ".csv", ".tsv")  # also compressed
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")  # also compressed
 ACTIVE_STATUS = (None, "active")  # a table without a status has active lines alone
 TRUE_WORDS = (True, "true", "True", "t", "1", 1)  # how tables write that a tag is deprecated
 
@@ -71,8 +71,11 @@ def read_pairs(key: str, file: str | None) -> Iterator[tuple[str, str]]:
 
 def read_removals(file: str | None) -> list[str]:
     """The tags that a list names, or a table, of which those that are deprecated where it says so."""
-    if file is None or not Path(file).name.lower().split(".", 1)[-1].startswith(tuple(end[1:] for end in TABLES)):
-        return [] if file is None else read_list("captions.tag_removals", file)
+    if file is None:
+        return []
+    suffix = "." + Path(file).name.lower().partition(".")[2]
+    if not suffix.startswith(TABLE_SUFFIXES):
+        return read_list("captions.tag_removals", file)
     lines = list(read_lines("captions.tag_removals", file))
     if any(not isinstance(line.get("name"), str) for line in lines):
         raise UserError(f"captions.tag_removals: {file}: a line needs name, the tag")

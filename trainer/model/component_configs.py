@@ -13,7 +13,7 @@ from typing import Any
 from trainer.core.errors import UserError, shorten
 from trainer.core.json_text import check_object
 
-Kind = Callable[[Any], bool]
+ValueCheck = Callable[[Any], bool]
 Table = dict[str, tuple[str, ...]]  # the name of a kind -> keys whose values are of it
 
 WORD = re.compile(r"[\w.+-]{1,64}")
@@ -41,14 +41,14 @@ def is_token(value: Any) -> bool:
     return more.keys() <= TOKEN_FLAGS and all(isinstance(said, bool) for said in more.values())
 
 
-def or_list(kind: Kind) -> Kind:
+def or_list(kind: ValueCheck) -> ValueCheck:
     """Whether a value is of a kind, or a list of such, one for each block."""
     return lambda value: (
         kind(value) or (isinstance(value, list) and 0 < len(value) <= MAX_BLOCKS and all(kind(each) for each in value))
     )
 
 
-def list_of(kind: Kind) -> Kind:
+def list_of(kind: ValueCheck) -> ValueCheck:
     """Whether a value is a list of such."""
     return lambda value: isinstance(value, list) and len(value) <= MAX_WIDTH and all(kind(each) for each in value)
 
@@ -63,7 +63,7 @@ def is_real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
-VALUE_KINDS: dict[str, tuple[Kind, str]] = {
+VALUE_KINDS: dict[str, tuple[ValueCheck, str]] = {
     "width": (is_width, f"a whole number from 1 to {MAX_WIDTH:,}"),
     "widths": (or_list(is_width), f"a whole number from 1 to {MAX_WIDTH:,}, or one for each block"),
     "blocks": (
@@ -163,7 +163,7 @@ TOKENIZER_KEYS: Table = {  # tokenizer_config.json and special_tokens_map.json
     "tokens": ("additional_special_tokens",),
     "tokens by id": ("added_tokens_decoder",),
 }
-TABLES: dict[str, Table] = {
+COMPONENT_TABLES: dict[str, Table] = {
     "unet": UNET_KEYS, "text_encoder": TEXT_ENCODER_KEYS, "text_encoder_2": TEXT_ENCODER_KEYS, "vae": VAE_KEYS,
     "scheduler": SCHEDULER_KEYS,
     "model_index": {"flag": ("force_zeros_for_empty_prompt",)}, "tokenizer": TOKENIZER_KEYS,
@@ -171,7 +171,7 @@ TABLES: dict[str, Table] = {
 CONFIG_KEYS: dict[str, dict[str, str]] = {
     component: {key: kind for kind, keys in table.items() for key in keys}
     | {"_class_name": "word", "_diffusers_version": "word"}
-    for component, table in TABLES.items()
+    for component, table in COMPONENT_TABLES.items()
 }
 NEEDED = {
     "unet": ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "cross_attention_dim"),

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.core.progress import Meter, metered
-from trainer.data.caption_draws import DrawnCaption, draw_record, join_drawn, list_pieces, share_out
+from trainer.data.caption_draws import DrawnCaption, draw_record, join_drawn, list_words, share_out
 from trainer.data.index import Index
 from trainer.data.tag_maps import map_tags
 from trainer.data.template import COLUMN_OF, CaptionRules, mixes, without_chance
@@ -63,7 +63,7 @@ def measure_captions(
 
 def find_cut_parts(drawn: DrawnCaption, tokenizer: TextTokenizer, limit: int) -> set[str]:
     """The parts of which something stands behind the last token that is read."""
-    pieces = list_pieces(drawn)
+    pieces = list_words(drawn)
     lengths = map(len, tokenizer.content_ids([f"{tag}," for _, tag in pieces]))  # each with the comma after it
     ends = np.cumsum(list(lengths))
     if len(ends):
