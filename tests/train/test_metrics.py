@@ -140,7 +140,8 @@ def progress(make_config: Callable[..., Config], tmp_path: Path) -> Progress:
         config=config, accelerator=build_accelerator(config), resumed=resumed, data=SimpleNamespace(plan=PLAN),
         first=0, last=99, fork=None,
     )  # fmt: skip
-    return Progress(inputs, 1, "", flops_per_sample=2.0, peak_flops=8.0)  # type: ignore[arg-type]
+    black_box = SimpleNamespace(note=lambda result: None)
+    return Progress(inputs, 1, "", black_box=black_box, flops_per_sample=2.0, peak_flops=8.0)  # type: ignore[arg-type]
 
 
 def test_skips_are_counted_shown_and_stop_the_run_when_there_are_too_many(progress: Progress, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ RUN_PAGE_FILE = "index.html"
 RUN_LOCK_FILE = ".lock"
 CHECKPOINTS_FOLDER = "checkpoints"
 SAMPLES_FOLDER = "samples"
+BLACK_BOX_FOLDER = "black_box"  # a folder for each attempt, see attempt_name
 EXPORT_FOLDER = "export"
 PUBLISHED_FOLDER = "published"
 
@@ -60,6 +61,16 @@ GRID_NAME = re.compile(r"grid(-\d+)?\.png")  # the second time it is grid-2.png
 def checkpoint_name(step: int) -> str:
     """The folder of a checkpoint that has made ``step`` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def attempt_name(attempt: int) -> str:
+    """The folder of an attempt's black box, counted from 1."""
+    return f"attempt-{attempt:04d}"
+
+
+def steps_name(rank: int, older: bool = False) -> str:
+    """The file of a rank's last steps in it; there is a second one for those before them."""
+    return f"rank-{rank:05d}.{'older.' if older else ''}jsonl"
 
 
 def piece_name(kind: Literal["model", "optimizer"], number: int) -> str:

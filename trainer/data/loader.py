@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Batch:
     input_ids_2: Tensor  # int64 (K, 77)
     chunk_map: Tensor  # int64 (B, chunks), rows of input_ids
     time_ids: Tensor  # fp32 (B, 6): original height, width, crop top, left, target height, width
+    captions: list[str] = field(default_factory=list)  # as drawn; for records, no step depends on them
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -52,7 +53,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Any) -> "Batch":
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         return Batch(**{name: change(value) if isinstance(value, Tensor) else value for name, value in fields.items()})
 
 
@@ -132,6 +133,7 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
         input_ids_2=torch.from_numpy(chunks.input_ids_2),
         chunk_map=torch.from_numpy(chunks.chunk_map),
         time_ids=torch.tensor([make_time_ids(record) for record in records], dtype=torch.float32),
+        captions=captions,
     )
 
 

@@ -1,15 +1,21 @@
-"""What one step sees, without a model: a line a sample, for scripts/explain_step.py."""
+"""What one step sees, or what the black box says that it saw: a line a sample, for scripts/explain_step.py."""
 
+import math
 from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import Config
+from trainer.core.errors import UserError
+from trainer.core.layout import BLACK_BOX_FOLDER
 from trainer.core.rng import philox_key
 from trainer.data.caption_draws import draw_record, explain_parts, join_drawn
 from trainer.data.index import Index
 from trainer.data.loader import draw_sample_timestep
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import find_sample_weights
+from trainer.model.step_records import StepRecord, read_black_box
 from trainer.report.thresholds import find_caption_rules
 
 
@@ -34,4 +40,45 @@ def explain_step(config: Config, index: Index, step: int) -> Iterator[dict[str, 
             "parts": explain_parts(drawn),
             "timestep": draw_sample_timestep(key, sample.pass_, seed, config.diffusion),
             "noise_seed": f"{philox_key('noise', seed, sample.pass_, key):032x}",
+        }
+
+
+def show_black_box(run: str, step: int | None) -> Iterator[dict[str, Any]]:
+    """Each sample of the recorded steps, or of one of them, in the order of attempts, steps and ranks.
+
+    Raises:
+        UserError: where there is nothing of it.
+    """
+    records = read_black_box(Path(run))
+    if not records:
+        raise UserError(
+            f"{Path(run) / BLACK_BOX_FOLDER}: nothing is recorded there; name a run's folder, or its config"
+        )
+    chosen = [record for record in records if step in (None, record.step)]
+    if not chosen:
+        first, last = records[0].step, records[-1].step
+        raise UserError(f"step {step} is not recorded in {run}: its black box has steps {first:,} to {last:,}")
+    for record in chosen:
+        yield from show_record(record)
+
+
+def show_record(record: StepRecord) -> Iterator[dict[str, Any]]:
+    """A step's samples; numbers that JSON has not stand as text."""
+
+    def shown(value: float | None) -> float | str | None:
+        return str(value) if value is not None and not math.isfinite(value) else value
+
+    for key, caption, loss in zip_longest(record.keys, record.captions, record.losses or ()):
+        yield {
+            "attempt": record.attempt,
+            "step": record.step,
+            "rank": record.rank,
+            "key": key,
+            "caption": caption,
+            "loss": shown(loss),
+            "step_loss": shown(record.loss),
+            "grad_norm": shown(record.grad_norm),
+            "withheld": record.withheld,
+            "waited": round(record.waited, 3),
+            "seconds": None if record.seconds is None else round(record.seconds, 3),
         }

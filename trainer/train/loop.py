@@ -31,6 +31,7 @@ from trainer.model.vae import build_vae
 from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid, training_size
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
+from trainer.train.black_box import BlackBox, open_black_box
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.metrics import find_peak_flops, training_flops
@@ -74,7 +75,7 @@ def train(config: Config, check: bool = False) -> Result:
             return Result(f"checked: the run can start at step {first:,}; nothing was trained")
         run = build_run(inputs, model, sdxl, optimizer, stops)
         pending: PendingStep | None = None
-        with run.progress, run.page, run.noting, closing(start_loading(run)) as batches:
+        with run.progress, run.page, run.noting, run.black_box, closing(start_loading(run)) as batches:
             for step in range(first, last):
                 ready = wait_for_batches(run, batches)
                 if stops.agree():
@@ -118,6 +119,7 @@ class Run:
     page: LivePage
     noting: AbstractContextManager[None]  # how the steps end
     stops: Stops
+    black_box: BlackBox
     vae: Any  # for samples; None where none are drawn
     tracker_run_id: str
 
@@ -160,12 +162,13 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
             first_step=inputs.first, last_step=inputs.last, processes=accelerator.num_processes, device=device,
             **inputs.software,
         )  # fmt: skip
+    black_box = open_black_box(inputs, attempt)
     peak = find_peak_flops(device, config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in COMPONENTS}
     counts = peak is not None and accelerator.is_main_process  # which alone writes the share of the peak
     flops = training_flops(inputs.base, side, side, chunks, trained) if counts else None
-    progress = Progress(inputs, attempt, tracker_run_id, flops_per_sample=flops, peak_flops=peak)
+    progress = Progress(inputs, attempt, tracker_run_id, black_box=black_box, flops_per_sample=flops, peak_flops=peak)
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     cast = torch.float32 if config.precision.weights == "autocast" else DTYPES[config.precision.compute]
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale, cast)
@@ -177,7 +180,7 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
     vae = None
     if config.sampling.every_steps:
         vae = build_vae(inputs.vae.config, inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
-    return Run(inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, vae, tracker_run_id)
+    return Run(inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, black_box, vae, tracker_run_id)
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
@@ -200,12 +203,14 @@ def wait_for_batches(run: Run, batches: Iterator[Batch]) -> list[Batch]:
 
     All of them before the step, so that a rank whose files do not come can still agree with the others to stop.
     """
+    run.black_box.ask()
     return list(islice(batches, run.inputs.data.per_step // run.inputs.accelerator.num_processes))
 
 
 def step_once(run: Run, batches: Sequence[Batch], step: int) -> PendingStep:
     """One optimizer step on all ranks."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
+    run.black_box.begin(step, batches)
     return training_step(
         run.model, batches, run.optimizer, run.objective, step=step, micro_steps=len(batches),
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler,

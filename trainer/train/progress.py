@@ -19,6 +19,7 @@ from trainer.core.layout import METRICS_FILE
 from trainer.core.progress import Meter
 from trainer.model.lineage import count_samples
 from trainer.model.sdxl import COMPONENTS
+from trainer.train.black_box import BlackBox
 from trainer.train.launch import RunInputs
 from trainer.train.metrics import STEP_METRIC, MetricsFile, Window, memory_gb, tracker_settings
 from trainer.train.optim import lr_factor
@@ -40,6 +41,7 @@ class Progress:
         attempt: int,
         tracker_run_id: str,
         *,
+        black_box: BlackBox,
         flops_per_sample: float | None,
         peak_flops: float | None,
     ):
@@ -47,7 +49,7 @@ class Progress:
         skipped = inputs.resumed.state["skipped_steps"] if inputs.resumed else {"all": 0, "in_a_row": 0}
         self.skipped = dict(skipped)  # {"all": ..., "in_a_row": ...} updates that loss scaling withheld
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
-        self.begun = time.perf_counter()
+        self.black_box, self.begun = black_box, time.perf_counter()
         self.attempt, self.window = attempt, Window(self.begun)
         config, accelerator, path = self.config, self.accelerator, run_path(self.config)
         self.file = MetricsFile(path / METRICS_FILE, attempt) if accelerator.is_main_process else None
@@ -90,6 +92,7 @@ class Progress:
         Raises:
             UserError: on every rank, when the loss or the gradients are not finite.
         """
+        self.black_box.note(result)
         if result.bad:
             self.refuse(result)
         self.count_skips(result)
