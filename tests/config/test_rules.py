@@ -92,6 +92,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["data.sources=[{kind: folder, path: x/a}, {kind: tars, path: y/a}]"],
      "data.sources.1.name", "a is the name of data.sources.0 too"),
     (["run.time_limit=soon"], "run.time_limit", "must be a time such as 11h30m"),
+    (["run.step_timeout=600"], "run.step_timeout", "must be a time such as 11h30m"),
     (["data.min_weight=-1"], "data.min_weight", "must be at least 0, not -1"),
     (["data.max_weight=0"], "data.max_weight", "must be above 0, not 0"),
     (["data.max_weight=2000"], "data.max_weight", "must be at most 1000, not 2000"),

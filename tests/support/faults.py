@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from trainer.data import loader
+from trainer.train import step
 
 
 def stall_data(after: int) -> None:
@@ -16,3 +17,15 @@ def stall_data(after: int) -> None:
         read(*arguments)
 
     loader.read_latents_into = read_or_stall
+
+
+def sleep_in_step(after: int, seconds: float = 3600.0) -> None:
+    """So many losses are computed, and then this rank sleeps."""
+    original, count = step.batch_losses, iter(range(10**9))
+
+    def compute_or_sleep(*arguments: Any) -> Any:
+        if next(count) >= after:
+            time.sleep(seconds)
+        return original(*arguments)
+
+    step.batch_losses = compute_or_sleep

@@ -71,7 +71,7 @@ def training_rules(config: Config) -> Iterator[Broken]:
 def run_and_model_rules(config: Config) -> Iterator[Broken]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
-    for name in ("time_limit",):
+    for name in ("time_limit", "step_timeout"):
         if (text := getattr(config.run, name)) is not None and parse_duration(text) is None:
             yield (f"run.{name}",), f"must be a time such as 11h30m, 90m, 45s or 11:30:00, not {text}"
     model = config.model

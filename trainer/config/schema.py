@@ -63,6 +63,9 @@ class RunConfig:
     # save and stop this long after the process began, early enough for the save: 11h30m, or 11:30:00 as SLURM has it.
     # null: ahead of the end of the SLURM job, where there is one
     time_limit: str | None = free(None)
+    # end the job where a rank is at one part of a step for this long (2h, 20m): it hangs, or waits for one that does.
+    # null: ten times the median step, and at least 5 minutes. Saves, samples and the first steps have at least 30
+    step_timeout: str | None = free(None)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ KEEP_ENDED, KEEP_FAILED = 3, 20  # attempts that ended well; and that did not
 class BlackBox:
     """One rank's."""
 
-    def __init__(self, run: Path, attempt: int, rank: int, world: int) -> None:
+    def __init__(self, run: Path, attempt: int, rank: int, world: int, first: int = 0) -> None:
         self.run, self.folder = run, run / BLACK_BOX_FOLDER / attempt_name(attempt)
         self.attempt, self.rank, self.world = attempt, rank, world
-        self.keys: list[str] = []  # of the step under way
+        self.step, self.keys = first, list[str]()  # of the step under way
         self.asked = self.read_at = time.monotonic()  # for batches; and when numbers were read last
         self.lines: Queue[dict[str, Any] | None] = Queue(WAITING)
         self.thread = Thread(target=self.write_all, name="black box", daemon=True)
@@ -66,7 +66,7 @@ class BlackBox:
 
     def begin(self, step: int, batches: Sequence[Batch]) -> None:
         """A step is about to be made of these."""
-        self.keys = [key for batch in batches for key in batch.keys]
+        self.step, self.keys = step, [key for batch in batches for key in batch.keys]
         self.put({
             "step": step, "attempt": self.attempt, "rank": self.rank, "world": self.world, "time": time.time(),
             "waited": time.monotonic() - self.asked, "batches": [len(batch.keys) for batch in batches],
@@ -115,7 +115,7 @@ def open_black_box(inputs: RunInputs, attempt: int) -> BlackBox:
     run, processes = run_path(inputs.config), inputs.processes
     if processes.is_main:
         tidy_black_boxes(run)
-    return BlackBox(run, processes.share(attempt), processes.rank, processes.world)
+    return BlackBox(run, processes.share(attempt), processes.rank, processes.world, inputs.first)
 
 
 def spell_numbers(line: dict[str, Any]) -> dict[str, Any]:

@@ -3,33 +3,27 @@
 Progress is one integer, the step. Errors come before harm: all that can be refused is refused before the first step.
 """
 
-import json
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
+from torch import Tensor
 from torch.optim import Optimizer
 
-from trainer.config.environment import hide_environment
 from trainer.config.schema import Config, MemoryConfig
 from trainer.core.console import Result, log
 from trainer.core.distributed import describe_device, device_memory
-from trainer.core.layout import CHECKPOINTS_FOLDER, SAMPLES_FOLDER, checkpoint_name
-from trainer.core.progress import Meter, format_count
+from trainer.core.layout import CHECKPOINTS_FOLDER
+from trainer.core.progress import format_count
 from trainer.data.loader import Batch, load_batches
-from trainer.model.diffusion import alphas_cumprod, trained_prediction
+from trainer.model.diffusion import alphas_cumprod
 from trainer.model.lineage import build_lineage
 from trainer.model.restore import restore_checkpoint
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
-from trainer.model.vae import build_vae
-from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, write_png
-from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid, training_size
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
 from trainer.train.black_box import BlackBox, open_black_box
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
@@ -42,9 +36,11 @@ from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
 from trainer.train.resume import check_same, describe_changes, hash_state, restore_scaler, settle_resumed
 from trainer.train.run import begin_attempt, lock_run, read_work, run_path
+from trainer.train.samples import Samples, sample_due
 from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
-from trainer.train.stops import StopAsked, Stops, stop_requests
+from trainer.train.stops import Stops, stop_requests
+from trainer.train.watchdog import Watchdog, open_watchdog
 
 
 def train(config: Config, check: bool = False) -> Result:
@@ -75,7 +71,7 @@ def train(config: Config, check: bool = False) -> Result:
             return Result(f"checked: the run can start at step {first:,}; nothing was trained")
         run = build_run(inputs, model, sdxl, optimizer, stops)
         pending: PendingStep | None = None
-        with run.progress, run.page, run.noting, run.black_box, closing(start_loading(run)) as batches:
+        with run.progress, run.page, run.noting, run.black_box, run.watchdog, closing(start_loading(run)) as batches:
             for step in range(first, last):
                 ready = wait_for_batches(run, batches)
                 if stops.agree():
@@ -88,7 +84,7 @@ def train(config: Config, check: bool = False) -> Result:
                     save_made(run, pending)
                     pending = None
                 if sampling := sample_due(config, step + 1, last):
-                    sample(run, step + 1)
+                    run.samples.draw(step + 1)
                 run.page.update(step + 1, at_once=saving or sampling)
             if pending is not None:  # stopped between two saves
                 save_made(run, pending)
@@ -99,11 +95,6 @@ def train(config: Config, check: bool = False) -> Result:
 def due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every is not None and step % every == 0
-
-
-def sample_due(config: Config, made: int, last: int) -> bool:
-    """Whether samples are drawn after so many steps."""
-    return due(made, config.sampling.every_steps) or (made == last and config.sampling.every_steps is not None)
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,8 @@ class Run:
     noting: AbstractContextManager[None]  # how the steps end
     stops: Stops
     black_box: BlackBox
-    vae: Any  # for samples; None where none are drawn
+    watchdog: Watchdog
+    samples: Samples
     tracker_run_id: str
 
 
@@ -177,10 +169,11 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
         run_path(config), is_main=accelerator.is_main_process, last=inputs.last, written=config.written, stops=stops,
         made=lambda: page.made,
     )  # fmt: skip
-    vae = None
-    if config.sampling.every_steps:
-        vae = build_vae(inputs.vae.config, inputs.vae.state, DTYPES[config.precision.vae]).to(accelerator.device)
-    return Run(inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, black_box, vae, tracker_run_id)
+    watchdog, samples = open_watchdog(inputs, stops, black_box), Samples(inputs, sdxl, progress, stops)
+    return Run(
+        inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, black_box, watchdog, samples,
+        tracker_run_id,
+    )  # fmt: skip
 
 
 def start_loading(run: Run) -> Generator[Batch, None, None]:
@@ -204,19 +197,29 @@ def wait_for_batches(run: Run, batches: Iterator[Batch]) -> list[Batch]:
     All of them before the step, so that a rank whose files do not come can still agree with the others to stop.
     """
     run.black_box.ask()
+    run.stops.pace.mark("the wait for its batches")
     return list(islice(batches, run.inputs.data.per_step // run.inputs.accelerator.num_processes))
 
 
 def step_once(run: Run, batches: Sequence[Batch], step: int) -> PendingStep:
     """One optimizer step on all ranks."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
+    pace = run.stops.pace
     run.black_box.begin(step, batches)
-    return training_step(
+    pace.mark("the first forward of a step")
+
+    def all_mean(value: Tensor) -> Tensor:
+        pace.mark("a mean over all ranks")
+        return accelerator.reduce(value, "mean")
+
+    pending = training_step(
         run.model, batches, run.optimizer, run.objective, step=step, micro_steps=len(batches),
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler,
         keep_gradients=accelerator.num_processes > 1, no_sync=lambda: accelerator.no_sync(run.model),
-        all_mean=lambda value: accelerator.reduce(value, "mean"),
+        all_mean=all_mean, arrive=pace.mark,
     )  # fmt: skip
+    pace.mark("the numbers of the step before")
+    return pending
 
 
 def save_made(run: Run, pending: PendingStep | None) -> None:
@@ -257,52 +260,3 @@ def save(run: Run, made: int) -> None:
         save_checkpoint(folder, run.sdxl, run.optimizer, state)
         retain_checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
     accelerator.wait_for_everyone()
-
-
-def sample(run: Run, made: int) -> None:
-    """Draw the fixed prompts, shared out over the ranks, as one grid; none where a rank was asked to stop."""
-    with run.progress.timed("sample"), run.stops.pace.timed("sample"):
-        images = draw_samples(run)
-        if len(images) == len(run.inputs.config.sampling.prompts) and run.inputs.accelerator.is_main_process:
-            show_samples(run, images, made)
-        run.inputs.accelerator.wait_for_everyone()
-
-
-def draw_samples(run: Run) -> list[Image.Image]:
-    """The images of the prompts, on all ranks; fewer where one was asked to stop."""
-    config, accelerator = run.inputs.config, run.inputs.accelerator
-    sampling, size = config.sampling, training_size(config.sampling, config.buckets.base_resolution)
-    pipeline = build_pipeline(run.sdxl, run.vae, trained_prediction(config.diffusion))
-    length, compute = config.captions.max_token_length, DTYPES[config.precision.compute]
-    model = LoadedModel(run.sdxl, pipeline, run.inputs.data.tokenizers, length, compute)
-    numbers = range(accelerator.process_index, len(sampling.prompts), accelerator.num_processes)
-    own: dict[int, Image.Image] = {}
-    with Meter("sample", len(numbers) * sampling.num_inference_steps, "denoising step") as meter, suppress(StopAsked):
-
-        def advance() -> None:
-            meter.update()
-            run.stops.raise_if_asked()
-
-        for number in numbers:  # each by itself, so that an image does not depend on which rank draws what
-            run.stops.raise_if_asked()
-            seed = (config.run.seed, number)
-            own[number] = draw_image(model, sampling.prompts[number], sampling, size=size, seed=seed, advance=advance)
-    return list(dict(sorted(gather_object(list(own.items())))).values())
-
-
-def show_samples(run: Run, images: Sequence[Image.Image], made: int) -> None:
-    """Write the grid of a step, and give the images to the trackers."""
-    config, size = (
-        run.inputs.config,
-        training_size(run.inputs.config.sampling, run.inputs.config.buckets.base_resolution),
-    )
-    prompts = [hide_environment(prompt, config.written) for prompt in config.sampling.prompts]
-    grid = make_grid(list(images), prompts, columns=lay_out_sheet(size, len(images)).columns)
-    texts = {SHEET_PROMPTS: json.dumps(prompts), SHEET_SIZE: f"{size[0]}x{size[1]}"}
-    write_png(grid_path(config, made), grid, texts)
-    run.progress.show_samples(images, prompts, made)
-
-
-def grid_path(config: Config, made: int) -> Path:
-    """Where the samples of a step lie."""
-    return run_path(config) / SAMPLES_FOLDER / f"{checkpoint_name(made)}.png"

@@ -105,10 +105,12 @@ def training_step(
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
     all_mean: Callable[[Tensor], Tensor],
     scaler: Any = None,
+    arrive: Callable[[str], object] = lambda doing: None,
 ) -> PendingStep:
     """Accumulate the gradients of ``micro_steps`` batches, clip them together unless the norm is None, and update.
 
     ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks.
+    ``arrive`` is told where this rank is: the last backward waits for all others.
     ``keep_gradients`` clears gradients in place: under DDP they are views of its buckets, and gradients made anew would
     lie beside the buckets until the last micro-step, 13.5 GB in stage 1.
     """
@@ -119,6 +121,7 @@ def training_step(
         with contextlib.nullcontext() if micro_step == micro_steps - 1 else no_sync():
             sample_loss = batch_losses(model, batch.to(device), objective)
             loss = sample_loss.mean() / micro_steps
+            arrive(f"backward {micro_step + 1} of {micro_steps} of a step")
             (scaler.scale(loss) if scaler else loss).backward()
         keys += batch.keys
         losses.append(sample_loss.detach())
