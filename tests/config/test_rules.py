@@ -30,7 +30,8 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         "diffusion.min_timestep", "diffusion.noise_offset", "optim.text_encoder_1_lr", "optim.text_encoder_2_lr",
         "optim.weight_decay", "schedule.warmup_steps")],
     *[([f"{key}=0"], key, "must be at least 1, not 0") for key in (
-        "run.num_processes", "data.samples_per_shard", "data.global_batch_size", "data.bucket_batch_size",
+        "run.num_processes", "run.max_nonfinite_in_a_row",
+        "data.samples_per_shard", "data.global_batch_size", "data.bucket_batch_size",
         "data.micro_batch_size", "data.encode_batch_size", "filters.min_side",
         "filters.first_year", "filters.last_year",
         "data.prefetch_factor", "schedule.epochs", "precision.max_skipped_steps",
@@ -49,7 +50,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
       for value in (-0.1, 1.1)],
     (["schedule.lr=cosine", "schedule.min_lr_ratio=1.1"], "schedule.min_lr_ratio", "between 0 and 1, not 1.1"),
     *[([f"{key}=0"], key, "must be above 0, not 0")
-      for key in ("diffusion.min_snr_gamma", "optim.eps", "optim.max_grad_norm")],
+      for key in ("run.stop_if_loss_above", "diffusion.min_snr_gamma", "optim.eps", "optim.max_grad_norm")],
     (["schedule.lr=cosine_restarts", "schedule.num_cycles=2", "schedule.cycle_gamma=0"],
      "schedule.cycle_gamma", "must be above 0, not 0"),
     *[([f"run.name={name}"], "run.name", "names a folder")

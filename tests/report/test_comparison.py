@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ def data_of(page: str) -> Any:
     found = re.search(r'id="page-data">(.*?)</script>', page, re.S)
     assert found is not None
     return json.loads(found[1])
+
+
+def test_damaged_lines_are_passed_over_with_a_note(two: list[Path], notes: Callable[[], str]) -> None:
+    with (two[0] / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x00\xff\n[1]\n")
+    read_runs(two)
+    assert f"note: 2 damaged lines of {two[0] / 'metrics.jsonl'} were passed over" in notes()
 
 
 def test_curves_lie_over_each_other_by_step_and_by_samples(two: list[Path], tmp_path: Path) -> None:

@@ -115,9 +115,9 @@ def test_commit_and_versions_are_those_of_the_launch(make_config: MakeConfig, mo
     config = make_config("schedule.max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     save = loop.save
 
-    def upgrade_and_save(run: Any, made: int) -> None:
+    def upgrade_and_save(run: Any, made: int, ending: bool) -> None:
         monkeypatch.setattr(lineage, "read_versions", lambda: {"torch": "another"})
-        save(run, made)
+        save(run, made, ending)
 
     monkeypatch.setattr(loop, "save", upgrade_and_save)
     train(config)

@@ -130,7 +130,7 @@ import sys
 from trainer.train import loop
 from trainer.config.load import load_config
 
-def fail(run, made):
+def fail(run, made, ending):
     raise RuntimeError("out of memory")
 
 loop.save = fail

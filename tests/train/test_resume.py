@@ -46,9 +46,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """End the process's work as a kill would, after a step's checkpoint."""
     save = loop.save
 
-    def save_and_die(run: loop.Run, made: int) -> None:
-        save(run, made)
+    def save_and_die(run: loop.Run, made: int, ending: bool) -> None:
+        save(run, made, ending)
         if made == step:
+            run.saver.settle()
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "save", save_and_die)
@@ -99,6 +100,7 @@ def test_a_kill_between_checkpoints_repeats_the_steps_after_the_last(
 
         def die(run: loop.Run, batches: object, step: int) -> object:
             if step == 5:
+                run.saver.settle()
                 raise KeyboardInterrupt
             return step_once(run, batches, step)  # type: ignore[arg-type]
 

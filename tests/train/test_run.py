@@ -1,55 +1,52 @@
-"""Hours and hardware, from what a run wrote down; what is not recorded is not invented."""
+"""Hours and hardware, which checkpoints carry on; run.json, damaged or not; and the log, of which nothing depends."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+
+from support.checkpoints import change_record
 from trainer.config.schema import Config
+from trainer.core.errors import UserError
+from trainer.model import run_records
 from trainer.model.checkpoint import find_newest, read_train_state
+from trainer.model.run_records import read_metrics, read_run
+from trainer.train import metrics
+from trainer.train.beginning import Resumed
 from trainer.train.loop import train
-from trainer.train.run import RunWork, read_work
+from trainer.train.run import Attempt, locate_from_run, run_path
+from trainer.train.state import sum_work
 
-GPU = "NVIDIA A100-SXM4-80GB"
-
-
-def write_records(folder: Path, attempts: list[dict], lines: list[tuple[int, int, float]]) -> None:
-    (folder / "run.json").write_text(json.dumps({"attempts": attempts}))
-    texts = [json.dumps({"step": step, "attempt": attempt, "time": time}) for step, attempt, time in lines]
-    (folder / "metrics.jsonl").write_text("\n".join(texts) + "\n")
+MakeConfig = Callable[..., Config]
+BEGAN, AGAIN = "1970-01-01T00:00:00+00:00", "1970-01-02T00:00:00+00:00"
 
 
-def attempt(number: int, first_step: int, started_at: str, processes: int = 2, device: str = GPU) -> dict:
-    return {
-        "attempt": number,
-        "first_step": first_step,
-        "started_at": started_at,
-        "processes": processes,
-        "device": device,
-    }
+def work(resumed: Resumed | None, seconds: float) -> dict[str, Any]:
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    inputs = SimpleNamespace(resumed=resumed, accelerator=accelerator)
+    return sum_work(inputs, Attempt(3, "", AGAIN), seconds)  # type: ignore[arg-type]
 
 
-def test_lost_steps_and_pauses_do_not_count(tmp_path: Path) -> None:
-    """The first attempt dies at step 30 and is resumed from 20 a day later, on another number of GPUs."""
-    attempts = [attempt(1, 0, "1970-01-01T00:00:00+00:00"), attempt(2, 20, "1970-01-02T00:00:00+00:00", processes=1)]
-    day = 86400.0
-    lines = [(10, 1, 1800.0), (20, 1, 3600.0), (30, 1, 5400.0), (30, 2, day + 3600.0), (40, 2, day + 7200.0)]
-    write_records(tmp_path, attempts, lines)
-    both = RunWork("1970-01-01T00:00:00+00:00", 3.0, (f"2 x {GPU}", f"1 x {GPU}"))
-    assert read_work(tmp_path, 40) == both
-    # the work behind an earlier checkpoint
-    assert read_work(tmp_path, 20) == RunWork("1970-01-01T00:00:00+00:00", 1.0, (f"2 x {GPU}",))
+def test_work_goes_on_from_that_of_the_checkpoint() -> None:
+    """Lost steps and pauses do not count: they are in no checkpoint that a run goes on from."""
+    before = {"started_at": BEGAN, "hours": 1.5, "hardware": ["1 x A100"]}
+    resumed = Resumed(Path("x"), {"step": 20, "lineage": before}, None)
+    expected = {"started_at": BEGAN, "hours": 3.5, "hardware": ("1 x A100", "2 x cpu")}
+    assert work(resumed, 7200.0) == expected
+    again = Resumed(Path("x"), {"step": 40, "lineage": expected | {"hardware": list(expected["hardware"])}}, None)
+    assert work(again, 3600.0)["hardware"] == ("1 x A100", "2 x cpu")
 
 
-def test_an_attempt_of_which_nothing_is_left_does_not_count(tmp_path: Path) -> None:
-    attempts = [attempt(1, 0, "1970-01-01T00:00:00+00:00", device="cpu"), attempt(2, 0, "1970-01-02T00:00:00+00:00")]
-    write_records(tmp_path, attempts, [(10, 1, 1800.0), (10, 2, 86400.0 + 1800.0)])
-    assert read_work(tmp_path, 10) == RunWork("1970-01-02T00:00:00+00:00", 0.5, (f"2 x {GPU}",))
-
-
-def test_without_records_nothing_is_said(tmp_path: Path) -> None:
-    assert read_work(tmp_path, 10) == RunWork()
-    write_records(tmp_path, [attempt(1, 0, "1970-01-01T00:00:00+00:00")], [])
-    assert read_work(tmp_path, 10) == RunWork()
+def test_a_new_run_and_a_fork_begin_with_nothing() -> None:
+    alone = {"started_at": AGAIN, "hours": 1.0, "hardware": ("2 x cpu",)}
+    assert work(None, 3600.0) == alone
+    before = {"started_at": BEGAN, "hours": 1.5, "hardware": ["1 x A100"]}
+    assert work(Resumed(Path("x"), {"step": 20, "lineage": before}, {"step": 20}), 3600.0) == alone
+    unknown = {"started_at": None, "hours": None, "hardware": []}  # of version 0.2.0, without a log
+    assert work(Resumed(Path("x"), {"step": 20, "lineage": unknown}, None), 3600.0) == alone
 
 
 def test_a_checkpoint_carries_them(make_config: Callable[..., Config]) -> None:
@@ -61,9 +58,75 @@ def test_a_checkpoint_carries_them(make_config: Callable[..., Config]) -> None:
     assert lineage["hardware"] == ["1 x cpu"] and lineage["hours"] >= 0 and lineage["started_at"].endswith("+00:00")
 
 
-def test_lines_at_other_steps_do_not_bring_lost_steps_back(tmp_path: Path) -> None:
-    """The first attempt wrote a line every 5 steps, the second, from 10, every 10."""
-    attempts = [attempt(1, 0, "1970-01-01T00:00:00+00:00"), attempt(2, 10, "1970-01-02T00:00:00+00:00")]
-    lines = [(5, 1, 1800.0), (10, 1, 3600.0), (15, 1, 7200.0), (20, 2, 86400.0 + 3600.0)]
-    write_records(tmp_path, attempts, lines)
-    assert read_work(tmp_path, 20).hours == 2.0
+def test_a_clock_that_is_set_back_takes_no_hours_away(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(make_config("schedule.max_steps=1"))
+    newest = find_newest(run_path(make_config()))
+    assert newest is not None
+    lineage = read_train_state(newest)["lineage"]
+    change_record(newest, lineage=lineage | {"hours": 2.0})
+    monkeypatch.setattr(metrics.time, "time", lambda: 1e9)  # years ago
+    train(make_config("schedule.max_steps=2"))
+    after = read_train_state(find_newest(run_path(make_config())))["lineage"]  # type: ignore[arg-type]
+    assert after["hours"] >= 2.0 and after["started_at"] == lineage["started_at"]
+    attempts = read_run(run_path(make_config()))["attempts"]
+    assert [entry["saved_step"] for entry in attempts] == [1, 2] and all(entry["seconds"] > 0 for entry in attempts)
+
+
+@pytest.mark.parametrize("log", [b"\x00\xff not a log\n" * 1000, b"[" * 100_000, b'{"step": 1, "attempt": 9', None])
+def test_training_needs_no_log(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, log: bytes | None) -> None:
+    """And no save reads it, whatever its length."""
+    train(make_config("schedule.max_steps=2"))
+    file = run_path(make_config()) / "metrics.jsonl"
+    file.unlink()
+    if log is not None:
+        file.write_bytes(log)
+    monkeypatch.setattr(run_records, "read_metrics", lambda path: pytest.fail("the log was read"))
+    train(make_config("schedule.max_steps=4", "checkpoint.every_steps=1"))
+    monkeypatch.undo()
+    assert sorted(read_metrics(file)) == [3, 4]
+    assert read_run(file.parent)["attempts"][-1]["attempt"] == 2
+
+
+def test_a_save_reads_nothing_of_the_log(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = Path.open
+
+    def counted(self: Path, *words: Any, **options: Any) -> Any:
+        mode = words[0] if words else options.get("mode", "r")
+        if self.name == "metrics.jsonl" and "r" in mode:
+            opened.append(mode)
+        return original(self, *words, **options)
+
+    monkeypatch.setattr("trainer.train.live_page.LivePage.write", lambda *_: None)  # which reads what was added
+    train(make_config("schedule.max_steps=2"))
+    monkeypatch.setattr(Path, "open", counted)
+    train(make_config("schedule.max_steps=6", "checkpoint.every_steps=1"))
+    assert len(opened) <= 1  # its last byte, once
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"attempts": 3}', '{"attempts": [{"attempt": "x"}]}', "[" * 100_000, "\x00",
+     '{"attempts": [{"attempt": 1, "first_step": 0, "started_at": "soon"}]}'],
+)  # fmt: skip
+def test_a_damaged_run_json_is_set_aside(make_config: MakeConfig, notes: Callable[[], str], text: str) -> None:
+    train(make_config("schedule.max_steps=1"))
+    train(make_config("schedule.max_steps=2"))
+    folder = run_path(make_config())
+    tracker = read_train_state(folder / "checkpoints/step-00000002")["tracker_run_id"]
+    (folder / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        read_run(folder)
+    assert locate_from_run(folder, "nowhere/base") == "nowhere/base"
+    notes()
+    train(make_config("schedule.max_steps=3"))
+    assert "run.json is damaged: " in notes()
+    assert (folder / "run.json.damaged").read_text() == text
+    found = read_run(folder)
+    # its lines count as newer than those of the attempts before
+    assert [entry["attempt"] for entry in found["attempts"]] == [3] and found["tracker_run_id"] == tracker
+    assert {step: line["attempt"] for step, line in read_metrics(folder / "metrics.jsonl").items()} == {
+        1: 1,
+        2: 2,
+        3: 3,
+    }

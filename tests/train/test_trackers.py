@@ -176,7 +176,7 @@ def test_tensorboard_shows_each_step_once(make_config: MakeConfig) -> None:
 def test_an_error_ends_the_trackers_too(
     make_config: MakeConfig, wandb_run: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(run: Any, made: int) -> None:
+    def fail(run: Any, made: int, ending: bool) -> None:
         raise UserError("the disk is full")
 
     def fail_too(exit_code: int | None = None) -> None:

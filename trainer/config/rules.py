@@ -36,16 +36,17 @@ RANGES = (
      "diffusion.min_timestep diffusion.noise_offset optim.unet_lr optim.text_encoder_1_lr optim.text_encoder_2_lr "
      "optim.weight_decay schedule.warmup_steps"),
     (1, math.inf, "must be at least 1",
-     "run.num_processes data.samples_per_shard data.encode_batch_size filters.min_side filters.first_year "
-     "filters.last_year data.global_batch_size data.bucket_batch_size data.micro_batch_size data.prefetch_factor "
-     "schedule.epochs schedule.max_steps schedule.num_cycles precision.max_skipped_steps checkpoint.every_steps "
-     "checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps sampling.every_steps "
+     "run.num_processes run.max_nonfinite_in_a_row data.samples_per_shard data.encode_batch_size filters.min_side "
+     "filters.first_year filters.last_year data.global_batch_size data.bucket_batch_size data.micro_batch_size "
+     "data.prefetch_factor schedule.epochs schedule.max_steps schedule.num_cycles precision.max_skipped_steps "
+     "checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps sampling.every_steps "
      "sampling.num_inference_steps sampling.guidance_scale"),
     (0, 1, "must lie between 0 and 1",
      "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout "
      "captions.frequent_tag_dropout schedule.min_lr_ratio"),
     (math.ulp(0.0), math.inf, "must be above 0",
-     "data.max_weight diffusion.min_snr_gamma optim.eps optim.max_grad_norm schedule.cycle_gamma"),
+     "run.stop_if_loss_above data.max_weight diffusion.min_snr_gamma optim.eps optim.max_grad_norm "
+     "schedule.cycle_gamma"),
 )  # fmt: skip
 
 

@@ -66,6 +66,10 @@ class RunConfig:
     # end the job where a rank is at one part of a step for this long (2h, 20m): it hangs, or waits for one that does.
     # null: ten times the median step, and at least 5 minutes. Saves, samples and the first steps have at least 30
     step_timeout: str | None = free(None)
+    # a step whose loss or gradients are not finite updates nothing. stop: the run ends there; skip: it counts as a step
+    on_nonfinite: Literal["stop", "skip"] = free("stop")
+    max_nonfinite_in_a_row: int = free(10)  # with skip: one more of them in a row stops the run
+    stop_if_loss_above: float | None = free(None)  # stop at a step whose mean loss is higher: the weights are destroyed
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def build_lineage(
     started_at: str | None = None,
     hours: float | None = None,
     hardware: Sequence[str] = (),
+    nonfinite_steps: int = 0,
 ) -> Lineage:
     """The lineage of what a run has made with ``step`` completed optimizer steps.
 
@@ -63,6 +64,7 @@ def build_lineage(
             ``lineage``, without the base, which is the same.
         software: :func:`describe_software` as it was when the run was launched; None: as it is now.
         started_at: ISO 8601; ``hours`` of training so far. Both None when unknown.
+        nonfinite_steps: steps whose update was withheld because loss or gradients were not finite.
         hardware: such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed, none when unknown.
     """
     base = facts["base"]
@@ -81,6 +83,7 @@ def build_lineage(
         "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hours": hours,
         "hardware": list(hardware),
+        **({"nonfinite_steps": nonfinite_steps} if nonfinite_steps else {}),
         "config": config.written,
         **(describe_software() if software is None else software),
         "base": {

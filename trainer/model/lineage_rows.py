@@ -17,7 +17,7 @@ NOT_RECORDED = "not recorded"
 PART_NAMES = {"unet": "UNet", "text_encoder_1": "text encoder 1", "text_encoder_2": "text encoder 2"}
 RECORDED_TYPES: dict[str, type | tuple[type, ...]] = {
     "run": str, "stage": str, "index_fingerprint": str, "started_at": str, "written_at": str,
-    "step": int, "samples_seen": int, "images": int, "hours": (int, float),
+    "step": int, "samples_seen": int, "images": int, "nonfinite_steps": int, "hours": (int, float),
 }  # fmt: skip
 SHOWN_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 
@@ -105,7 +105,7 @@ def recorded(value: Any, kind: type | tuple[type, ...]) -> Any:
 def stage_rows(made: Lineage) -> dict[str, str]:
     """Name -> words of all that is recorded of one stage, one of :func:`list_stages`."""
     base, code, fork = made["base"], made["code"], made["fork"]
-    seen, images = made["samples_seen"], made["images"]
+    seen, images, skipped = made["samples_seen"], made["images"], made["nonfinite_steps"]
     versions = [f"{name} {made['versions'][name]}" for name in SHOWN_LIBRARIES if made["versions"].get(name)]
     return {
         "run": words(made["run"]) + (f", forked from {fork['run']} at step {words(fork['step'])}" if fork else ""),
@@ -115,6 +115,7 @@ def stage_rows(made: Lineage) -> dict[str, str]:
         "images": words(images),
         "index fingerprint": identifier(made["index_fingerprint"]),
         "optimizer steps": words(made["step"]),
+        **({"steps withheld": f"{skipped:,}, whose loss or gradients were not finite"} if skipped else {}),
         "samples seen": words(seen),
         "epochs (samples seen / images)": f"{seen / images:.2f}" if seen is not None and images else NOT_RECORDED,
         **config_rows(made["config"]),

@@ -7,7 +7,6 @@ header cannot be read.
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,7 +117,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> tuple[str, int]:
-    """Write a new .safetensors file and force it to the disk, tensor by tensor; its SHA-256 and its size.
+    """Write a new .safetensors file, tensor by tensor; its SHA-256 and its size. It is not forced to the disk yet.
 
     The bytes are hashed as they are written. The order is ours, not the library's, which cannot hash: large elements
     first, so that each tensor lies at a multiple of its element's size.
@@ -145,8 +144,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             for begin in range(0, len(data), WRITE_BYTES):
                 put(data[begin : begin + WRITE_BYTES])
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest(), 8 + len(header) + end
 
 
@@ -256,6 +253,20 @@ def is_sound(tensor: Tensor) -> bool:
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values of a floating-point tensor are finite."""
     return all(math.isfinite(sum_of(part)) for part in tensor.flatten().split(SUMMED))
+
+
+def find_broken(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of tensors that are not finite; the device is waited for once, unless some look so.
+
+    One value that is not makes its tensor's sum so. A sum of fp32 may overflow where no value did: those are looked at
+    again.
+    """
+    floats = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point()]
+    sums = [tensor.sum(dtype=torch.float32 if tensor.element_size() < 8 else None) for _, tensor in floats]
+    home = sums[0].device if sums else torch.device("cpu")
+    finite = torch.stack([value.double().to(home) for value in sums]).isfinite().tolist() if sums else []
+    suspects = [pair for pair, good in zip(floats, finite, strict=True) if not good]
+    return [name for name, tensor in suspects if not is_finite(tensor)]
 
 
 def sum_of(values: Tensor) -> float:

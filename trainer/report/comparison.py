@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from trainer.config.yaml_text import read_yaml
+from trainer.core.console import log
 from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE, RUN_PAGE_FILE, SAMPLES_FOLDER
 from trainer.core.locks import is_held
+from trainer.core.progress import format_count
 from trainer.model.checkpoint import find_newest, step_of
 from trainer.model.run_records import read_run
 from trainer.report.charts import MAX_COLOURS, Axis, Chart, Series, draw_chart
@@ -112,6 +114,9 @@ def read_compared(folder: Path, label: str) -> ComparedRun:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
     curves.read(folder / METRICS_FILE)
+    if curves.damaged:
+        log.info("note: %s of %s were passed over",
+                 format_count(curves.damaged, "damaged line"), folder / METRICS_FILE)  # fmt: skip
     return ComparedRun(folder, label, values, records, curves, Sheets(folder).read(*expected_samples(values)))
 
 

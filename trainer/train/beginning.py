@@ -43,6 +43,11 @@ class Resumed:
         return self.fork is not None and self.fork["step"] == self.state["step"]
 
     @property
+    def attempt(self) -> int:
+        """The attempt of this run that made it; 0 where this run begins as a fork, or where that is not recorded."""
+        return 0 if self.begins_fork else self.state.get("attempt", 0)
+
+    @property
     def tracker_run_id(self) -> str | None:
         """The trackers' run to continue; None where this run begins as a fork."""
         return None if self.begins_fork else self.state["tracker_run_id"]

@@ -17,11 +17,9 @@ from torch.optim import Optimizer
 from trainer.config.schema import Config, MemoryConfig
 from trainer.core.console import Result, log
 from trainer.core.distributed import describe_device, device_memory
-from trainer.core.layout import CHECKPOINTS_FOLDER
 from trainer.core.progress import format_count
 from trainer.data.loader import Batch, load_batches
 from trainer.model.diffusion import alphas_cumprod
-from trainer.model.lineage import build_lineage
 from trainer.model.restore import restore_checkpoint
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
@@ -35,9 +33,10 @@ from trainer.train.outcome import noting_outcome
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
 from trainer.train.resume import check_same, describe_changes, hash_state, restore_scaler, settle_resumed
-from trainer.train.run import begin_attempt, lock_run, read_work, run_path
+from trainer.train.run import Attempt, begin_attempt, lock_run, run_path
 from trainer.train.samples import Samples, sample_due
-from trainer.train.save import retain_checkpoints, save_checkpoint, scaler_state
+from trainer.train.saver import Saver
+from trainer.train.state import build_train_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
 from trainer.train.stops import Stops, stop_requests
 from trainer.train.watchdog import Watchdog, open_watchdog
@@ -71,23 +70,28 @@ def train(config: Config, check: bool = False) -> Result:
             return Result(f"checked: the run can start at step {first:,}; nothing was trained")
         run = build_run(inputs, model, sdxl, optimizer, stops)
         pending: PendingStep | None = None
-        with run.progress, run.page, run.noting, run.black_box, run.watchdog, closing(start_loading(run)) as batches:
+        with (
+            run.progress, run.page, run.noting, run.black_box, run.watchdog, run.saver,
+            closing(start_loading(run)) as batches,
+        ):  # fmt: skip
             for step in range(first, last):
                 ready = wait_for_batches(run, batches)
                 if stops.agree():
                     break
                 set_learning_rates(run.optimizer, lr_factor(step, last, config.schedule))
                 before, pending = pending, step_once(run, ready, step)
-                if before is not None:  # while the device works on this step, the host waits for the one before
-                    run.progress.read(before.wait())
+                # while the device works on this step, the host waits for the one before
+                if before is not None and run.progress.read(before.wait()):
+                    run.saver.prune(before.step)
                 if saving := due(step + 1, config.checkpoint.every_steps) or step + 1 == last:
-                    save_made(run, pending)
+                    save_made(run, pending, ending=step + 1 == last)
                     pending = None
                 if sampling := sample_due(config, step + 1, last):
                     run.samples.draw(step + 1)
                 run.page.update(step + 1, at_once=saving or sampling)
             if pending is not None:  # stopped between two saves
-                save_made(run, pending)
+                save_made(run, pending, ending=True)
+            finish_saving(run)
         said = describe_end(inputs, run.page.made, run.progress.seconds, run.progress.skipped["all"], stops.reason)
         return make_result(inputs, said, run.page.made, stops.reason)
 
@@ -113,7 +117,8 @@ class Run:
     black_box: BlackBox
     watchdog: Watchdog
     samples: Samples
-    tracker_run_id: str
+    saver: Saver  # the main process's is the one that saves
+    attempt: Attempt
 
 
 def settle_memory(inputs: RunInputs) -> RunInputs:
@@ -147,20 +152,23 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
     """What makes and reads the steps of this attempt; with it the attempt is written down."""
     config, accelerator = inputs.config, inputs.accelerator
     device = describe_device(accelerator.device)
-    attempt, tracker_run_id = 0, ""  # the trackers are the main process's too
+    resumed = inputs.resumed
+    attempt = Attempt(0, "", "")  # the trackers are the main process's too
     if accelerator.is_main_process:
-        attempt, tracker_run_id = begin_attempt(
-            config, inputs.facts, inputs.resumed.tracker_run_id if inputs.resumed else None,
+        attempt = begin_attempt(
+            config, inputs.facts, resumed.tracker_run_id if resumed else None, resumed.attempt if resumed else 0,
             first_step=inputs.first, last_step=inputs.last, processes=accelerator.num_processes, device=device,
             **inputs.software,
         )  # fmt: skip
-    black_box = open_black_box(inputs, attempt)
+    black_box = open_black_box(inputs, attempt.number)
     peak = find_peak_flops(device, config.precision.compute)
     side, chunks = config.buckets.base_resolution, config.captions.max_token_length // 75
     trained = {part: getattr(config.model, f"train_{part}") for part in COMPONENTS}
     counts = peak is not None and accelerator.is_main_process  # which alone writes the share of the peak
     flops = training_flops(inputs.base, side, side, chunks, trained) if counts else None
-    progress = Progress(inputs, attempt, tracker_run_id, black_box=black_box, flops_per_sample=flops, peak_flops=peak)
+    progress = Progress(
+        inputs, attempt.number, attempt.tracker_run_id, black_box=black_box, flops_per_sample=flops, peak_flops=peak
+    )
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     cast = torch.float32 if config.precision.weights == "autocast" else DTYPES[config.precision.compute]
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale, cast)
@@ -170,9 +178,11 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
         made=lambda: page.made,
     )  # fmt: skip
     watchdog, samples = open_watchdog(inputs, stops, black_box), Samples(inputs, sdxl, progress, stops)
+    saver = Saver(run_path(config), sdxl, optimizer, config.checkpoint, stops.pace)
+    stops.failed = lambda: saver.broken
     return Run(
-        inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, black_box, watchdog, samples,
-        tracker_run_id,
+        inputs, model, sdxl, optimizer, objective, progress, page, noting, stops, black_box, watchdog, samples, saver,
+        attempt,
     )  # fmt: skip
 
 
@@ -216,47 +226,28 @@ def step_once(run: Run, batches: Sequence[Batch], step: int) -> PendingStep:
         run.model, batches, run.optimizer, run.objective, step=step, micro_steps=len(batches),
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler,
         keep_gradients=accelerator.num_processes > 1, no_sync=lambda: accelerator.no_sync(run.model),
-        all_mean=all_mean, arrive=pace.mark,
+        all_mean=all_mean, arrive=pace.mark, before_update=run.saver.guard,
     )  # fmt: skip
     pace.mark("the numbers of the step before")
     return pending
 
 
-def save_made(run: Run, pending: PendingStep | None) -> None:
+def save_made(run: Run, pending: PendingStep | None, ending: bool) -> None:
     """Read the last step that was launched, and save what it made."""
     assert pending is not None
-    run.progress.read(pending.wait())
-    with run.progress.timed("checkpoint"), run.stops.pace.timed("checkpoint"):
-        save(run, pending.step + 1)
+    if run.progress.read(pending.wait()):
+        run.saver.prune(pending.step)
+    with run.progress.timed("checkpoint"), run.stops.pace.apart("checkpoint"):
+        save(run, pending.step + 1, ending)
 
 
-def save(run: Run, made: int) -> None:
-    """Write a checkpoint on the main process, then prune."""
-    config, accelerator = run.inputs.config, run.inputs.accelerator
-    folder = run_path(config) / CHECKPOINTS_FOLDER
-    if accelerator.is_main_process:
-        work = read_work(run_path(config), made)
-        state = {
-            "run": config.run.name,
-            "stage": config.run.stage,
-            "step": made,
-            "epoch": run.inputs.data.plan.step_units(made - 1)[-1].epoch,
-            "seed": config.run.seed,
-            "global_batch_size": config.data.global_batch_size,
-            "bucket_batch_size": config.data.bucket_batch_size,
-            "micro_batch_size": config.data.micro_batch_size,
-            "num_processes": accelerator.num_processes,
-            **run.inputs.facts,
-            "config": config.written,
-            "fixed": run.inputs.fixed,
-            "loss_scaler": scaler_state(accelerator.scaler),
-            "skipped_steps": run.progress.skipped,
-            "tracker_run_id": run.tracker_run_id,
-            **({"fork": run.inputs.fork} if run.inputs.fork else {}),
-            "lineage": build_lineage(
-                config, run.inputs.facts, made, fork=run.inputs.fork, software=run.inputs.software, **vars(work)
-            ),
-        }
-        save_checkpoint(folder, run.sdxl, run.optimizer, state)
-        retain_checkpoints(folder, config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
-    accelerator.wait_for_everyone()
+def save(run: Run, made: int, ending: bool) -> None:
+    """Save on the main process; all go on when the tensors may change again, or at the end when it is written."""
+    state = build_train_state(run.inputs, run.attempt, run.progress, made)
+    run.inputs.processes.decide(lambda: run.saver.save(state, ending))
+
+
+def finish_saving(run: Run) -> None:
+    """At the end of this attempt, wait until all is written."""
+    with run.stops.pace.apart("checkpoint"):
+        run.inputs.processes.decide(lambda: run.saver.finish(run.page.made, run.page.made == run.inputs.last))

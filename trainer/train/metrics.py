@@ -1,5 +1,6 @@
 """metrics.jsonl always; trackers through Accelerate; throughput and model FLOPs utilisation."""
 
+import errno
 import json
 import os
 import re
@@ -38,17 +39,31 @@ class MetricsFile:
 
     def __init__(self, path: Path, attempt: int):
         self.path, self.attempt = path, attempt
-        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self.file = path.open("a", encoding="utf-8")
-        if torn:  # a killed process left half a line
-            self.file.write("\n")
+        self.torn = ends_torn(path)  # a killed process, or a full disk, left half a line
+        self.file = path.open("ab", buffering=0)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
-        """One line, out of the process's hands when this returns."""
+        """One line, out of the process's hands when this returns.
+
+        Raises:
+            FullDisk: and other errors of the disk; the line is lost, and others can be written later.
+        """
         line = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
+        text = b"\n" * self.torn + json.dumps(line, allow_nan=False).encode() + b"\n"
         with disk_space(self.path.parent, str(self.path)):
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
-            self.file.flush()
+            written = self.file.write(text) or 0
+            self.torn = written < len(text) and (written > 0 or self.torn)
+            if written < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether a log's last line has no end; of the log nothing else is read."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def tracker_settings(trackers: Sequence[str], run_id: str, name: str, folder: Path, first: int) -> dict[str, Any]:
@@ -85,10 +100,14 @@ class Window:
     def __init__(self, start: float, asides: Sequence[Aside] = ()) -> None:
         self.start, self.steps, self.asides = start, 0, list(asides)
         self.loss: Tensor | None = None  # the sum, fp32
+        self.losses = 0  # how many
 
-    def add(self, loss: Tensor) -> None:
-        """One more step."""
+    def add(self, loss: Tensor | None) -> None:
+        """One more step; None for a loss that is not finite."""
         self.steps += 1
+        if loss is None:
+            return
+        self.losses += 1
         self.loss = loss if self.loss is None else self.loss + loss
 
     @contextmanager
@@ -98,10 +117,9 @@ class Window:
         yield
         self.asides.append(Aside(what, begun, time.perf_counter() - begun))
 
-    def mean_loss(self) -> float:
-        """Over the window's steps."""
-        assert self.loss is not None
-        return float(self.loss) / self.steps
+    def mean_loss(self) -> float | None:
+        """Over the window's steps whose loss was finite; None without any."""
+        return None if self.loss is None else float(self.loss) / self.losses
 
     def seconds_of(self, what: str, until: float) -> float | None:
         """How long that took, in all; None where it was not done."""

@@ -42,14 +42,21 @@ class Pace:
         self.took.setdefault(what, deque(maxlen=LAST.get(what, 3))).append(seconds)
 
     @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Around one: how long it takes is noted, and is no part of the step."""
+    def apart(self, what: str) -> Iterator[None]:
+        """Around what is no part of the step."""
         begun = time.monotonic()
         self.mark(f"a {what}", what)
         yield
         self.mark(f"the end of a {what}")
-        self.note(what, time.monotonic() - begun)
         self.aside += time.monotonic() - begun
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Around one: how long it takes is noted, and is no part of the step."""
+        begun = time.monotonic()
+        with self.apart(what):
+            yield
+        self.note(what, time.monotonic() - begun)
 
     def begin_step(self) -> None:
         """A step begins, and the one before has ended."""

@@ -14,9 +14,12 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 
+from trainer.core.console import log
+from trainer.core.disk import is_disk_trouble, say_trouble
 from trainer.core.errors import UserError, shorten
-from trainer.core.layout import METRICS_FILE
-from trainer.core.progress import Meter
+from trainer.core.layout import CHECKPOINTS_FOLDER, METRICS_FILE
+from trainer.core.progress import Meter, format_count
+from trainer.model.checkpoint import list_checkpoints
 from trainer.model.lineage import count_samples
 from trainer.model.sdxl import COMPONENTS
 from trainer.train.black_box import BlackBox
@@ -26,6 +29,7 @@ from trainer.train.optim import lr_factor
 from trainer.train.run import run_path
 from trainer.train.step import StepResult
 
+MAX_STEPS = 100  # of those that were not finite, the first ones by number
 MAX_TAG = 80  # characters of a prompt in a tag
 OTHER_SETTINGS = (  # a resume would come to the same step with the same numbers
     "To continue at a lower rate or in bf16, start another run with checkpoint.fork set to this one"
@@ -48,6 +52,10 @@ class Progress:
         self.inputs, self.config, self.accelerator = inputs, inputs.config, inputs.accelerator
         skipped = inputs.resumed.state["skipped_steps"] if inputs.resumed else {"all": 0, "in_a_row": 0}
         self.skipped = dict(skipped)  # {"all": ..., "in_a_row": ...} updates that loss scaling withheld
+        before = inputs.resumed.state.get("nonfinite_steps") if inputs.resumed else None
+        # updates that were withheld because loss or gradients were not finite, and at which steps
+        self.nonfinite: dict[str, Any] = {"all": 0, "in_a_row": 0, "steps": []} | (before or {})
+        self.unwritten = 0  # lines of metrics in a row
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self.black_box, self.begun = black_box, time.perf_counter()
         self.attempt, self.window = attempt, Window(self.begun)
@@ -75,7 +83,8 @@ class Progress:
         """End the meter, the file and the trackers, also where the run ends in an error."""
         self.meter.close(said=kind is not None)  # at its end the run says more
         if self.file is not None:
-            self.file.file.close()
+            with contextlib.suppress(OSError):
+                self.file.file.close()
         if kind is None:
             self.accelerator.end_training()
             return
@@ -86,17 +95,17 @@ class Progress:
                 else:
                     tracker.finish()
 
-    def read(self, result: StepResult) -> None:
-        """Take one step's numbers.
+    def read(self, result: StepResult) -> bool:
+        """Take one step's numbers; whether loss and gradients were finite.
 
         Raises:
-            UserError: on every rank, when the loss or the gradients are not finite.
+            UserError: on every rank, when they are not, or the loss is above what is allowed.
         """
         self.black_box.note(result)
-        if result.bad:
-            self.refuse(result)
+        self.count_nonfinite(result)
+        self.check_loss(result)
         self.count_skips(result)
-        self.window.add(result.loss)
+        self.window.add(None if result.bad else result.loss)
         made, speed = result.step + 1, self.window.steps_per_second(result.launched)
         images = speed * self.config.data.global_batch_size
         shown = f"loss {float(result.loss):.4f}, {images:.2f} images/s"
@@ -106,6 +115,7 @@ class Progress:
         if made % self.config.logging.every_steps == 0 or made == self.inputs.last:
             self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
+        return not result.bad
 
     def measure(self, result: StepResult, made: int, speed: float) -> dict[str, float | None]:
         """The metrics of a step; ``speed`` in images a second."""
@@ -117,6 +127,7 @@ class Progress:
             "train/loss": self.window.mean_loss(),
             "train/loss_last": float(result.loss),
             "train/grad_norm": float(result.grad_norm),
+            **({"train/nonfinite_steps": self.nonfinite["all"]} if self.nonfinite["all"] else {}),
             **{f"lr/{part}": getattr(self.config.optim, f"{part}_lr") * factor for part in COMPONENTS},
             "perf/images_per_second": speed,
             "perf/mfu": mfu,
@@ -134,14 +145,30 @@ class Progress:
         """Write metrics after ``made`` steps to the file and to the trackers; a step may have several lines."""
         # JSON has no Infinity, which is the gradient's norm where loss scaling skips a step
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        if self.file is not None:
-            self.file.write(made, values)
+        self.write(made, values)
         known = {name: value for name, value in values.items() if value is not None}
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":  # it drops what comes with a step that it has seen, as after a resume
                 tracker.log({**known, STEP_METRIC: made, "attempt": self.attempt})
             else:
                 tracker.log(known, step=made)
+
+    def write(self, made: int, values: dict[str, float | None]) -> None:
+        """A line of the log; a disk's trouble is said once, and the lines that it lost when there are lines again."""
+        if self.file is None:
+            return
+        try:
+            self.file.write(made, values)
+        except Exception as error:
+            if not is_disk_trouble(error):
+                raise
+            if not self.unwritten:
+                log.warning("warning: %s; training goes on without lines of metrics", say_trouble(error))
+            self.unwritten += 1
+            return
+        if self.unwritten:
+            log.warning("warning: metrics are written again; %s of them are lost", format_count(self.unwritten, "line"))
+        self.unwritten = 0
 
     @property
     def seconds(self) -> float:
@@ -164,14 +191,40 @@ class Progress:
                 f"{result.loss_scale:g}: the gradients overflow at any scale. {OTHER_SETTINGS}"
             )
 
-    def refuse(self, result: StepResult) -> None:
-        """Stop, naming step and samples; the update was withheld on the device."""
+    def count_nonfinite(self, result: StepResult) -> None:
+        """Stop at a step that is not finite, or count it, naming its samples; the update was withheld on the device."""
+        found, config = self.nonfinite, self.config.run
+        if not result.bad:
+            found["in_a_row"] = 0
+            return
         pairs = zip(result.keys, result.losses.tolist(), strict=True)
         named = gather_object([key for key, loss in pairs if not math.isfinite(loss)])
         what = f"the loss of {', '.join(named)} is" if named else "all losses are finite, but the gradients are"
+        found["all"], found["in_a_row"] = found["all"] + 1, found["in_a_row"] + 1
+        found["steps"] = [*found["steps"], result.step][:MAX_STEPS]
+        said = f"step {result.step}: {what} not finite. The update was withheld"
+        most = config.max_nonfinite_in_a_row
+        if config.on_nonfinite == "skip" and found["in_a_row"] <= most:
+            log.warning("warning: %s, and training goes on: %s in a row, at most %s are skipped", said,
+                        found["in_a_row"], most)  # fmt: skip
+            return
+        row = f", as were {most} before it in a row" if config.on_nonfinite == "skip" else ""
         raise UserError(
-            f"step {result.step}: {what} not finite. The update was withheld and nothing was saved after it. "
+            f"{said}{row} and nothing was saved after it. "
             f"scripts/explain_step.py --config ... --step {result.step} lists its samples. {OTHER_SETTINGS}"
+        )
+
+    def check_loss(self, result: StepResult) -> None:
+        """Stop a run whose weights are destroyed, though finite, while an older checkpoint is still there."""
+        most = self.config.run.stop_if_loss_above
+        if most is None or result.bad or float(result.loss) <= most:
+            return
+        found = [path.name for path in list_checkpoints(run_path(self.config) / CHECKPOINTS_FOLDER)]
+        there = f"Checkpoints are there of {', '.join(found)}" if found else "There is no checkpoint yet"
+        raise UserError(
+            f"step {result.step}: its loss is {float(result.loss):.4g}, above run.stop_if_loss_above {most:g}, and "
+            f"nothing was saved after it. {there}: the newest may hold what was destroyed; move it away to resume from "
+            f"the one before. {OTHER_SETTINGS}"
         )
 
     def show_samples(self, images: Sequence[Image.Image], prompts: Sequence[str], step: int) -> None:

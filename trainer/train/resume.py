@@ -15,7 +15,7 @@ from trainer.config.yaml_text import read_yaml
 from trainer.core.console import log
 from trainer.core.distributed import Processes
 from trainer.core.errors import UserError, shorten
-from trainer.core.files import set_aside, sha256_bytes
+from trainer.core.files import set_aside, sha256_bytes, sha256_json
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from trainer.core.progress import format_count
 from trainer.data.tag_maps import TagMaps, hash_tag_maps
@@ -72,6 +72,8 @@ def settle_resumed(inputs: RunInputs, check: bool) -> RunInputs:
         UserError: in all processes, when that checkpoint cannot be continued, or would overwrite another; and when it
             was named and is damaged.
     """
+    hashes = [inputs.facts[name] for name in ("index_fingerprint", "vae_sha256", "tokenizers_sha256")]
+    check_same(inputs.processes, "data set, VAE or tokenizers", sha256_json(hashes))
     damaged: dict[Path, str] = {}
     while True:
         resumed = find_resumed(inputs.config, inputs.processes, damaged)  # another process may have saved meanwhile

@@ -1,7 +1,4 @@
-"""A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export.
-
-And what it says: what its work took in hours and hardware.
-"""
+"""A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export."""
 
 import datetime
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +9,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.config.schema import Config
-from trainer.core.files import write_json, write_text
+from trainer.core.console import log
+from trainer.core.disk import bearing_disk
+from trainer.core.errors import UserError
+from trainer.core.files import set_aside, write_json, write_text
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE
 from trainer.core.locks import hold_lock
-from trainer.model.run_records import read_metrics, read_run
+from trainer.model.run_records import last_attempt, read_run
 
 
 def run_path(config: Config) -> Path:
@@ -36,62 +36,64 @@ def lock_run(path: Path, is_main_process: bool) -> AbstractContextManager[None]:
     return hold_lock(path / RUN_LOCK_FILE, busy)
 
 
-def begin_attempt(config: Config, facts: dict[str, Any], tracker_run_id: str | None, **noted: Any) -> tuple[int, str]:
-    """Write config.yaml and run.json for a run that is about to train; (attempt from 1, the trackers' run id).
+@dataclass(frozen=True)
+class Attempt:
+    """A start of a run: the first one, or one that goes on from a checkpoint."""
+
+    number: int  # from 1
+    tracker_run_id: str
+    started_at: str  # ISO 8601
+
+
+def begin_attempt(
+    config: Config, facts: dict[str, Any], tracker_run_id: str | None, after: int, **noted: Any
+) -> Attempt:
+    """Write config.yaml and run.json for a run that is about to train.
 
     The config is written with its interpolations as the user wrote them, so that no secret gets into a file.
-    ``tracker_run_id`` is the resumed checkpoint's; ``noted`` is what else is written down of the attempt: its
-    first_step, last_step (of the whole run), processes, device and software. Only the main process calls this.
+    ``tracker_run_id`` is the resumed checkpoint's, ``after`` the attempt that made it; ``noted`` is what else is
+    written down of the attempt: its first_step, last_step (of the whole run), processes, device and software. Only the
+    main process calls this. A run.json that is damaged is set aside.
     """
     path = run_path(config)
-    run = read_run(path)
-    attempt = len(run["attempts"]) + 1
+    run = read_or_begin(path)
+    before = [entry["attempt"] for entry in run["attempts"]] + [after]
+    if not run["attempts"]:  # its lines count as an older attempt's
+        before.append(last_attempt(path / METRICS_FILE))
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    tracker_run_id = tracker_run_id or run["tracker_run_id"]
+    attempt = Attempt(max(before) + 1, tracker_run_id, started_at)
     entry = {
-        "attempt": attempt,
-        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "attempt": attempt.number,
+        "started_at": started_at,
         "working_folder": str(Path.cwd()),  # relative paths in the config begin there
         **noted,
     }
-    run |= {"tracker_run_id": tracker_run_id or run["tracker_run_id"]}
+    run |= {"tracker_run_id": tracker_run_id}
     write_text(path / CONFIG_FILE, OmegaConf.to_yaml(config.written))
     write_json(path / RUN_FILE, {**run, **facts, "attempts": [*run["attempts"], entry]})
-    return attempt, run["tracker_run_id"]
+    return attempt
 
 
-@dataclass(frozen=True)
-class RunWork:
-    """What a run took, as far as it is recorded."""
+def read_or_begin(path: Path) -> dict[str, Any]:
+    """run.json; where it is damaged, the beginning of one, and the old one is set aside."""
+    try:
+        return read_run(path)
+    except UserError as error:
+        aside = set_aside(path / RUN_FILE, "damaged")
+        log.warning("warning: %s. It lies in %s now, and a new one is begun; nothing of the training depends on it",
+                    error, aside)  # fmt: skip
+        return read_run(path)
 
-    started_at: str | None = None  # ISO 8601, of the first attempt
-    hours: float | None = None  # wall-clock
-    hardware: tuple[str, ...] = ()  # such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed
 
-
-def read_work(run_folder: Path, step: int) -> RunWork:
-    """The work that ``step`` completed steps took.
-
-    Of each attempt only the time counts whose steps are part of the result: from its start to its last line that no
-    later attempt made again. So lost steps do not count, and neither do pauses between attempts. Which lines those are
-    follows from where the later attempts began: they may have written lines at other steps.
-    """
-    attempts = {entry["attempt"]: entry for entry in read_run(run_folder)["attempts"] if entry["first_step"] < step}
-    last = {
-        number: min([step, *(entry["first_step"] for later, entry in attempts.items() if later > number)])
-        for number in attempts
-    }
-    metrics = run_folder / METRICS_FILE
-    lines = read_metrics(metrics) if metrics.is_file() else {}
-    ends: dict[int, float] = {}
-    for line in lines.values():
-        if line["step"] <= last.get(line["attempt"], -1):
-            ends[line["attempt"]] = max(line["time"], ends.get(line["attempt"], 0.0))
-    used = [attempts[number] for number in sorted(ends)]
-    if not used:
-        return RunWork()
-    begins = {entry["attempt"]: datetime.datetime.fromisoformat(entry["started_at"]) for entry in used}
-    seconds = sum(ends[number] - begin.timestamp() for number, begin in begins.items())
-    hardware = dict.fromkeys(f"{entry['processes']} x {entry['device']}" for entry in used)
-    return RunWork(used[0]["started_at"], round(seconds / 3600, 3), tuple(hardware))
+def note_saved(path: Path, step: int, seconds: float) -> None:
+    """Write down of the last attempt which step it saved last, and how long it took until then."""
+    with bearing_disk("run.json lacks the step, training goes on"):
+        run = read_or_begin(path)
+        if run["attempts"]:
+            *before, attempt = run["attempts"]
+            saved = {**attempt, "saved_step": step, "seconds": round(seconds, 3)}
+            write_json(path / RUN_FILE, {**run, "attempts": [*before, saved]})
 
 
 def locate_from_run(run_folder: Path | None, reference: str) -> str:
@@ -102,6 +104,11 @@ def locate_from_run(run_folder: Path | None, reference: str) -> str:
     given = Path(reference).expanduser()
     if run_folder is None or given.exists() or given.is_absolute():
         return reference
-    ran_in = [entry["working_folder"] for entry in read_run(run_folder)["attempts"] if "working_folder" in entry]
+    try:
+        attempts = read_run(run_folder)["attempts"]
+    except UserError as error:
+        log.warning("warning: %s: where the run trained is not known", error)
+        return reference
+    ran_in = [entry["working_folder"] for entry in attempts if "working_folder" in entry]
     there = [Path(folder) / given for folder in reversed(ran_in)]
     return next((str(path) for path in there if path.exists()), reference)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer.config.environment import hide_environment
 from trainer.config.schema import Config
+from trainer.core.disk import bearing_disk
 from trainer.core.layout import SAMPLES_FOLDER, checkpoint_name
 from trainer.core.progress import Meter
 from trainer.model.diffusion import trained_prediction
@@ -42,7 +43,8 @@ class Samples:
         with self.progress.timed("sample"), self.stops.pace.timed("sample"):
             images = self.draw_images()
             if len(images) == len(self.config.sampling.prompts) and self.inputs.processes.is_main:
-                self.show(images, made)
+                with bearing_disk("samples are not written, training goes on"):
+                    self.show(images, made)
             self.inputs.accelerator.wait_for_everyone()
 
     def draw_images(self) -> list[Image.Image]:

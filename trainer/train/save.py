@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trainer.config.schema import OptimizerName
 from trainer.core.console import log
 from trainer.core.disk import disk_space
 from trainer.core.errors import UserError
-from trainer.core.files import TEMPORARY_PREFIX, set_aside, sync_folder, temporary_path, write_bytes
+from trainer.core.files import TEMPORARY_PREFIX, set_aside, sync_file, sync_folder, temporary_path, write_bytes
 from trainer.core.layout import CHECKPOINT_FILE, checkpoint_name, find_record, piece_name
 from trainer.model.checkpoint import CHECKPOINT_FORMAT, list_checkpoints, seal, step_of
 from trainer.model.restore import SHARED
@@ -58,7 +59,14 @@ def write_checkpoint(folder: Path, files: Iterable[TensorFile], train_state: dic
     with disk_space(folder, f"checkpoint {final}", size + OVERHEAD):
         try:
             temporary.mkdir()
-            sums = {file.name: write_tensors(temporary / file.name, file.tensors, file.metadata) for file in files}
+            sums: dict[str, tuple[str, int]] = {}
+            with ThreadPoolExecutor(1) as pool:  # one file goes to the disk while the next is hashed
+                syncing = []
+                for file in files:
+                    sums[file.name] = write_tensors(temporary / file.name, file.tensors, file.metadata)
+                    syncing.append(pool.submit(sync_file, temporary / file.name))
+                for synced in syncing:
+                    synced.result()
             listed = {name: {"sha256": digest, "size": length} for name, (digest, length) in sums.items()}
             first = {"format_version": CHECKPOINT_FORMAT, "name": final.name}
             write_bytes(temporary / CHECKPOINT_FILE, seal({**first, **train_state, "files": listed}))
@@ -154,7 +162,7 @@ def find_leftovers(folder: Path) -> list[Path]:
 def read_weights(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
     """fp32 values of trained parameters, whatever holds them."""
     if isinstance(optimizer, NarrowOptimizer):
-        return {name: optimizer.weights.get(value) for name, value in parameters.items()}
+        return {name: optimizer.weights.get(value) for name, value in parameters.items()}  # on their device
     return {name: value.detach().contiguous() for name, value in parameters.items()}
 
 

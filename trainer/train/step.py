@@ -106,11 +106,13 @@ def training_step(
     all_mean: Callable[[Tensor], Tensor],
     scaler: Any = None,
     arrive: Callable[[str], object] = lambda doing: None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> PendingStep:
     """Accumulate the gradients of ``micro_steps`` batches, clip them together unless the norm is None, and update.
 
     ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks.
     ``arrive`` is told where this rank is: the last backward waits for all others.
+    ``before_update`` is what the update has to wait for: a save that copies the weights.
     ``keep_gradients`` clears gradients in place: under DDP they are views of its buckets, and gradients made anew would
     lie beside the buckets until the last micro-step, 13.5 GB in stage 1.
     """
@@ -136,6 +138,7 @@ def training_step(
         scaler.unscale_(optimizer)
     limit = math.inf if max_grad_norm is None else max_grad_norm
     grad_norm = narrow.clip(limit) if narrow else torch.nn.utils.clip_grad_norm_(parameters, limit)
+    before_update()
     bad, *scales = update(optimizer, scaler, loss, grad_norm)
     optimizer.zero_grad(set_to_none=not keep_gradients)
     head = torch.stack([value.float() for value in (loss, grad_norm, bad, *scales)])

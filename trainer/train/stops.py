@@ -25,7 +25,7 @@ from trainer.train.pace import Pace
 
 STOPPED = 75  # the exit code of a run that can be resumed: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-TIME, ORPHAN = 1, 2  # what ranks agree on, beside the signals' numbers above these
+TIME, ORPHAN, FAILED = 1, 2, 3  # what ranks agree on, beside the signals' numbers above these
 ABOVE = 100
 JOB_END = "SLURM_JOB_END_TIME"  # seconds since 1970, set by SLURM
 ENDING = 15.0  # seconds from a save to the end of the process: the page, the trackers
@@ -52,6 +52,7 @@ class Stops:
         self.deadline, self.launcher, self.group, self.pace = deadline, launcher, group, Pace()
         self.signal: int | None = None
         self.reason: str | None = None  # once all have agreed
+        self.failed: Callable[[], bool] = lambda: False  # whether this rank can save no more: the save itself says why
         self.save_seconds = 0.0  # of a save, as long as none has been measured
 
     def asked(self) -> bool:
@@ -60,6 +61,8 @@ class Stops:
 
     def code(self) -> int:
         """Why this rank was asked to stop, as a number; 0: it was not."""
+        if self.failed():
+            return FAILED
         orphan = self.signal in (None, signal.SIGTERM) and self.launcher is not None and not self.launcher.lives
         if orphan:  # which comes with SIGTERM, and explains it
             return ORPHAN
@@ -89,6 +92,8 @@ class Stops:
         """A reason in words."""
         if code == TIME:
             return self.deadline.says if self.deadline is not None else "the time limit of another rank"
+        if code == FAILED:
+            return "a save that failed"
         if code == ORPHAN:
             gone = f"{self.launcher.name}, process {self.launcher.pid}" if self.launcher else "another rank's"
             return f"its launcher is gone ({gone})"

@@ -142,9 +142,9 @@ class FlatWeights:
         self._write(span.start, span.stop, values.to(self.weights.device, torch.float32, copy=True).flatten())
 
     def get(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter's fp32 values, on the CPU."""
+        """A parameter's fp32 values, where the weights are; for fp16 the very ones that are kept."""
         span = self.spans[parameter]
-        return self.read(span.start, span.stop).view(parameter.shape).to("cpu", copy=True)
+        return self.read(span.start, span.stop).view(parameter.shape)
 
     def read(self, start: int, stop: int) -> Tensor:
         """The fp32 values behind a stretch; for fp16 they are where they are kept."""
