@@ -398,3 +398,22 @@ def test_a_template_is_given_values_only() -> None:
 def test_without_tags_of_people_none_are_named() -> None:
     said = section(write_card(make_release("captions.people=[]")), "Usage guidelines")
     assert "captions: characters, series" in said and "who" not in said
+
+
+def test_the_order_of_a_template_is_the_cards() -> None:
+    """Of Animagine XL 4.0: rating after the series, quality last; what no part asks for is not taught."""
+    files = [REPOSITORY / f"configs/{name}.yaml" for name in ("stage2_refine_unet", "captions/animagine_4_0")]
+    words = ["captions.mix={tags: 0.75, natural_tags: 0.25}", "sampling.prompts=['1girl, solo']"]
+    config = load_config(files, words)
+    card = write_card(dataclasses.replace(make_release(), config=config))
+    order = " ".join(section(card, "Tag ordering").split())
+    assert (
+        "in the order of the training captions: who, characters, series, rating, artists, everything else, tags of the "
+        "file, year and tags from numbers in any order, quality. " in order
+    )
+    assert "1girl, character, series, everything else, year tag, safe, masterpiece, best quality" in order
+    assert "of several kinds: tags alone (75%); a description, then tags (25%)." in order
+    assert "1girl, solo, masterpiece, best quality" in card
+    bare = load_config(files[:1], ["captions.template=[{tags: general}]", "sampling.prompts=[a]"])
+    card = write_card(dataclasses.replace(make_release(), config=bare))
+    assert "Special tags" not in card and "careful" not in card and "everything else." in section(card, "Tag ordering")

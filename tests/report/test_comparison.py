@@ -15,8 +15,10 @@ from support.html_reader import Reader
 from support.locks import held_by_another_process
 from support.paths import REPOSITORY
 from support.run_on_disk import view_of, write_run, write_sheet
+from trainer.config.load import load_config
 from trainer.core.errors import UserError
 from trainer.report.comparison import COMPARISON_GENERATOR, read_runs, render_comparison, summarise_runs
+from trainer.report.config_values import find_differences, flatten_config
 from trainer.report.pages import check_page_path
 from trainer.report.run_page import RUN_GENERATOR, RunState, render_run
 
@@ -163,3 +165,17 @@ def test_the_command(two: list[Path], tmp_path: Path) -> None:
     check_page_path(tmp_path / "compare.html", COMPARISON_GENERATOR)
     with pytest.raises(UserError, match="is no page of train"):
         check_page_path(tmp_path / "compare.html", RUN_GENERATOR)
+
+
+def test_what_says_the_same_is_no_difference() -> None:
+    """Of entries of lists and sections within sections, written in full, in short, or not at all."""
+    stage = REPOSITORY / "configs/stage1_feature_alignment.yaml"
+    plain = load_config([stage])
+    short = load_config([stage, REPOSITORY / "configs/captions/animagine_3_0.yaml"], ["captions.mix={tags: 0}"])
+    captions = plain.written["captions"]
+    old = plain.written | {"captions": {name: captions[name] for name in captions if name not in ("template", "mix")}}
+    flat = [flatten_config(each) for each in (plain.written, short.written, old)]
+    assert find_differences(flat) == []
+    other = load_config([stage], ["captions.template=[{tags: general, prefix: a}]", "captions.mix={tags: 1}"])
+    said = {each.key: each.values[1] for each in find_differences([flat[0], flatten_config(other.written)])}
+    assert said == {"captions.template": "[{tags: general, prefix: a}]", "captions.mix": "{tags: 1}"}

@@ -260,8 +260,17 @@ def test_a_set_of_finished_captions_without_rules(make_config: MakeConfig, tmp_p
     page = Reader(render_data(make_report(make_config(*words))))
     assert "The rules do not touch the 4 images that bring a finished caption." in page.text
     assert "No image gets a tag of" not in page.text
-    assert page.rows.count(["tag", "images", "share", ""]) == 4  # of the captions; three of rules, which are empty
+    assert page.rows.count(["tag", "images", "share", ""]) == 1  # of the captions: there are no rules
     assert ["a cat", "4", "100.0%", ""] in page.rows and "No tags at all: general, character" in page.text
+
+
+def test_what_is_cut_off_of_finished_captions_is_counted_by_part(make_config: MakeConfig, tmp_path: Path) -> None:
+    free = ", ".join(f"cat {number}" for number in range(60))
+    captions = [f"one ||| {free} ||| the end", f"one ||| {free}", f"{free}, {free}", "one ||| two ||| three"]
+    folder = write_set(tmp_path / "set", [row(str(number), caption=text) for number, text in enumerate(captions)])
+    report = make_report(make_config(f"data.shards={folder}", "captions.max_token_length=75"))
+    assert report.lengths is not None and report.lengths.truncated == 3
+    assert report.lengths.cut == [("finished caption", 3), ("finished caption, its end", 1)]
 
 
 def test_without_a_model(make_config: MakeConfig, tmp_path: Path) -> None:

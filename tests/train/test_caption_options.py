@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_a_resumed_run_has_the_bits_of_one_never_stopped(make_config: MakeConfig
     resumed = make_config(*words, "run.name=resumed", "schedule.max_steps=3", "data.loader_threads=2")
     train(resumed)
     assert state_of(straight)["files"] == state_of(resumed)["files"]
-    assert "nice_food" in state_of(straight)["frequent_tags"]
+    assert "nice_food" in state_of(straight)["frequent_tags"]["tags"]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -146,7 +147,7 @@ def test_what_a_run_began_with_is_compared_on_resume(make_config: MakeConfig, fo
     fork = make_config(*words, "run.name=fork", "schedule.max_steps=3", "captions.tag_aliases=null",
                        f"checkpoint.fork={tmp_path / 'runs/run'}")  # fmt: skip
     train(fork)
-    assert "food" in state_of(fork)["frequent_tags"]
+    assert "food" in state_of(fork)["frequent_tags"]["tags"]
 
 
 def test_a_checkpoint_that_records_no_tables_had_none(make_config: MakeConfig, folder: Path) -> None:
@@ -179,3 +180,24 @@ def test_the_page_counts_kinds_tables_and_what_is_cut(make_config: MakeConfig, f
     page = render_data(report)
     for words in ("Kinds of captions expected in a pass", "What tables make of the set", "nice food", "by part"):
         assert words in page
+
+
+def test_frequent_tags_are_those_that_the_run_recorded(make_config: MakeConfig) -> None:
+    words = ["captions.frequent_tag_dropout=1", "captions.frequent_tag_share=0.2"]
+    config = make_config(*words, "schedule.max_steps=1")
+    table = open_index(config.data.shards).table
+    before = find_caption_rules(config, table).frequent
+    texts = [table[f"tags_{category}"].to_pylist() for category in TAG_CATEGORIES]
+    counts = Counter(tag for column in texts for text in column for tag in (text or "").split())
+    assert before == {tag.replace("_", " ") for tag, count in counts.items() if count > 0.2 * len(table)} != set()
+    train(config)
+    other = {"share": 0.2, "tags": ["never"]}
+    checkpoint, record = find_newest(run_path(config)), run_path(config) / "run.json"
+    assert checkpoint is not None
+    change_record(checkpoint, frequent_tags=other)
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"frequent_tags": other}))
+    assert find_caption_rules(config, table).frequent == {"never"}
+    train(make_config(*words, "schedule.max_steps=2"))
+    assert state_of(config)["frequent_tags"] == other
+    looser = make_config("captions.frequent_tag_dropout=1", "captions.frequent_tag_share=0.1")
+    assert find_caption_rules(looser, table).frequent >= before  # of another share nothing is recorded

@@ -19,7 +19,11 @@ STAGES = {
         "model.train_text_encoder_1=true", "model.train_text_encoder_2=true",
         "optim.text_encoder_1_lr=1e-3", "optim.text_encoder_2_lr=1e-3",
     ],
-    "2": ["diffusion.noise_offset=0.0357"],
+    "2": [
+        "diffusion.noise_offset=0.0357", "captions.frequent_tag_dropout=0.5", "captions.frequent_tag_share=0.1",
+        "captions.template=[{tags: copyright, dropout: 0.3, fixed: true}, {tags: artist, tag_dropout: 0.3}, "
+        "{tags: general, max_tags: 1}, {tag: year, fixed: true}, {text: drawn}]",
+    ],
 }  # fmt: skip
 # the 24 drawings in units of 6 make 5 steps in the first epoch: its border lies within the run
 LENGTH = ["schedule.max_steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=99", "data.loader_threads=1",

@@ -222,8 +222,7 @@ def fill_in(written: dict[str, Any], complete: dict[str, Any]) -> dict[str, Any]
         if name == "written":
             continue
         words = written.get(name, value)
-        is_section = name in Config.__dataclass_fields__ and isinstance(words, dict)
-        filled[name] = fill_in(words, value) if is_section else words
+        filled[name] = fill_in(words, value) if isinstance(words, dict) and isinstance(value, dict) else words
     return filled
 
 

@@ -3,6 +3,7 @@
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -12,20 +13,28 @@ from trainer.data.tag_maps import read_tag_maps
 from trainer.data.template import COLUMN_OF
 
 
-def find_frequent(rules: CaptionsConfig, table: pa.Table, own: list[str] | None = None) -> list[str] | None:
-    """The tags that more than ``frequent_tag_share`` of the samples have, sorted; None where none are asked for.
+class Frequent(TypedDict):
+    """The tags that more than a share of a set's samples have, as they are recorded."""
+
+    share: float
+    tags: list[str]  # sorted, as the index has them, aliases replaced
+
+
+def find_frequent(rules: CaptionsConfig, table: pa.Table, own: Frequent | None = None) -> Frequent | None:
+    """The tags that more than ``frequent_tag_share`` of the samples have; None where none are asked for.
 
     Args:
         own: what this run recorded, which then counts.
     """
-    if rules.frequent_tag_share is None:
+    share = rules.frequent_tag_share
+    if share is None:
         return None
-    if own is not None:
+    if own is not None and own["share"] == share:
         return own
     aliases, counts = read_tag_maps(rules).aliases, Counter[str]()
     for tag, count in count_all_tags(table).items():
         counts[aliases.get(tag, tag)] += count
-    return sorted(tag for tag, count in counts.items() if count > rules.frequent_tag_share * len(table))
+    return {"share": share, "tags": sorted(tag for tag, count in counts.items() if count > share * len(table))}
 
 
 def count_all_tags(table: pa.Table) -> Counter[str]:

@@ -13,7 +13,7 @@ from trainer.config.fixed import default_value, fixed_fields
 from trainer.config.load import load_config
 from trainer.config.retired import carry_over
 from trainer.config.schema import Config
-from trainer.config.yaml_text import field_types, wrap_lists
+from trainer.config.yaml_text import bare, entry_hint, field_types, wrap_lists
 from trainer.core.errors import UserError
 
 RECIPES = "configs/stage*.yaml"
@@ -34,15 +34,27 @@ class Difference:
 
 
 def flatten_config(written: dict[str, Any]) -> Values:
-    """Every field's value as it was written, its default where nothing was."""
+    """Every field's value as it was written, its default where nothing was; entries of lists without their defaults."""
     layer: dict[str, Any] = wrap_lists(carry_over(written)[0], Config)
     flat = {}
     for section, kind in field_types(Config).items():
-        given = layer.get(section)
+        given, hints = layer.get(section), field_types(kind)
         for item in dataclasses.fields(kind):
             fields = given if isinstance(given, dict) else {}
-            flat[f"{section}.{item.name}"] = fields[item.name] if item.name in fields else default_value(item)
+            value = fields[item.name] if item.name in fields else default_value(item)
+            flat[f"{section}.{item.name}"] = leave_out_defaults(hints[item.name], value)
     return flat
+
+
+def leave_out_defaults(hint: Any, value: Any) -> Any:
+    """What an entry of a list, or a section within a section, says beyond its defaults; anything else as it is."""
+    kind, entry = bare(hint), entry_hint(hint)
+    if dataclasses.is_dataclass(entry) and isinstance(value, list):
+        return [leave_out_defaults(entry, each) for each in value]
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+        return {name: each for name, each in value.items() if name not in defaults or each != defaults[name]}
+    return value
 
 
 @functools.cache

@@ -44,7 +44,10 @@ class TagCounts:
 
 @dataclass(frozen=True)
 class RuleCounts:
-    """Which tags the config's rules give, over the images whose caption is composed; "" where they give none."""
+    """Which tags the config's rules give, over the images whose caption is composed; "" where they give none.
+
+    Those that no part of the template asks for are empty.
+    """
 
     composed: int  # images
     finished: int  # images that have a finished caption, which no rule touches
@@ -139,8 +142,15 @@ def count_rules(table: pa.Table, rules: CaptionsConfig, beside: bool = False) ->
         quality[quality_tag(score, rules, rating)] += count
         years[year_tag(year, rules)] += count
     columns = count_columns(table, rules, beside) if rules.columns else Counter()
-    counts = [list(counter.items()) for counter in (ratings, quality, years, columns)]
-    return RuleCounts(ratings.total(), len(table) - ratings.total(), *counts)
+    images, asked = ratings.total(), {part.tag for part in rules.template}
+    return RuleCounts(
+        composed=images,
+        finished=len(table) - images,
+        ratings=list(ratings.items()) if "rating" in asked else [],
+        quality=list(quality.items()) if "quality" in asked else [],
+        years=list(years.items()) if "year" in asked else [],
+        columns=list(columns.items()),
+    )
 
 
 def count_columns(table: pa.Table, rules: CaptionsConfig, beside: bool) -> Counter[str]:

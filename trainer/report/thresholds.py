@@ -30,7 +30,8 @@ def find_caption_rules(config: Config, table: pa.Table) -> CaptionRules:
     """
     captions = find_thresholds(config, table).captions
     recorded = read_run_record(config) or {}
-    return ready_rules(captions, find_frequent(captions, table, recorded.get("frequent_tags")) or ())
+    frequent = find_frequent(captions, table, recorded.get("frequent_tags"))
+    return ready_rules(captions, frequent["tags"] if frequent else ())
 
 
 def read_run_record(config: Config) -> dict[str, Any] | None:

@@ -166,7 +166,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     thresholds = run_thresholds(config, index, resumed, lineage)
     own = resumed.state.get("frequent_tags") if resumed is not None and not resumed.begins_fork else None
     frequent = find_frequent(thresholds.captions, index.table, own)
-    captions = ready_rules(thresholds.captions, frequent or ())
+    captions = ready_rules(thresholds.captions, frequent["tags"] if frequent else ())
     if thresholds.source:
         advice = "; a curated set wants those that taught the tags: captions.thresholds_from"
         advice = advice if thresholds.source == OWN_SCORES else ""
