@@ -10,10 +10,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from trainer.config.schema import MemoryPolicy, ModelConfig, PrecisionConfig
+from trainer.config.schema import MemoryConfig, MemoryPolicy, ModelConfig, PrecisionConfig
 from trainer.model.base import Base, read_sdxl_config
-from trainer.model.sdxl import COMPONENTS, DTYPES
-from trainer.train.memory import Shape, build_meta, count_step, estimate
+from trainer.model.sdxl import COMPONENTS, DTYPES, outline_sdxl
+from trainer.train.memory import Shape, count_step, estimate
 from trainer.train.policy import FASTEST_FIRST, FITS
 
 STAGES = {
@@ -53,7 +53,7 @@ def count_row(base: Base, stage: int, policy: MemoryPolicy, samples: int, argume
     precision = PrecisionConfig(
         arguments.compute, weights=arguments.weights, gradients=arguments.gradients, frozen=arguments.compute
     )
-    model = build_meta(base, STAGES[stage], precision, policy)
+    model = outline_sdxl(base, STAGES[stage], precision, MemoryConfig(policy))
     shape = Shape(samples, arguments.width, arguments.height, arguments.chunks)
     counted = count_step(model, shape, precision)
     needs = estimate(model, arguments.optimizer, precision, counted.peak)

@@ -10,7 +10,7 @@ from trainer.core.errors import UserError
 from trainer.model.single_file import (
     NAME_PREFIXES,
     from_single_file,
-    read_component,
+    iterate_component,
     tensor_names,
     to_single_file,
 )
@@ -185,7 +185,7 @@ def test_a_vae_file_has_no_prefix(tiny_parts):
     state = {
         name.removeprefix(prefix): tensor for name, tensor in to_single_file({"vae": tiny_parts["vae"]}, TINY).items()
     }
-    part = read_component("vae", state | {"loss.logvar": torch.zeros(())}, TINY["vae"], prefix="")
+    part = dict(iterate_component("vae", state | {"loss.logvar": torch.zeros(())}, TINY["vae"], prefix=""))
     assert all(torch.equal(part[name], tensor) for name, tensor in tiny_parts["vae"].items())
 
 

@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from support.private_memory import watch_memory
@@ -12,6 +15,8 @@ from trainer.config.schema import MemoryConfig, ModelConfig, OptimConfig, Precis
 from trainer.model.base import find_base
 from trainer.model.restore import restore_checkpoint
 from trainer.model.sdxl import SDXL, build_empty, build_sdxl
+from trainer.train.load import load_model
+from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer
 from trainer.train.save import save_checkpoint
 
@@ -34,6 +39,24 @@ def write_base(folder: Path) -> int:
 
 def load_fp32(base: str) -> SDXL:
     return build_sdxl(find_base(base), ModelConfig(""), FP32, MemoryConfig("none"))
+
+
+def start(base: str, weights: str) -> int:
+    """Bytes that loading the model for a run takes beside its weights and, where they are flat, gradients."""
+    narrow = weights != "autocast"
+    precision = PrecisionConfig("bf16", weights, "bf16" if narrow else "fp32", frozen="bf16")  # type: ignore[arg-type]
+    config = SimpleNamespace(model=ModelConfig(""), precision=precision, optim=RATES, run=SimpleNamespace(seed=1))
+    inputs: Any = SimpleNamespace(
+        config=config, accelerator=Accelerator(cpu=True), resumed=None, base=find_base(base),
+        facts={"memory": {"policy": "none"}},
+    )  # fmt: skip
+    with watch_memory() as peak:
+        _, sdxl, optimizer = load_model(inputs)
+    held = sum(value.nbytes for value in sdxl.parameters())
+    if isinstance(optimizer, NarrowOptimizer):
+        behind = optimizer.weights.behind
+        held += optimizer.gradients.flat.nbytes + (0 if behind is None else behind.nbytes)
+    return peak.bytes - held
 
 
 def write_checkpoint(base: str, folder: str) -> Path:

@@ -22,3 +22,10 @@ def test_a_checkpoint_is_restored_tensor_by_tensor(base: tuple[str, int], tmp_pa
     saved = middle_model.write_checkpoint(path, str(tmp_path))
     taken = measure(middle_model.restore, path, str(saved))
     assert taken < SPARE < size / 2, f"{taken / MB:.0f} of {size / MB:.0f} MB"
+
+
+@pytest.mark.parametrize("weights", ["autocast", "stochastic"])
+def test_a_model_is_loaded_tensor_by_tensor(base: tuple[str, int], weights: str) -> None:
+    path, size = base
+    beside = measure(middle_model.start, path, weights)
+    assert beside < SPARE < size / 3, f"{beside / MB:.0f} MB beside the model of {size / MB:.0f} MB"

@@ -12,12 +12,13 @@ from PIL import Image
 
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
+from trainer.config.schema import MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.data.caption_draws import whole_caption
 from trainer.data.index import open_index, read_raw_latents
 from trainer.data.template import ready_rules
 from trainer.data.tokens import load_tokenizers, tokenize_captions
-from trainer.model.base import find_base, read_config, read_state
-from trainer.model.sdxl import COMPONENTS, build_empty, encode_prompts, rename_for
+from trainer.model.base import find_base, read_state
+from trainer.model.sdxl import build_sdxl, encode_prompts
 from trainer.prepare.prepare import prepare
 from trainer.release.export import export
 from trainer.train.loop import train
@@ -88,11 +89,8 @@ def test_eight_drawings_are_learned_by_heart(tiny_base: Path, tmp_path: Path, ma
 def our_embeddings(folder: Path) -> Callable[[str], dict[str, torch.Tensor]]:
     """Prompt embeddings of 227 vectors, from an exported folder."""
     base = find_base(str(folder))
-    encoders = []
-    for part in ("text_encoder_1", "text_encoder_2"):
-        module = build_empty(part, read_config(base, COMPONENTS[part]))
-        module.load_state_dict(rename_for(module, read_state(base, COMPONENTS[part])), assign=True)
-        encoders.append(module.eval())
+    sdxl = build_sdxl(base, ModelConfig("", train_unet=False), PrecisionConfig(frozen="fp32"), MemoryConfig("none"))
+    encoders = [sdxl.text_encoder_1, sdxl.text_encoder_2]
     sizes = [encoder.config.vocab_size for encoder in encoders]
     tokenizers = load_tokenizers(folder / "tokenizer", folder / "tokenizer_2", (sizes[0], sizes[1]))
 

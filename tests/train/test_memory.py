@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from trainer.config.schema import MemoryConfig, MemoryPolicy, ModelConfig, OptimConfig, OptimizerName, PrecisionConfig
 from trainer.model.base import Base, find_base, read_sdxl_config
-from trainer.model.sdxl import COMPONENTS, SDXL, build_sdxl, trained_parameters
-from trainer.train.memory import CudaFunctions, Shape, build_meta, count_step, estimate, make_inputs, run_counted
+from trainer.model.sdxl import COMPONENTS, SDXL, build_sdxl, outline_sdxl, trained_parameters
+from trainer.train.memory import CudaFunctions, Shape, count_step, estimate, make_inputs, run_counted
 from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer
 from trainer.train.policy import FASTEST_FIRST
@@ -85,7 +85,9 @@ def test_activations_are_those_of_a_run(
     base = find_base(str(tiny_base))
     compute = torch.bfloat16 if precision is BF16 else torch.float32
     counted = run_counted(
-        build_meta(base, model, precision, policy), make_inputs(SHAPE, torch.device("meta")), CpuFunctions(compute)
+        outline_sdxl(base, model, precision, MemoryConfig(policy)),
+        make_inputs(SHAPE, torch.device("meta")),
+        CpuFunctions(compute),
     )
     saved, peak = run_on_cpu(build_sdxl(base, model, precision, MemoryConfig(policy)), compute, monkeypatch)
     assert counted.saved == pytest.approx(saved, rel=0.02)
@@ -105,7 +107,7 @@ def test_weights_gradients_and_state_are_those_of_a_run(
     optimizer = build_optimizer(trained, OptimConfig(name, **rates, betas=betas, eps=eps))
     trained(**make_inputs(Shape(1, 64, 64, 1), torch.device("cpu"))).square().mean().backward()
     optimizer.step()
-    counted = estimate(build_meta(base, model, FP32, "full"), name, FP32, 7)
+    counted = estimate(outline_sdxl(base, model, FP32, MemoryConfig("full")), name, FP32, 7)
     assert counted.weights == sum(value.nbytes for value in trained.parameters())
     assert counted.gradients == sum(value.grad.nbytes for value in trained.parameters() if value.grad is not None)
     tensors = {
@@ -133,7 +135,7 @@ def test_weights_and_gradients_of_16_bits_are_those_of_a_run(tiny_base: Path, pr
     frozen = sum(value.nbytes for value in trained.parameters() if not value.requires_grad)
     behind = optimizer.weights.behind
     held = optimizer.weights.weights.nbytes + (0 if behind is None else behind.nbytes)
-    counted = estimate(build_meta(base, UNET, precision, "full"), "adamw", precision, 0)
+    counted = estimate(outline_sdxl(base, UNET, precision, MemoryConfig("full")), "adamw", precision, 0)
     assert counted.weights == pytest.approx(frozen + held, rel=0.02)  # each parameter begins at a multiple of 64
     assert counted.gradients == pytest.approx(optimizer.gradients.flat.nbytes, rel=0.02)
 
@@ -143,11 +145,11 @@ def test_16_bit_weights_keep_less_between_forward_and_backward(full_base: Base) 
     shape, half = Shape(1, 1024, 1024, 3), PrecisionConfig("bf16", frozen="bf16")
     narrow = dataclasses.replace(half, weights="master")
     saved = {
-        precision: count_step(build_meta(full_base, UNET, precision, "none"), shape, precision).saved
+        precision: count_step(outline_sdxl(full_base, UNET, precision, MemoryConfig("none")), shape, precision).saved
         for precision in (half, narrow)
     }
     assert saved[narrow] < 0.8 * saved[half]
-    needs = estimate(build_meta(full_base, ALL, narrow, "none"), "adamw", narrow, 0)
+    needs = estimate(outline_sdxl(full_base, ALL, narrow, MemoryConfig("none")), "adamw", narrow, 0)
     trained = 3_378_094_576  # parameters of stage 1, see docs/recipe.md
     assert needs.weights + needs.gradients + needs.state == pytest.approx(16 * trained, rel=0.01)
 
@@ -191,7 +193,7 @@ def test_the_unet_alone_in_bf16_is_as_it_was_measured(full_base: Base) -> None:
     inputs = make_inputs(Shape(1, 512, 512, 1), torch.device("meta"))
     inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     for policy in FASTEST_FIRST:
-        model = build_meta(full_base, UNET, PrecisionConfig(), policy).to(torch.bfloat16)
+        model = outline_sdxl(full_base, UNET, PrecisionConfig(), MemoryConfig(policy)).to(torch.bfloat16)
         saved[policy] = run_counted(model, inputs, CudaFunctions(torch.float32)).saved / 1e9
     assert saved["selective"] - saved["full"] == pytest.approx(0.98, rel=0.01)
     assert saved["none"] - saved["selective"] == pytest.approx(0.61, rel=0.01)
@@ -199,7 +201,7 @@ def test_the_unet_alone_in_bf16_is_as_it_was_measured(full_base: Base) -> None:
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: f"{known.policy}-{known.shape.width}-{known.shape.chunks}")
 def test_full_size_takes_what_it_took(full_base: Base, known: Known) -> None:
-    model = build_meta(full_base, known.model, PrecisionConfig(), known.policy)
+    model = outline_sdxl(full_base, known.model, PrecisionConfig(), MemoryConfig(known.policy))
     counted = count_step(model, known.shape, PrecisionConfig())
     assert counted.saved / 1e9 == pytest.approx(known.saved, rel=0.01)
     assert counted.flops / 1e12 == pytest.approx(known.teraflops, rel=0.01)

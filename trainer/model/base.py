@@ -7,7 +7,7 @@ missing or unknown is an error here, not a random weight later. Nothing pickled 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,13 +30,13 @@ from trainer.model.latents import LatentScale, check_vae_config
 from trainer.model.recognise import check_model_file, check_model_folder
 from trainer.model.single_file import (
     NAME_PREFIXES,
+    check_layout,
     check_names,
-    from_single_file,
     is_extra,
-    read_component,
+    iterate_component,
     tensor_names,
 )
-from trainer.model.weights_file import LazyFile, check_finite, measure_tensors
+from trainer.model.weights_file import LazyFile, check_each, measure_tensors
 
 CONFIGS_KEY = "trainer.configs"  # our single files carry their component configs under this metadata key, as JSON
 CLIP_VOCABULARY = 49_408
@@ -208,33 +208,45 @@ def read_state(base: Base, component: str) -> dict[str, Tensor]:
     Raises:
         UserError: on missing or unknown tensors, naming a few, and on values that are not finite.
     """
+    return dict(iterate_state(base, component))
+
+
+def iterate_state(base: Base, component: str, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """What ``read_state`` reads, (name, tensor), one at a time as they are asked for; only the ``wanted``, if given.
+
+    Raises:
+        UserError: as ``read_state``; names are compared before anything is read.
+    """
     config = read_config(base, component)
     try:
         if base.path.is_file():
             size = measure_tensors(base.path, NAME_PREFIXES[component])
-            with Meter(f"read {component}", size, BYTES) as meter:
-                state = from_single_file(LazyFile(base.path, meter), {component: config})[component]
+            with Meter(f"read {component}", size if wanted is None else None, BYTES) as meter:
+                file = LazyFile(base.path, meter)
+                check_layout(file)
+                yield from check_each(iterate_component(component, file, config, wanted=wanted), component)
         else:
-            state = read_component_folder(base.path / component, component, config)
-        check_finite(state, component)
-        return state
+            yield from check_each(iterate_component_folder(base.path / component, component, config, wanted), component)
     except UserError as error:
         raise UserError(f"{base.path}: {error}") from error
 
 
-def read_component_folder(folder: Path, component: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def iterate_component_folder(
+    folder: Path, component: str, config: Mapping[str, Any], wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """A component's tensors from its diffusers folder, whatever version of the libraries wrote it."""
-    stored: dict[str, Tensor] = {}
     paths = find_weights(folder, STEMS[component])
-    with Meter(f"read {component}", sum(path.stat().st_size for path in paths), BYTES) as meter:
-        for path in paths:
-            stored |= LazyFile(path, meter)
-    return normalise(component, stored, config)
+    size = sum(path.stat().st_size for path in paths) if wanted is None else None
+    with Meter(f"read {component}", size, BYTES) as meter:
+        stored = {name: file for file in [LazyFile(path, meter) for path in paths] for name in file}
+        for name, old in normalise(component, stored, config).items():
+            if wanted is None or name in wanted:
+                yield name, stored[old][old]
 
 
-def normalise(component: str, stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Classic names for what older and newer libraries wrote, in the order of ``tensor_names``."""
-    state = {name: tensor for name, tensor in stored.items() if not is_extra(f".{name}")}
+def normalise(component: str, stored: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Classic name -> what older or newer libraries called it, in the order of ``tensor_names``."""
+    state = {name: name for name in stored if not is_extra(f".{name}")}
     if component == "vae":
         for old, new in OLD_VAE_NAMES.items():
             state = {name.replace(old, new) if ".attentions." in name else name: state[name] for name in state}
@@ -352,7 +364,7 @@ def load_vae(vae: str, path: Path, config: dict[str, Any] | None) -> VaeWeights:
         if path.is_dir():
             folder = path / "vae" if (path / "vae").is_dir() else path
             config = check_component("vae", read_json(folder / COMPONENT_FILE), COMPONENT_FILE)
-            state = read_component_folder(folder, "vae", config)
+            tensors = iterate_component_folder(folder, "vae", config)
         else:
             file = LazyFile(path)
             if carried := carried_configs(file).get("vae"):
@@ -360,8 +372,11 @@ def load_vae(vae: str, path: Path, config: dict[str, Any] | None) -> VaeWeights:
             config = config or read_sdxl_config("vae")
             prefix = NAME_PREFIXES["vae"] if any(name.startswith(NAME_PREFIXES["vae"]) for name in file) else ""
             as_diffusers = not prefix and any(".mid_block." in name for name in file)
-            state = normalise("vae", file, config) if as_diffusers else read_component("vae", file, config, prefix)
-        check_finite(state, "the VAE")
+            if as_diffusers:
+                tensors = ((name, file[old]) for name, old in normalise("vae", file, config).items())
+            else:
+                tensors = iterate_component("vae", file, config, prefix)
+        state = dict(check_each(tensors, "the VAE"))
         return VaeWeights(config, state, hash_tensors(state), check_vae_config(config))
     except UserError as error:
         raise UserError(f"model.vae {vae}: {error}") from error

@@ -5,6 +5,7 @@ classic ``text_model.`` prefix in both encoders, whatever the installed transfor
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.config.schema import Dtype, MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.core.errors import UserError, shorten
-from trainer.model.base import Base, read_config, read_state
+from trainer.model.base import Base, iterate_state, read_config
 from trainer.model.recompute import use_policy
+from trainer.model.single_file import some, tensor_names
 from trainer.model.weights_file import check_each, check_finite
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")
+Put = Callable[[nn.Parameter, Tensor], None]  # sets a parameter
 COMPONENTS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}  # part -> folder
 
 
@@ -121,20 +125,94 @@ def add_rows_by_product(gradient: Tensor, rows: Tensor, count: int) -> Tensor:
     return (chosen.to(gradient.dtype) @ gradient.flatten(1)).view(count, *gradient.shape[1:])
 
 
-def build_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memory: MemoryConfig) -> SDXL:
-    """The model with the base's weights on the CPU: trained parts in fp32, frozen ones in ``precision.frozen``."""
+def build_sdxl(
+    base: Base, model: ModelConfig, precision: PrecisionConfig, memory: MemoryConfig, device: torch.device = CPU
+) -> SDXL:
+    """The model with the base's weights on the device: trained parts in fp32, frozen ones in ``precision.frozen``."""
+    sdxl = outline_sdxl(base, model, replace(precision, weights="autocast"), memory)
+    give_memory(sdxl, device)
+    load_base(sdxl, base)
+    use_kernels(sdxl, model)
+    return sdxl
+
+
+def outline_sdxl(base: Base, model: ModelConfig, precision: PrecisionConfig, memory: MemoryConfig) -> SDXL:
+    """The model on the meta device: what learns, the dtypes of weights, and what the backward pass computes again."""
     parts: dict[str, Any] = {}
-    for part in COMPONENTS:
-        parts[part] = build_part(base, part, part_dtype(part, model, precision))
+    for part, component in COMPONENTS.items():
+        empty = build_empty(part, read_config(base, component))
+        narrow = precision.weights != "autocast"
+        dtype = DTYPES[precision.compute] if narrow else part_dtype(part, model, precision)
+        parts[part] = nn.Module.to(empty, "meta", dtype)  # diffusers' own says more
         set_part(parts[part], part, model, memory)
     sdxl = SDXL(**parts)
     for layer in unused_layers(sdxl.text_encoder_1):  # they get no gradient, and DDP fails on such parameters
         layer.requires_grad_(False)
+    return sdxl
+
+
+def give_memory(sdxl: SDXL, device: torch.device, trained: bool = True) -> None:
+    """Memory on the device for the parameters of an outline, without values.
+
+    Without ``trained`` those that learn get one element each, as the optimizer has memory for them.
+    """
+    for module in sdxl.modules():
+        for name, outline in module.named_parameters(recurse=False):
+            own = trained or not outline.requires_grad
+            values = torch.empty(outline.shape if own else (), dtype=outline.dtype, device=device)
+            setattr(module, name, nn.Parameter(values.expand(outline.shape), outline.requires_grad))
+    for encoder in (sdxl.text_encoder_1, sdxl.text_encoder_2):
+        number_positions(encoder, device)
+
+
+def put_weights(parameter: nn.Parameter, values: Tensor) -> None:
+    """Set a parameter."""
+    parameter.copy_(values)
+
+
+def load_base(sdxl: SDXL, base: Base, put: Put = put_weights, trained: bool = True) -> None:
+    """Put the base's weights into place, one tensor at a time; ``put`` sets a parameter that learns.
+
+    Without ``trained`` those that learn are left to a checkpoint, and not read.
+
+    Raises:
+        UserError: when names or shapes are not those of the base's config, or values not finite in a parameter's dtype.
+    """
+    own = {classic_name(name): value for name, value in sdxl.named_parameters()}
+    for part, component in COMPONENTS.items():
+        where = f"{component} of {base.reference}"
+        parameters = {
+            name.removeprefix(f"{part}."): value for name, value in own.items() if name.startswith(f"{part}.")
+        }
+        if differing := parameters.keys() ^ tensor_names(component, read_config(base, component)).keys():
+            raise UserError(f"{where} does not fit its config: {some(differing)}")
+        wanted = [name for name, value in parameters.items() if trained or not value.requires_grad]
+        for name, tensor in iterate_state(base, component, wanted) if wanted else ():
+            load_tensor(parameters[name], where, name, tensor, put)
+
+
+@torch.no_grad()
+def load_tensor(parameter: nn.Parameter, where: str, name: str, tensor: Tensor, put: Put) -> None:
+    """Put one of the base's tensors into place."""
+    if parameter.shape != tensor.shape:
+        shapes = f"{name} has shape {tuple(tensor.shape)}, and by the config {tuple(parameter.shape)}"
+        raise UserError(f"{where} does not fit its config: {shapes}")
+    if parameter.requires_grad:
+        put(parameter, tensor)
+        return
+    values = tensor.to(parameter.dtype)
+    if values.dtype == torch.float16:  # bf16 and fp32 hold whatever the base does
+        remedy = "it does not hold the base's values: set precision.frozen (--dtype in sampling) to bf16 or fp32"
+        check_finite({name: values}, f"{where} in fp16", remedy)
+    parameter.copy_(values)
+
+
+def use_kernels(sdxl: SDXL, model: ModelConfig) -> None:
+    """Which kernels the UNet runs on."""
     use_attention(sdxl.unet, model.attention)
     if model.compile:
         # block by block with free sizes: whole, the UNet would be compiled anew for each of 33 buckets
-        parts["unet"].compile_repeated_blocks(dynamic=True)
-    return sdxl
+        sdxl.unet.compile_repeated_blocks(dynamic=True)
 
 
 def part_dtype(part: str, model: ModelConfig, precision: PrecisionConfig) -> torch.dtype:
@@ -149,21 +227,6 @@ def set_part(module: Any, part: str, model: ModelConfig, memory: MemoryConfig) -
     # through a frozen UNet gradients still flow to a trained encoder; nothing flows through a frozen encoder
     if trained or part == "unet":
         use_policy(module, memory.policy, compiled=model.compile)
-
-
-def build_part(base: Base, part: str, dtype: torch.dtype) -> Any:
-    """One part with the base's weights, on the CPU."""
-    component = COMPONENTS[part]
-    module = build_empty(part, read_config(base, component))
-    state = {name: tensor.to(dtype) for name, tensor in read_state(base, component).items()}
-    if dtype == torch.float16:  # bf16 and fp32 hold whatever the base does
-        remedy = "it does not hold the base's values: set precision.frozen (--dtype in sampling) to bf16 or fp32"
-        check_finite(state, f"{component} of {base.reference} in fp16", remedy)
-    try:
-        module.load_state_dict(rename_for(module, state), strict=True, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{component} of {base.reference} does not fit its config: {shorten(str(error))}") from error
-    return module
 
 
 def build_empty(part: str, config: dict[str, Any]) -> Any:
@@ -182,19 +245,16 @@ def build_empty(part: str, config: dict[str, Any]) -> Any:
             module = builders[part]()
     except Exception as error:  # the libraries raise whatever their blocks and activations do
         raise UserError(f"the config of {COMPONENTS[part]} describes no model: {shorten(str(error))}") from error
-    for name, buffer in module.named_buffers():
-        # the only buffers are the encoders' position numbers, which no file holds
-        assert name.endswith("position_ids"), name
-        owner = module.get_submodule(name.rpartition(".")[0])
-        owner.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
+    number_positions(module, CPU)
     return module
 
 
-def rename_for(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Classic names as the installed transformers calls them: version 5 has no ``text_model.`` in the first encoder."""
-    if any(name.startswith("text_model.") for name, _ in module.named_parameters()):
-        return state
-    return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+def number_positions(module: nn.Module, device: torch.device) -> None:
+    """The encoders' position numbers, which are the only buffers and which no file holds."""
+    for name, buffer in list(module.named_buffers()):
+        assert name.endswith("position_ids"), name
+        numbers = torch.arange(buffer.shape[-1], device=device)[None]
+        module.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", numbers, persistent=False)
 
 
 def classic_name(name: str) -> str:
@@ -210,15 +270,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {classic_name(name): value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def put_weights(parameter: nn.Parameter, values: Tensor) -> None:
-    """Set a parameter."""
-    parameter.copy_(values)
-
-
 def load_trained(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    put: Callable[[nn.Parameter, Tensor], None] = put_weights,
+    put: Put = put_weights,
     where: str = "the checkpoint",
     remedy: str = "take a sound one",
 ) -> None:

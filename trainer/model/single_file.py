@@ -62,15 +62,30 @@ def from_single_file(state: Mapping[str, Tensor], configs: Mapping[str, Componen
     Raises:
         UserError: on tensors that are missing or belong to nothing, naming a few.
     """
+    check_layout(state)
+    return {component: dict(iterate_component(component, state, config)) for component, config in configs.items()}
+
+
+def check_layout(state: Collection[str]) -> None:
+    """Refuse names that belong to no part of a single file.
+
+    Raises:
+        UserError: naming a few.
+    """
     if strange := [name for name in state if not (name.startswith(tuple(NAME_PREFIXES.values())) or is_extra(name))]:
         raise UserError(f"not the layout of an SDXL single file; tensors that belong to no part of it: {some(strange)}")
-    return {component: read_component(component, state, config) for component, config in configs.items()}
 
 
-def read_component(
-    component: str, state: Mapping[str, Tensor], config: ComponentConfig, prefix: str | None = None
-) -> State:
-    """One component out of a single file; ``prefix`` if not Stability's (files of a VAE alone have none).
+def iterate_component(
+    component: str,
+    state: Mapping[str, Tensor],
+    config: ComponentConfig,
+    prefix: str | None = None,
+    wanted: Collection[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """One component out of a single file, (name, tensor), one at a time; only the ``wanted``, if given.
+
+    ``prefix`` if not Stability's (files of a VAE alone have none).
 
     Raises:
         UserError: on tensors that are missing or unknown under the prefix, naming a few.
@@ -78,24 +93,25 @@ def read_component(
     prefix = NAME_PREFIXES[component] if prefix is None else prefix
     names = tensor_names(component, config)
     present = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-    wanted = set(names.values())
-    strange = {name for name in present - wanted if not is_extra(NAME_PREFIXES[component] + name)}
-    check_names(component, wanted, present & wanted | strange)
-    part: State = {}
+    singles = set(names.values())
+    strange = {name for name in present - singles if not is_extra(NAME_PREFIXES[component] + name)}
+    check_names(component, singles, present & singles | strange)
+    joined: State = {}  # that k and v still come out of
     for name, single in names.items():
-        if name in part:
-            continue  # k and v, which came with q
-        tensor = state[prefix + single]
-        if single.endswith(JOINED):
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                part[name.replace("q_proj", f"{letter}_proj")] = third.clone()  # each with memory of its own
+        if wanted is not None and name not in wanted:
             continue
-        if name == "text_projection.weight":
+        tensor = joined[single] if single in joined else state[prefix + single]
+        if single.endswith(JOINED):
+            joined[single] = tensor
+            letter = name.rpartition("_proj.")[0][-1]
+            tensor = tensor.chunk(3)["qkv".index(letter)].clone()  # with memory of its own
+            if letter == "v":
+                del joined[single]
+        elif name == "text_projection.weight":
             tensor = tensor.t().contiguous()  # (hidden, projection) -> nn.Linear's (projection, hidden)
         elif component == "vae" and is_attention_matrix(name):
             tensor = tensor.reshape(tensor.shape[:2])  # (C, C, 1, 1) -> (C, C)
-        part[name] = tensor
-    return {name: part[name] for name in names}
+        yield name, tensor
 
 
 def write_component(

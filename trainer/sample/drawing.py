@@ -206,7 +206,7 @@ def load_source(source: Source, dtype: Dtype | None) -> LoadedModel:
     base, device = source.base, choose_device()
     dtype = dtype or ("fp16" if device.type == "cuda" else "fp32")
     frozen = ModelConfig("", train_unet=False)
-    sdxl = build_sdxl(base, frozen, PrecisionConfig(compute=dtype, frozen=dtype), MemoryConfig("none")).to(device)
+    sdxl = build_sdxl(base, frozen, PrecisionConfig(compute=dtype, frozen=dtype), MemoryConfig("none"), device)
     weights = read_vae(None, base)
     # SDXL's own VAE overflows in fp16; one that does not says so in its config
     vae_dtype: Dtype = "fp32" if weights.config.get("force_upcast", True) else dtype

@@ -14,25 +14,24 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainer.config.schema import Config, MemoryConfig
+from trainer.config.schema import Config
 from trainer.core.console import Result, log
 from trainer.core.distributed import describe_device, device_memory
 from trainer.core.progress import format_count
 from trainer.data.loader import Batch, load_batches
 from trainer.model.diffusion import alphas_cumprod
-from trainer.model.restore import restore_checkpoint
-from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL, build_sdxl, put_weights
+from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
 from trainer.train.black_box import BlackBox, open_black_box
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
+from trainer.train.load import load_model
 from trainer.train.metrics import find_peak_flops, training_flops
-from trainer.train.narrow import NarrowOptimizer
-from trainer.train.optim import build_optimizer, lr_factor, set_learning_rates
+from trainer.train.optim import lr_factor, set_learning_rates
 from trainer.train.outcome import noting_outcome
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
-from trainer.train.resume import check_same, describe_changes, hash_state, restore_scaler, settle_resumed
+from trainer.train.resume import check_same, describe_changes, hash_state, settle_resumed
 from trainer.train.run import Attempt, begin_attempt, lock_run, run_path
 from trainer.train.samples import Samples, sample_due
 from trainer.train.saver import Saver
@@ -49,7 +48,8 @@ def train(config: Config, check: bool = False) -> Result:
         UserError: whatever the user has to mend, before anything is harmed.
     """
     inputs = open_inputs(config, build_accelerator(config))
-    with lock_run(run_path(config), inputs.accelerator.is_main_process), stop_requests(config.run.time_limit) as stops:
+    locked = lock_run(run_path(config), inputs.accelerator.is_main_process)
+    with locked, stop_requests(config.run.time_limit) as stops:
         inputs = settle_resumed(inputs, check)
         first, last = inputs.first, inputs.last
         if first >= last:
@@ -128,24 +128,6 @@ def settle_memory(inputs: RunInputs) -> RunInputs:
     smallest = None if memory is None else min(gather_object([memory]))
     chosen = [choose_policy(inputs, smallest) if accelerator.is_main_process else None]
     return replace(inputs, facts=inputs.facts | {"memory": broadcast_object_list(chosen)[0]})
-
-
-def load_model(inputs: RunInputs) -> tuple[Any, SDXL, Optimizer]:
-    """The model with Accelerate's wrappers and without, and the optimizer, as the base or a checkpoint has them."""
-    config, accelerator = inputs.config, inputs.accelerator
-    memory = MemoryConfig(inputs.facts["memory"]["policy"])
-    model = sdxl = build_sdxl(inputs.base, config.model, config.precision, memory)
-    if config.precision.weights == "autocast":
-        model = accelerator.prepare_model(sdxl)
-        sdxl = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        optimizer = build_optimizer(sdxl, config.optim)
-    else:  # neither autocast nor DDP: what is 16-bit is so, and the optimizer averages the gradients
-        optimizer = NarrowOptimizer(sdxl, config.optim, config.precision, config.run.seed, accelerator.device)
-    if inputs.resumed is not None:
-        put = optimizer.weights.put if isinstance(optimizer, NarrowOptimizer) else put_weights
-        restore_checkpoint(inputs.resumed.folder, sdxl, optimizer, put)
-        restore_scaler(accelerator.scaler, inputs.resumed.state["loss_scaler"])
-    return model, sdxl, optimizer
 
 
 def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, stops: Stops) -> Run:

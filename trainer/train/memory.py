@@ -19,18 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from trainer.config.schema import MemoryConfig, MemoryPolicy, ModelConfig, OptimizerName, PrecisionConfig
+from trainer.config.schema import OptimizerName, PrecisionConfig
 from trainer.data.tokens import CHUNK_LENGTH
-from trainer.model.base import Base, read_config
 from trainer.model.sdxl import (
-    COMPONENTS,
     DTYPES,
     SDXL,
-    build_empty,
-    part_dtype,
-    set_part,
     trained_parameters,
-    unused_layers,
 )
 from trainer.train.optim import state_bytes
 
@@ -96,21 +90,6 @@ def trained_weight_bytes(precision: PrecisionConfig) -> int:
             return 2 + (4 if precision.compute == "fp16" else 2)
         case "stochastic":
             return 2
-
-
-def build_meta(base: Base, model: ModelConfig, precision: PrecisionConfig, policy: MemoryPolicy) -> SDXL:
-    """The model as it is trained, without data; blocks are not compiled."""
-    parts = {}
-    for part, component in COMPONENTS.items():
-        empty = build_empty(part, read_config(base, component))
-        narrow = precision.weights != "autocast"
-        dtype = DTYPES[precision.compute] if narrow else part_dtype(part, model, precision)
-        parts[part] = nn.Module.to(empty, "meta", dtype)  # diffusers' own says more
-        set_part(parts[part], part, model, MemoryConfig(policy))
-    sdxl = SDXL(**parts)
-    for layer in unused_layers(sdxl.text_encoder_1):
-        layer.requires_grad_(False)
-    return sdxl
 
 
 def count_step(model: SDXL, shape: Shape, precision: PrecisionConfig) -> StepCount:

@@ -32,7 +32,13 @@ class NarrowOptimizer(Optimizer):
     _step_supports_amp_scaling = True  # torch's scaler leaves its flag in found_inf
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, precision: PrecisionConfig, seed: int, device: torch.device
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        precision: PrecisionConfig,
+        seed: int,
+        device: torch.device,
+        filled: bool = True,  # see FlatWeights
     ):
         dtype = DTYPES[precision.compute]
         for parameter in model.parameters():
@@ -45,7 +51,7 @@ class NarrowOptimizer(Optimizer):
         owned = [parameter for group in groups for parameter in group["params"]]
         spans = list(lay_out({names[parameter]: parameter for parameter in owned}).values())
         stochastic = precision.weights == "stochastic"
-        self.weights = FlatWeights(spans, dtype, device, seed if stochastic else None)
+        self.weights = FlatWeights(spans, dtype, device, seed if stochastic else None, filled)
         self.gradients = FlatGradients(spans, precision.gradients, device)
         own_state: defaultdict[Any, Any] = defaultdict(dict)
         stand_ins = {span.parameter: stand_in(view) for span, view in zip(spans, self.gradients.views, strict=True)}

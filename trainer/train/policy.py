@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.config.schema import Config, MemoryPolicy
+from trainer.config.schema import Config, MemoryConfig, MemoryPolicy
 from trainer.core.console import log
 from trainer.core.disk import format_bytes
 from trainer.model.base import Base
+from trainer.model.sdxl import outline_sdxl
 from trainer.train.launch import RunInputs
-from trainer.train.memory import Shape, build_meta, count_step, estimate
+from trainer.train.memory import Shape, count_step, estimate
 
 FITS = 0.92  # of a device's memory: the CUDA context, workspaces and holes between segments take the rest
 FASTEST_FIRST: tuple[MemoryPolicy, ...] = ("none", "selective", "full")
@@ -57,7 +58,7 @@ def find_fitting(
     shape = Shape(config.data.micro_batch_size, *bucket, chunks=config.captions.max_token_length // 75)
     needs: dict[str, int] = {}
     for policy in FASTEST_FIRST:
-        model = build_meta(base, config.model, config.precision, policy)
+        model = outline_sdxl(base, config.model, config.precision, MemoryConfig(policy))
         counted = count_step(model, shape, config.precision)
         needs[policy] = estimate(model, config.optim.name, config.precision, counted.peak).total
         if needs[policy] <= limit:

@@ -120,7 +120,14 @@ class FlatWeights:
     updates are rounded stochastically. For fp16, whose range is another, it is the fp32 values themselves.
     """
 
-    def __init__(self, spans: Sequence[Span], dtype: torch.dtype, device: torch.device, seed: int | None = None):
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int | None = None,
+        filled: bool = True,  # whether parameters have values, which are put; else all are put later
+    ):
         assert dtype == torch.bfloat16 or seed is None
         self.seed, self.step, self.spans = seed, 0, {span.parameter: span for span in spans}
         self.origins: dict[int, Tensor] = {}  # see find_origins; by the portion's start
@@ -131,15 +138,20 @@ class FlatWeights:
         for span in spans:
             values = span.parameter.detach()
             span.parameter.data = span.view(self.weights)
-            self.put(span.parameter, values)
-        if dtype == torch.float16:
-            state = {span.name: span.parameter.detach() for span in spans}
-            check_finite(state, "trained weights in fp16", "fp16 does not hold them: set precision.weights to autocast")
+            if filled:
+                self.put(span.parameter, values)
 
     def put(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Set a parameter to fp32 values, rounded to the nearest 16-bit ones."""
+        """Set a parameter to fp32 values, rounded to the nearest 16-bit ones.
+
+        Raises:
+            UserError: when they are beyond fp16.
+        """
         span = self.spans[parameter]
         self._write(span.start, span.stop, values.to(self.weights.device, torch.float32, copy=True).flatten())
+        if parameter.dtype == torch.float16:
+            remedy = "fp16 does not hold them: set precision.weights to autocast"
+            check_finite({span.name: parameter.detach()}, "trained weights in fp16", remedy)
 
     def get(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's fp32 values, where the weights are; for fp16 the very ones that are kept."""
