@@ -1,6 +1,5 @@
 """What a run needs before its first step: the processes, the data, the base; each checked before harm is done."""
 
-import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +49,7 @@ from trainer.model.latents import describe_numbers, find_other_numbers
 from trainer.model.lineage import describe_software, read_lineage
 from trainer.sample.pictures import check_config_prompts
 from trainer.train.beginning import Resumed, find_resumed
+from trainer.train.kernels import set_kernels
 from trainer.train.launch_checks import check_environment, check_installed, check_processes, ignored_settings
 from trainer.train.run import run_path
 
@@ -111,12 +111,7 @@ def build_accelerator(config: Config) -> Accelerator:
         raise UserError(
             "precision.compute fp16 needs a GPU; on the CPU use precision.compute=fp32 precision.frozen=fp32"
         )
-    if config.precision.deterministic or uses_cpu():
-        # on the CPU always: with several threads some of its kernels add in any order too
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
-    torch.backends.cudnn.allow_tf32 = config.precision.tf32
+    set_kernels(config.precision, uses_cpu())
     compute = config.precision.compute
     autocast = config.precision.weights == "autocast" and compute != "fp32"
     with patch_environment(ACCELERATE_DYNAMO_BACKEND="no", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1"):

@@ -23,6 +23,7 @@ from trainer.model.diffusion import alphas_cumprod
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
 from trainer.train.black_box import BlackBox, open_black_box
+from trainer.train.kernels import choose_attention, describe_kernels, prefer_attention
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.load import load_model
@@ -49,7 +50,8 @@ def train(config: Config, check: bool = False) -> Result:
     """
     inputs = open_inputs(config, build_accelerator(config))
     locked = lock_run(run_path(config), inputs.accelerator.is_main_process)
-    with locked, stop_requests(config.run.time_limit) as stops:
+    attention = prefer_attention(choose_attention(inputs.accelerator.device, config.precision))
+    with locked, attention, stop_requests(config.run.time_limit) as stops:
         inputs = settle_resumed(inputs, check)
         first, last = inputs.first, inputs.last
         if first >= last:
@@ -140,6 +142,7 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
         attempt = begin_attempt(
             config, inputs.facts, resumed.tracker_run_id if resumed else None, resumed.attempt if resumed else 0,
             first_step=inputs.first, last_step=inputs.last, processes=accelerator.num_processes, device=device,
+            kernels=describe_kernels(choose_attention(accelerator.device, config.precision)),
             **inputs.software,
         )  # fmt: skip
     black_box = open_black_box(inputs, attempt.number)
