@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import nn
 
 from support.private_memory import watch_memory
 from support.tiny_model import TINY, random_parts, write_folder
@@ -19,6 +20,7 @@ from trainer.train.load import load_model
 from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer
 from trainer.train.save import save_checkpoint
+from trainer.train.weights import FlatGradients, lay_out
 
 UNET = TINY["unet"] | {"block_out_channels": [32, 128, 256, 512], "attention_head_dim": [2, 4, 8, 8]}
 RATES = OptimConfig(name="adafactor", unet_lr=1e-3, betas=None, eps=None)  # which has hardly any state
@@ -70,4 +72,13 @@ def restore(base: str, folder: str) -> int:
     optimizer = build_optimizer(model, RATES)
     with watch_memory() as peak:
         restore_checkpoint(Path(folder), model, optimizer)
+    return peak.bytes
+
+
+def take_norms() -> int:
+    """Bytes that the norms of 2,048 gradients in bf16, of 65,536 elements each, take."""
+    parameters = {str(number): nn.Parameter(torch.zeros(2**16, dtype=torch.bfloat16)) for number in range(2048)}
+    gradients = FlatGradients(list(lay_out(parameters).values()), "bf16", torch.device("cpu"))
+    with watch_memory() as peak:
+        gradients.norms()
     return peak.bytes

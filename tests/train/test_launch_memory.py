@@ -1,4 +1,4 @@
-"""What starting a run takes of a process's own memory, beside the model: one tensor at a time."""
+"""What starting a run, and clipping, take of a process's own memory, beside the model: one tensor at a time."""
 
 from pathlib import Path
 
@@ -29,3 +29,8 @@ def test_a_model_is_loaded_tensor_by_tensor(base: tuple[str, int], weights: str)
     path, size = base
     beside = measure(middle_model.start, path, weights)
     assert beside < SPARE < size / 3, f"{beside / MB:.0f} MB beside the model of {size / MB:.0f} MB"
+
+
+def test_norms_of_gradients_take_one_copy_in_fp32() -> None:
+    taken = measure(middle_model.take_norms)
+    assert taken < SPARE, f"{taken / MB:.0f} MB, and all copies have {2048 * 4 * 2**16 / MB:.0f} MB"

@@ -233,12 +233,22 @@ class FlatGradients:
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip all together; the norm before, fp32. The arithmetic is that of torch's clip_grad_norm_."""
-        norms = torch._foreach_norm(self.views, 2.0, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(self.norms())
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for part in self.flat.split(STRETCH):  # in bf16 the product would round the factor first
             part.copy_(part.float().mul_(factor))
         return norm
+
+    def norms(self) -> Tensor:
+        """The norm of each parameter's gradient, fp32."""
+        if self.flat.device.type != "cpu":
+            return torch.stack(torch._foreach_norm(self.views, 2.0, dtype=torch.float32))
+        # there each is made of a copy in fp32, and results that are new memory come to lie between the copies' places,
+        # so that the next copy does not fit there: 5 GB in stage 1
+        norms = torch.empty(len(self.views), dtype=torch.float32)
+        for view, norm in zip(self.views, norms, strict=True):
+            torch.linalg.vector_norm(view, dtype=torch.float32, out=norm)
+        return norms
 
     def zero(self) -> None:
         self.flat.zero_()
