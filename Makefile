@@ -15,7 +15,7 @@ PUBLISH := $(BIN)/python scripts/publish.py demo_run/runs/stage2_refine_unet
 PUBLISH_LICENSED = $(PUBLISH) --license-file "$(LICENSE_FILE)" publish.source_url=https://example.org/the-demo \
 	--acknowledge-base-terms "made from nothing by scripts/make_tiny_base.py: nobody else's terms apply"
 
-.PHONY: setup setup-dev demo publish-demo test test-slow test-faults check clean-demo
+.PHONY: setup setup-dev demo publish-demo test test-slow test-faults full-size check clean-demo
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev
@@ -81,6 +81,11 @@ test-slow: .venv/installed-dev
 # a module for each promise; prints how often each was tried, and how often it failed
 test-faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile tests/promises
+
+# both stages at SDXL's full size on the CPU, with random weights: killed, resumed and exported; about an hour of two cores,
+# 24 GB of memory and 45 GB of disk (TMPDIR), which are free again at the end
+full-size: .venv/installed
+	$(BIN)/python benchmarks/full_size.py
 
 clean-demo:
 	rm -rf demo_run
