@@ -17,14 +17,13 @@ import pytest
 import trainer.report.data_page as report_module
 from support.html_reader import Reader
 from support.paths import REPOSITORY
-from support.posts_on_disk import rows_to_table
+from support.set_on_disk import row, write_set
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
 from trainer.data import shards
 from trainer.data.buckets import fit_image
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
-from trainer.data.shards import ShardWriter, write_index
 from trainer.data.template import compose_caption, ready_rules
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers
@@ -44,24 +43,6 @@ from trainer.report.survey import (
 HOSTILE = "<script>alert('1')</script>&\"x\""
 
 MakeConfig = Callable[..., Config]
-
-
-def row(key: str, **more: Any) -> dict[str, Any]:
-    """An index row of a square image."""
-    return {
-        "key": key, "source": "posts.jsonl", "content_hash": f"{key:0>64}", "bucket_width": 64, "bucket_height": 64,
-        "original_width": 64, "original_height": 64, "crop_left": 0, "crop_top": 0, **more,
-    }  # fmt: skip
-
-
-def write_set(folder: Path, rows: list[dict[str, Any]], latents: dict[str, Any] | None = None, **more: Any) -> Path:
-    folder.mkdir()
-    writer = ShardWriter(folder, 0)
-    for each in rows:
-        writer.add(each, np.zeros((4, each["bucket_height"] // 8, each["bucket_width"] // 8), dtype=np.float16))
-    shard = writer.finish()
-    write_index(folder, rows_to_table(writer.rows), [shard], latents or {"vae_sha256": "another"}, **more)
-    return folder
 
 
 @pytest.fixture(scope="module")

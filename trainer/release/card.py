@@ -26,7 +26,7 @@ from trainer.model.lineage_rows import caption_words, find_taught, identifier, n
 from trainer.model.sdxl import DTYPES
 from trainer.release.gallery import caption_of, line_of_all, settings_line
 from trainer.release.licence import FAIPL, OPENRAIL, Terms
-from trainer.release.markdown import cell, plain, render_markdown, spans
+from trainer.release.markdown import plain, render_markdown, spans
 from trainer.release.tag_rules import (
     best_tags,
     caution,
@@ -265,9 +265,9 @@ def build_header(release: Release) -> dict[str, Any]:
 def link_base(base: dict[str, Any]) -> Markup:
     """A base by name, commit and hash; linked where the Hub knows it."""
     reference, revision = words(base["reference"]), base["revision"]
-    name = cell(plain(name_base(base)))
+    name = plain(name_base(base))
     if revision is not None and HUB_ID.fullmatch(reference):
         name = Markup(f"[{name}](https://huggingface.co/{reference})")
     if revision is not None:
-        name = Markup(f"{name}, commit {cell(spans(identifier(revision)))}")
-    return Markup(f"{name}, SHA-256 {cell(spans(identifier(base['sha256'])))}")
+        name = Markup(f"{name}, commit {spans(identifier(revision))}")
+    return Markup(f"{name}, SHA-256 {spans(identifier(base['sha256']))}")

@@ -20,6 +20,11 @@ from trainer.core.errors import UserError
 
 PHONE_COLUMNS = 40  # of code on a screen of 390 pixels
 CODE_COLUMNS = 76
+IDENTIFIER = re.compile(r"`[A-Za-z0-9.:…-]+`")  # nothing in it means anything to Markdown, wherever the code may end
+# control characters, and those by which text runs from right to left though its letters do not
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
+# what begins a heading, a quotation, a list or a line across, at the beginning of a text; of "1." the point is escaped
+BLOCK_MARK = re.compile(r"^(\s*)(\d*)((?<!\d)[#>]|(?<!\d)[-+=](?=[-+=\s]|$)|(?<=\d)[.)](?=\s|$))")
 
 
 def render_markdown(template: Path, data: Mapping[str, Any]) -> str:
@@ -54,19 +59,31 @@ def cell(value: object) -> Markup:
     """Text that breaks neither a table nor the page: no line breaks, bars, or tags; what is marked as safe stays."""
     if isinstance(value, Markup):
         return value
-    return Markup(" ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;"))
+    return Markup(one_line(str(value)).replace("|", "\\|").replace("<", "&lt;"))
 
 
-def plain(text: object) -> str:
+def one_line(text: str) -> str:
+    """A text on one line, without what no page shows and what turns the order of letters around."""
+    return UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+
+
+def plain(text: object) -> Markup:
     """Text that Markdown shows as it is: prompts are full of its signs, as in ``saber \\(fate\\)`` and ``^_^``."""
-    return re.sub(r"([\\`*\[\]~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", str(text))  # a_b is safe
+    return text if isinstance(text, Markup) else cell(BLOCK_MARK.sub(r"\1\2\\\3", escape_signs(str(text))))
 
 
-def spans(text: str) -> str:
+def escape_signs(text: str) -> str:
+    """Backslashes before what means something to Markdown within a line."""
+    return re.sub(r"([\\`*\[\]~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)  # a_b is safe
+
+
+def spans(text: str) -> Markup:
     """The same for text in which identifiers stand in backticks, as in a lineage's rows: these stay code."""
     if isinstance(text, Markup):
         return text
-    return "".join(part if part[:1] == "`" and len(part) > 1 else plain(part) for part in re.split(r"(`[^`]+`)", text))
+    parts = re.split(f"({IDENTIFIER.pattern})", text)
+    escaped = "".join(part if IDENTIFIER.fullmatch(part) else escape_signs(part) for part in parts)
+    return cell(BLOCK_MARK.sub(r"\1\2\\\3", escaped))
 
 
 def brief(text: str) -> str:
@@ -82,7 +99,7 @@ def codes(words: Sequence[str]) -> Markup:
 
 def code(word: str) -> str:
     """A word as code, in as many backticks as it takes."""
-    text, runs = " ".join(word.split()), re.findall(r"`+", word)
+    text, runs = one_line(word), re.findall(r"`+", word)
     fence, space = "`" * max([1, *(len(run) + 1 for run in runs)]), " " if runs else ""
     return f"{fence}{space}{text}{space}{fence}"
 
@@ -92,14 +109,14 @@ def fenced(text: str, columns: int = PHONE_COLUMNS) -> Markup:
 
     CLIP's tokenizers take a line break for a space, so that a prompt that is copied from here is the same.
     """
-    lines = textwrap.wrap(" ".join(text.split()), columns, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(one_line(text), columns, break_long_words=False, break_on_hyphens=False)
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
     return Markup("\n".join([fence, *lines, fence]))
 
 
 def string(text: str) -> Markup:
     """A text as a string of Python, in parts of several lines where it is long; JSON's escapes are Python's too."""
-    pieces = re.findall(rf".{{1,{CODE_COLUMNS - 8}}}(?:\s+|$)|\S+\s*", " ".join(text.split())) or [""]
+    pieces = re.findall(rf".{{1,{CODE_COLUMNS - 8}}}(?:\s+|$)|\S+\s*", one_line(text)) or [""]
     literals = [json.dumps(piece, ensure_ascii=False) for piece in pieces]
     if len(literals) == 1:
         return Markup(literals[0])
