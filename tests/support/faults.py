@@ -1,10 +1,11 @@
 """What goes wrong inside a process of a fork server, or of a launcher: each is set up before the run begins."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from trainer.data import loader
-from trainer.train import step
+from trainer.train import samples, step
 
 
 def stall_data(after: int) -> None:
@@ -29,3 +30,14 @@ def sleep_in_step(after: int, seconds: float = 3600.0) -> None:
         return original(*arguments)
 
     step.batch_losses = compute_or_sleep
+
+
+def note_samples(file: str) -> None:
+    """A file comes when samples are drawn."""
+    original = samples.draw_image
+
+    def note_and_draw(*arguments: Any, **more: Any) -> Any:
+        Path(file).touch()
+        return original(*arguments, **more)
+
+    samples.draw_image = note_and_draw

@@ -1,4 +1,4 @@
-"""What the watchdog allows, and whom it names; real hangs are in tests/promises/test_p08_hung_rank.py."""
+"""What the watchdog allows, and whom it names; real hangs are in tests/promises/test_hung_rank.py."""
 
 import os
 import socket

@@ -34,7 +34,7 @@ from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
 from trainer.train.resume import check_same, describe_changes, hash_state, settle_resumed
 from trainer.train.run import Attempt, begin_attempt, lock_run, run_path
-from trainer.train.samples import Samples, sample_due
+from trainer.train.samples import Samples, is_grid_lost, sample_due
 from trainer.train.saver import Saver
 from trainer.train.state import build_train_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
@@ -54,7 +54,8 @@ def train(config: Config, check: bool = False) -> Result:
     with locked, attention, stop_requests(config.run.time_limit) as stops:
         inputs = settle_resumed(inputs, check)
         first, last = inputs.first, inputs.last
-        if first >= last:
+        lost = is_grid_lost(inputs)
+        if first >= last and (check or not lost):
             return make_result(
                 inputs, f"{run_path(config)} has made all of its {format_count(last, 'step')}; nothing to do", first
             )
@@ -73,9 +74,12 @@ def train(config: Config, check: bool = False) -> Result:
         run = build_run(inputs, model, sdxl, optimizer, stops)
         pending: PendingStep | None = None
         with (
-            run.progress, run.page, run.noting, run.black_box, run.watchdog, run.saver,
+            run.progress, run.page, run.noting, run.black_box, run.saver, run.watchdog,
             closing(start_loading(run)) as batches,
         ):  # fmt: skip
+            if lost:
+                run.samples.draw_lost()
+                run.page.update(first, at_once=True)
             for step in range(first, last):
                 ready = wait_for_batches(run, batches)
                 if stops.agree():

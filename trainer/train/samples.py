@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer.config.environment import hide_environment
 from trainer.config.schema import Config
+from trainer.core.console import log
 from trainer.core.disk import bearing_disk
 from trainer.core.layout import SAMPLES_FOLDER, checkpoint_name
 from trainer.core.progress import Meter
@@ -37,6 +38,13 @@ class Samples:
             return
         vae = build_vae(inputs.vae.config, inputs.vae.state, DTYPES[self.config.precision.vae])
         self.vae = vae.to(inputs.accelerator.device)
+
+    def draw_lost(self) -> None:
+        """Draw what was lost, before the first step: the weights are those that it would have been drawn with."""
+        log.info(
+            "note: the samples of step %s were due when the run ended, and are drawn now", f"{self.inputs.first:,}"
+        )
+        self.draw(self.inputs.first)
 
     def draw(self, made: int) -> None:
         """Draw the grid of so many steps; none where a rank was asked to stop."""
@@ -86,6 +94,13 @@ def sample_due(config: Config, made: int, last: int) -> bool:
     """Whether samples are drawn after so many steps."""
     every = config.sampling.every_steps
     return every is not None and (made % every == 0 or made == last)
+
+
+def is_grid_lost(inputs: RunInputs) -> bool:
+    """Whether the grid of the step at which this run resumes was due, and is not there."""
+    if inputs.resumed is None or inputs.resumed.begins_fork or not sample_due(inputs.config, inputs.first, inputs.last):
+        return False
+    return inputs.processes.share(not grid_path(inputs.config, inputs.first).is_file())
 
 
 def grid_path(config: Config, made: int) -> Path:

@@ -66,34 +66,37 @@ def test_a_signal_between_steps(
     assert saved_step(folder) == first + 1 and outcome_of(folder)["state"] == "finished"  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_signal_during_samples(
     server: ForkServer, words: list[str], tmp_path: Path, name: str, count_try: Count
 ) -> None:
-    """A thousand denoising steps are not waited for."""
-    folder, output = tmp_path / "run", tmp_path / "output"
-    pid = server.start([*words, *SAMPLES], output)
-    wait_until(lambda: steps_logged(folder) >= 1, "a step")
-    time.sleep(1.0)  # the second step is made, and samples are drawn
+    """A thousand denoising steps are not waited for; the same command draws the picture first of all."""
+    folder, output, drawing = tmp_path / "run", tmp_path / "output", tmp_path / "drawing"
+    pid = server.start([*words, *SAMPLES], output, fault=["note_samples", str(drawing)])
+    wait_until(drawing.exists, "samples that are drawn")
     os.kill(pid, getattr(signal, name))
     check_stopped(folder, server.wait(pid), name, output)
     assert outcome_of(folder)["step"] == 2 and not list(folder.glob("samples/*.png"))  # type: ignore[index]
     count_try(f"{name} during samples", True)
+    again = [*words, *SAMPLES, "sampling.num_inference_steps=2", "schedule.max_steps=3"]
+    assert server.wait(server.start(again, output)) == 0, output.read_text()
+    assert [path.name for path in sorted(folder.glob("samples/*.png"))] == ["step-00000002.png", "step-00000003.png"]
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(3, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_signal_while_data_do_not_come(
-    server: ForkServer, words: list[str], tmp_path: Path, threads: int, count_try: Count
+    server: ForkServer, words: list[str], tmp_path: Path, name: str, threads: int, count_try: Count
 ) -> None:
     """A hung file system: the steps that are made are saved, and nothing waits for the rest."""
     folder, output = tmp_path / "run", tmp_path / "output"
     pid = server.start([*words, f"data.loader_threads={threads}"], output, fault=["stall_data", 17])
     wait_until(lambda: steps_logged(folder) >= 3, "three steps")
     time.sleep(0.5)
-    os.kill(pid, signal.SIGTERM)
-    check_stopped(folder, server.wait(pid), "SIGTERM", output)
+    os.kill(pid, getattr(signal, name))
+    check_stopped(folder, server.wait(pid), name, output)
     assert saved_step(folder) in (3, 4)
-    count_try("SIGTERM while data do not come", True)
+    count_try(f"{name} while data do not come", True)
 
 
 @pytest.mark.faults
