@@ -69,7 +69,12 @@ class Failed(Exception):
 def run_phase(name: str, words: list[str], kill_when: Callable[[], bool] | None = None) -> Phase:
     """Run a script of ours to its end, or kill it when it is time."""
     print(f"# {name}: {' '.join(words)}", file=sys.stderr, flush=True)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),  # what is freed goes back at once, see docs/traps.md
+    }
     begun, private, killed = time.monotonic(), 0, False
     process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, env=environment, stdout=sys.stderr)
     while process.poll() is None:
