@@ -1,10 +1,12 @@
 """P5: a full, read-only or failing disk costs what could not be written, and no more: training goes on and tries again.
 
-Where this process may mount one, the disk is a real one of some megabytes.
+Where this process may mount one, as root may, the disk is a real one of some megabytes; anybody may set a limit of file
+sizes, at which the system refuses in the midst of a file.
 """
 
 import errno
 import os
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.ranks import train_ranks
 from trainer.config.schema import Config
 from trainer.core import disk
 from trainer.core.errors import UserError
@@ -107,6 +110,42 @@ def test_a_disk_that_is_full_for_a_while(
     train(straight)
     files = [read_train_state(run_path(one) / "checkpoints/step-00000005")["files"] for one in (config, straight)]
     assert files[0] == files[1]
+
+
+def test_a_limit_of_file_sizes_for_a_while(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, notes: Callable[[], str], count_try: Count, size: int
+) -> None:
+    """The system's own refusal in the midst of a file, which every user may ask for: as a quota's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = {1: (size // 8, before[1]), 3: before}
+    each_step(
+        monkeypatch, lambda number: number in limits and resource.setrlimit(resource.RLIMIT_FSIZE, limits[number])
+    )
+    config = make_config("checkpoint.every_steps=1", "checkpoint.keep_last=9", "schedule.max_steps=5")
+    try:
+        train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    held = checkpoints(config) == ["step-00000001", "step-00000004", "step-00000005"]
+    count_try("a limit of file sizes for a while costs the checkpoints of that while", held)
+    assert held and notes().count("File too large") == 2 and orphans(config) == []
+
+
+def test_several_processes_go_on_where_the_disk_of_the_first_refuses(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("checkpoint.every_steps=1", "checkpoint.keep_last=9", "schedule.max_steps=3",
+                         "data.micro_batch_size=1")  # fmt: skip
+    write = saver.write_checkpoint
+
+    def refuse(folder: Path, files: Any, state: Any, size: int) -> Path:
+        if state["step"] == 2:
+            raise OSError(errno.EROFS, "Read-only file system", str(folder))
+        return write(folder, files, state, size)
+
+    monkeypatch.setattr(saver, "write_checkpoint", refuse)
+    assert train_ranks([config] * 2, tmp_path / "said") == ["", ""]
+    assert checkpoints(config) == ["step-00000001", "step-00000003"]
 
 
 def test_a_disk_that_is_full_at_the_end_says_what_is_lost(

@@ -56,6 +56,22 @@ def test_weights_that_overflow_in_the_update_are_not_saved(
     assert held and all(tensor.isfinite().all() for tensor in open_weights(newest).values())
 
 
+@pytest.mark.parametrize("words", [[], ADAFACTOR, MASTER], ids=["adamw", "adafactor", "master"])
+def test_an_absurd_rate_leaves_nothing_that_is_not_finite(
+    make_config: MakeConfig, count_try: Count, words: list[str]
+) -> None:
+    config = make_config(*words, *EVERY, "schedule.max_steps=4", "optim.unet_lr=1e38")
+    with pytest.raises(UserError, match="not finite"):
+        train(config)
+    held = all(
+        tensor.isfinite().all()
+        for path in list_checkpoints(run_path(config) / "checkpoints")
+        for tensor in open_weights(path).values()
+    )
+    count_try("a rate of 1e38 leaves no checkpoint that is not finite", held)
+    assert held
+
+
 def test_an_optimizer_state_that_is_not_finite_is_not_saved(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
