@@ -157,3 +157,15 @@ def test_the_readmes_commands_run(tiny_base: Path, tmp_path: Path) -> None:
         assert run.returncode == 0, f"{' '.join(words)}\n{run.stderr[-3000:]}"
     assert (tmp_path / "my2.yaml").exists()
     assert list((tmp_path / "runs/my/export").glob("my-step-00000002-*.safetensors"))
+
+
+def test_each_promise_names_the_modules_that_try_to_break_it() -> None:
+    rows = re.findall(
+        r"^\| (P\d+) \|[^|]*\*[^|]*\| ([\w, ]+) \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, _ in rows] == [f"P{number}" for number in range(1, 13)]
+    named = {module: name for name, modules in rows for module in modules.split(", ")}
+    folder = REPOSITORY / "tests/promises"
+    assert named.keys() == {path.stem for path in folder.glob("test_*.py")}
+    for module, name in named.items():
+        assert re.match(rf'"""{name}[.:,]', (folder / f"{module}.py").read_text()), module
