@@ -27,6 +27,7 @@ from trainer.train.pace import Pace
 from trainer.train.run import run_path
 from trainer.train.save import save_checkpoint
 from trainer.train.saver import Saver
+from trainer.train.stops import ENDING, Stops
 
 MakeConfig = Callable[..., Config]
 Gate = tuple[threading.Event, threading.Event]  # set when a write has begun; set to let it go on
@@ -95,6 +96,19 @@ def test_one_save_is_under_way_and_the_end_waits_for_it(tmp_path: Path, gate: Ga
         second.join(60)
         saving.finish(2, finished=True)
         assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+def test_a_time_limit_leaves_room_for_the_save_under_way_and_another(tmp_path: Path, gate: Gate) -> None:
+    model, optimizer = stepped()
+    stops = Stops(None, None, None)
+    stops.pace.note("checkpoint", 1000.0)
+    assert stops.ahead() == 1500.0 + ENDING
+    with Saver(tmp_path, model, optimizer, CheckpointConfig(), stops.pace) as saving:
+        saving.save({"step": 1}, ending=False)
+        assert 2900.0 + ENDING < stops.ahead() < 3000.0 + ENDING
+        gate[1].set()
+        saving.settle()
+        assert stops.ahead() == 1500.0 + ENDING
 
 
 def test_an_error_of_the_run_lets_the_save_come_to_its_end(tmp_path: Path, gate: Gate) -> None:

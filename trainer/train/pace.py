@@ -27,6 +27,7 @@ class Pace:
         self.took: dict[str, deque[float]] = {}
         self.step_begun: float | None = None  # of time.monotonic()
         self.aside = 0.0  # since then, of what is no part of it
+        self.saving_since: float | None = None  # where a save is under way beside the steps
         self.last = Mark(0, "start", "its beginning", time.monotonic())
 
     def mark(self, doing: str, kind: str = "step") -> None:
@@ -65,6 +66,10 @@ class Pace:
             self.note("step", now - self.step_begun - self.aside)
         self.step_begun, self.aside = now, 0.0
         self.mark("the agreement of all ranks to go on")
+
+    def rest_of_save(self, expected: float) -> float:
+        """Seconds until the save that is under way beside the steps has taken as long as expected."""
+        return 0.0 if self.saving_since is None else max(0.0, self.saving_since + expected - time.monotonic())
 
     def longest(self, what: str, default: float = 0.0) -> float:
         """The longest of the last; the default where none is known."""

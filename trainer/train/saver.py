@@ -81,6 +81,7 @@ class Saver:
             self.worker.catch_up()
             self.write(list_tensor_files(self.model, self.optimizer), train_state, size, begun)
         else:
+            self.pace.saving_since = begun
             copies = list(self.copy_files())
             self.writing = self.worker.start(lambda: self.write(wait_for_each(copies), train_state, size, begun))
 
@@ -193,6 +194,8 @@ class Saver:
             self.lost, self.unpruned = None, True
             self.pace.note("checkpoint", time.monotonic() - begun)
             note_saved(self.run, train_state["step"], begun - self.begun)
+        finally:
+            self.pace.saving_since = None
 
     def prune(self, step: int) -> None:
         """Remove older checkpoints once the step after the newest one, made with its weights, is seen to be good.

@@ -71,9 +71,9 @@ class Stops:
         return TIME if self.deadline is not None and time.monotonic() + self.ahead() >= self.deadline.at else 0
 
     def ahead(self) -> float:
-        """Seconds that it takes to stop: the step under way, the save and the end, with a margin."""
+        """Seconds that it takes to stop: the step and the save under way, one more save and the end, with a margin."""
         save = self.pace.longest("checkpoint", self.save_seconds)
-        return 1.5 * (save + 2 * self.pace.longest("step")) + ENDING
+        return 1.5 * (save + self.pace.rest_of_save(save) + 2 * self.pace.longest("step")) + ENDING
 
     def agree(self) -> bool:
         """Whether some rank was asked to stop. All ranks ask at the same time, before a step."""
