@@ -86,7 +86,7 @@ def verify_resume(
         shutil.rmtree(folder)
     lines = [
         format_table([HEADER, table_row(straight, None), *(row for check in checked for row in check.rows)]),
-        *(describe_kernels(check) for check in checked if check.result.trial.exact),
+        *(say_whether_exact(check) for check in checked if check.result.trial.exact),
         *(f"not tried: {why}" for name, why in UNTRIED.items() if name not in {trial.name for trial in trials}),
         *(f"broken: {fault}" for fault in faults),
         describe_verdict(trials, broken=bool(faults)),
@@ -130,7 +130,7 @@ def start(settings: TrialSettings, trial: Trial, where: str) -> TrialResult:
     return run_trial(settings, trial)
 
 
-def describe_kernels(check: Checked) -> str:
+def say_whether_exact(check: Checked) -> str:
     """Whether the kernels are deterministic, for people."""
     if check.repeated is None:
         return "kernels: they gave the same bits in both runs, so a resumed run is the run that was not stopped"
