@@ -144,7 +144,7 @@ def test_what_failed_is_kept(tmp_path: Path, notes: Callable[[], str]) -> None:
     for number in range(1, 11):
         (tmp_path / "black_box" / attempt_name(number)).mkdir(parents=True)
         state = "failed" if number in (2, 4) else "finished" if number != 10 else None
-        attempts.append({"attempt": number} | ({"outcome": {"state": state}} if state else {}))
+        attempts.append({"attempt": number, "first_step": 0} | ({"outcome": {"state": state}} if state else {}))
     (tmp_path / "run.json").write_text(json.dumps({"attempts": attempts}))
     black_box.tidy_black_boxes(tmp_path)
     kept = sorted(int(path.name[-4:]) for path in (tmp_path / "black_box").iterdir())
