@@ -82,8 +82,8 @@ test-slow: .venv/installed-dev
 test-faults: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile tests/promises
 
-# both stages at SDXL's full size on the CPU, with random weights: killed, resumed and exported; about an hour of two cores,
-# 24 GB of memory and 45 GB of disk (TMPDIR), which are free again at the end
+# both stages at SDXL's full size on the CPU, with random weights: killed, resumed and exported; two idle cores,
+# 20 GB of free memory and 45 GB of disk (TMPDIR), which are free again at the end
 full-size: .venv/installed
 	$(BIN)/python benchmarks/full_size.py
 

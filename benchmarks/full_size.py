@@ -1,6 +1,6 @@
 """Both stages at full size on the CPU, with random weights: prepared, trained, killed, resumed and exported.
 
-``make full-size`` (2 cores, 24 GB of memory, 45 GB of disk, up to 45 minutes), or ``python benchmarks/full_size.py
+``make full-size`` (2 idle cores, 20 GB of free memory, 45 GB of disk), or ``python benchmarks/full_size.py
 --base FOLDER``. Each stage makes two steps and a checkpoint, two more, and is killed while it writes the next one; the
 resumed run makes those two again, and must find the same losses and norms to the last digit. What is printed is a
 table of what each part took. The first thing that is not as it should be ends it.

@@ -59,7 +59,7 @@ def prefer_attention(order: tuple[str, ...] | None) -> Iterator[None]:
         yield
 
 
-def describe_kernels(order: tuple[str, ...] | None) -> dict[str, Any]:
+def record_kernels(order: tuple[str, ...] | None) -> dict[str, Any]:
     """What is set, for an attempt's record."""
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -23,7 +23,7 @@ from trainer.model.diffusion import alphas_cumprod
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
 from trainer.train.black_box import BlackBox, open_black_box
-from trainer.train.kernels import choose_attention, describe_kernels, prefer_attention
+from trainer.train.kernels import choose_attention, prefer_attention, record_kernels
 from trainer.train.launch import RunInputs, build_accelerator, open_inputs
 from trainer.train.live_page import LivePage
 from trainer.train.load import load_model
@@ -146,7 +146,7 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
         attempt = begin_attempt(
             config, inputs.facts, resumed.tracker_run_id if resumed else None, resumed.attempt if resumed else 0,
             first_step=inputs.first, last_step=inputs.last, processes=accelerator.num_processes, device=device,
-            kernels=describe_kernels(choose_attention(accelerator.device, config.precision)),
+            kernels=record_kernels(choose_attention(accelerator.device, config.precision)),
             **inputs.software,
         )  # fmt: skip
     black_box = open_black_box(inputs, attempt.number)
