@@ -4,7 +4,9 @@ Where this process may mount one, as root may, the disk is a real one of some me
 sizes, at which the system refuses in the midst of a file.
 """
 
+import builtins
 import errno
+import io
 import os
 import resource
 import subprocess
@@ -258,3 +260,45 @@ def test_what_is_no_trouble_of_a_disk_still_ends_the_run(
     monkeypatch.setattr(saver, "write_checkpoint", fail)
     with pytest.raises(OSError, match="Invalid argument"):
         train(make_config("checkpoint.every_steps=1", "schedule.max_steps=20"))
+
+
+def test_a_disk_that_turns_read_only_for_a_while(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, notes: Callable[[], str], count_try: Count
+) -> None:
+    """All that a run writes is refused: checkpoint, page, samples, log and records.
+
+    The system's functions refuse: no mount can be turned so while a file on it is open.
+    """
+    sampled = ["sampling.every_steps=1", "sampling.prompts=[a]", "sampling.num_inference_steps=1"]
+    config = make_config("checkpoint.every_steps=1", "checkpoint.keep_last=9", "schedule.max_steps=5", *sampled)
+    run, now = str(run_path(config)), [0]
+
+    def refusing(function: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+        def call(path: Any, *words: Any, **more: Any) -> Any:
+            if now[0] in (1, 2) and str(path).startswith(run) and writes(*words, **more):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return function(path, *words, **more)
+
+        return call
+
+    def opens_for_writing(mode: Any = "r", *_: Any, **__: Any) -> bool:
+        return (
+            any(letter in mode for letter in "wax+")
+            if isinstance(mode, str)
+            else bool(mode & (os.O_WRONLY | os.O_RDWR))
+        )
+
+    for owner, name in ((builtins, "open"), (io, "open"), (os, "open")):
+        monkeypatch.setattr(owner, name, refusing(getattr(owner, name), opens_for_writing))
+    for name in ("mkdir", "rename", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name), lambda *_, **__: True))
+    write = MetricsFile.write
+    monkeypatch.setattr(
+        MetricsFile, "write", lambda self, *words: refusing(lambda path: write(self, *words), lambda: True)(self.path)
+    )
+    each_step(monkeypatch, lambda number: now.__setitem__(0, number))
+    train(config)
+    held = checkpoints(config) == ["step-00000001", "step-00000004", "step-00000005"]
+    count_try("a disk that turns read-only for a while costs what could not be written then", held)
+    assert held and orphans(config) == [], notes()
+    assert not {2, 3} & {int(path.stem[-8:]) for path in run_path(config).glob("samples/*.png")}
