@@ -15,9 +15,11 @@ from trainer.config.schema import Config
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, draw_noise, draw_sample_noise, load_batches, make_time_ids
 from trainer.data.plan import Plan, build_plan
-from trainer.data.template import ready_rules
+from trainer.data.sample_weights import find_sample_weights
 from trainer.data.tokens import load_tokenizers, tokenize_captions
 from trainer.model.base import find_base, find_tokenizers, read_vocab_sizes
+from trainer.report.explain import explain_step
+from trainer.report.thresholds import find_caption_rules
 
 MakeConfig = Callable[..., Config]
 
@@ -36,10 +38,9 @@ def open_batches(config: Config) -> MicroBatches:
     index = open_index(config.data.shards)
     base = find_base(config.model.pretrained)
     tokenizers = load_tokenizers(*find_tokenizers(base, None), read_vocab_sizes(base))
-    plan = build_plan(index, config.run.seed, config.data)
-    return MicroBatches(
-        plan, index, tokenizers, ready_rules(config.captions), config.diffusion, config.data.micro_batch_size
-    )
+    rules = find_caption_rules(config, index.table)
+    plan = build_plan(index, config.run.seed, config.data, find_sample_weights(index, config.data, rules.config))
+    return MicroBatches(plan, index, tokenizers, rules, config.diffusion, config.data.micro_batch_size)
 
 
 def test_the_lines_are_what_the_loader_makes(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -81,6 +82,32 @@ def test_the_lines_do_not_depend_on_processes_and_workers(make_config: MakeConfi
     second = explain(make_config("run.name=b", "data.loader_threads=3", "data.micro_batch_size=1"), tmp_path, 3)
     assert first == second
     assert first != explain(make_config("run.name=c", "run.seed=43"), tmp_path, 3)
+
+
+MIXED = [
+    "diffusion.timestep_sampling=stratified", "data.weights=[{factor: 2.5, tag: food}, {factor: 0, tag: menu}]",
+    "captions.mix={tags: 0.6, natural: 0.4}",
+]  # fmt: skip
+
+
+def test_weights_strata_and_mixes_are_explained_as_they_are_drawn(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The same for any size of micro-batches; the timesteps of a step lie in all parts of the range."""
+    config = make_config(*MIXED, "data.global_batch_size=8", "diffusion.min_timestep=200")
+    index = open_index(config.data.shards)
+    timesteps: list[list[int]] = []
+    for step in (0, 11):
+        lines = list(explain_step(config, index, step))
+        assert sorted(line["stratum"] for line in lines) == list(range(8))
+        assert all(200 + 100 * line["stratum"] <= line["timestep"] < 300 + 100 * line["stratum"] for line in lines)
+        for size in (2, 1):
+            data = open_batches(make_config(*MIXED, "data.global_batch_size=8", "diffusion.min_timestep=200",
+                                            f"data.micro_batch_size={size}"))  # fmt: skip
+            batches = [data[step * data.per_step + number] for number in range(data.per_step)]
+            assert [line["key"] for line in lines] == [key for batch in batches for key in batch.keys]
+            assert [line["timestep"] for line in lines] == [int(t) for batch in batches for t in batch.timesteps]
+        timesteps.append([line["stratum"] for line in lines])
+    assert timesteps[0] != timesteps[1]
+    assert all("stratum" not in line for line in explain_step(make_config(), index, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,7 +10,9 @@ from diffusers.training_utils import compute_snr
 
 from trainer.config.schema import DiffusionConfig
 from trainer.core.rng import rng
-from trainer.data.loader import draw_noise, draw_sample_timestep
+from trainer.data import loader
+from trainer.data.loader import Stratum, draw_noise, draw_sample_timestep, draw_strata
+from trainer.data.plan import Plan
 from trainer.model.diffusion import add_noise, alphas_cumprod, loss_weights, make_target, sample_losses, signal_to_noise
 
 EPSILON = DiffusionConfig()
@@ -178,6 +180,38 @@ def test_timesteps_are_uniform_over_their_range() -> None:
     narrow = DiffusionConfig(min_timestep=10, max_timestep=13)
     assert {draw_sample_timestep(str(key), 0, 1, narrow) for key in range(60)} == {10, 11, 12}
     assert type(draw_sample_timestep("x", 0, 1, EPSILON)) is int
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1000), (10, 13), (0, 7), (300, 1000)])
+def test_stratified_timesteps_are_uniform_over_many_steps(low: int, high: int) -> None:
+    """Each place of the batch has the whole range; within a step each stratum of it is taken once."""
+    config = DiffusionConfig(min_timestep=low, max_timestep=high, timestep_sampling="stratified")
+    plan = Plan(np.array([[64, 64]] * 50), seed=3, bucket_batch_size=5, global_batch_size=10)
+    draws = []
+    for step in range(2000):
+        strata = draw_strata(plan, step, config)
+        assert sorted(strata) == [(number, 10) for number in range(10)]  # type: ignore[type-var]
+        draws.append([draw_sample_timestep(f"{step} {place}", 0, 3, config, one) for place, one in enumerate(strata)])
+    found = np.array(draws)
+    assert low <= found.min() and found.max() < high
+    for part in (found.ravel(), *found.T):  # all together, and each place of the batch by itself
+        counts = np.histogram(part, bins=min(10, high - low), range=(low, high))[0]
+        expected = len(part) / len(counts)
+        assert np.all(np.abs(counts - expected) < 5 * expected**0.5 + len(part) / (high - low))
+    # the mean of a step varies less than that of timesteps which are drawn each for itself
+    assert found.mean(axis=1).std() < 0.5 * (high - low) / 12**0.5 / 10**0.5 or high - low < 10
+
+
+def test_the_last_stratum_stays_below_the_end() -> None:
+    config = DiffusionConfig(timestep_sampling="stratified")
+
+    class Highest:
+        def integers(self, end: int) -> int:
+            return end - 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "rng", lambda *names: Highest())
+        assert draw_sample_timestep("x", 0, 1, config, Stratum(95, 96)) == 999
 
 
 # --- weights and loss

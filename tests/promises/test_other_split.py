@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.launches import LENGTH, finish, kill_after, launch
+from support.launches import LENGTH, STAGES, finish, kill_after, launch
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.model.run_records import read_metrics
@@ -39,13 +39,13 @@ def test_micro_batches_and_threads_see_the_same(make_config: Callable[..., Confi
 
 
 @pytest.mark.faults
-def test_a_run_of_one_process_goes_on_with_two(tiny_settings: list[str], tmp_path: Path) -> None:
-    words = [*tiny_settings, f"run.output_dir={tmp_path}", *LENGTH, "run.name=run"]
-    first = launch(1, words)
+@pytest.mark.parametrize("stage", ["2", "weighted"])
+def test_a_run_of_one_process_goes_on_with_two(tiny_settings: list[str], tmp_path: Path, stage: str) -> None:
+    words = [*tiny_settings, *STAGES[stage], f"run.output_dir={tmp_path}", *LENGTH]
+    first = launch(1, [*words, "run.name=run"])
     kill_after(first, tmp_path / "run", 3)
-    finish(launch(2, words))
-    straight = [*tiny_settings, f"run.output_dir={tmp_path}", *LENGTH, "run.name=straight"]
-    finish(launch(1, straight))
+    finish(launch(2, [*words, "run.name=run"]))
+    finish(launch(1, [*words, "run.name=straight"]))
     before, after = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "run"))
     for step in range(1, 9):
         assert after[step]["train/loss"] == pytest.approx(before[step]["train/loss"], rel=2e-2), step

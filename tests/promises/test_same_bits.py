@@ -8,21 +8,9 @@ from typing import Any
 
 import pytest
 
-from support.launches import LENGTH, finish, kill_after, launch
+from support.launches import LENGTH, STAGES, finish, kill_after, launch
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.run_records import read_metrics
-
-STAGES = {
-    "1": [
-        "model.train_text_encoder_1=true", "model.train_text_encoder_2=true",
-        "optim.text_encoder_1_lr=1e-3", "optim.text_encoder_2_lr=1e-3",
-    ],
-    "2": [
-        "diffusion.noise_offset=0.0357", "captions.frequent_tag_dropout=0.5", "captions.frequent_tag_share=0.1",
-        "captions.template=[{tags: copyright, dropout: 0.3, fixed: true}, {tags: artist, tag_dropout: 0.3}, "
-        "{tags: general, max_tags: 1}, {tag: year, fixed: true}, {text: drawn}]",
-    ],
-}  # fmt: skip
 
 
 def hashes(folder: Path) -> dict[int, dict[str, Any]]:
@@ -55,8 +43,8 @@ def test_two_processes_killed_twice(tiny_settings: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.faults
-def test_one_two_and_three_processes_killed_twice_in_both_stages(tiny_settings: list[str], tmp_path: Path) -> None:
-    losses = {n: check_launches(tiny_settings, tmp_path / str(n), ["1", "2"], n) for n in (1, 2, 3)}
+def test_one_two_and_three_processes_killed_twice_in_all_stages(tiny_settings: list[str], tmp_path: Path) -> None:
+    losses = {n: check_launches(tiny_settings, tmp_path / str(n), list(STAGES), n) for n in (1, 2, 3)}
     # the same samples come in the same steps: the first losses agree to rounding, later ones drift apart with it
     for stage in STAGES:
         for number in (2, 3):

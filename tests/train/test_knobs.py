@@ -45,6 +45,7 @@ KNOBS: dict[str, list[str]] = {
     "diffusion.prediction_type": [*CONVERTED],
     "diffusion.min_timestep": ["diffusion.min_timestep=500"],
     "diffusion.max_timestep": ["diffusion.max_timestep=500"],
+    "diffusion.timestep_sampling": ["diffusion.timestep_sampling=stratified"],
     "diffusion.noise_offset": ["diffusion.noise_offset=0.0357"],
     "diffusion.min_snr_gamma": ["diffusion.min_snr_gamma=5"],
     "diffusion.zero_terminal_snr": [*CONVERTED, "diffusion.zero_terminal_snr=true"],

@@ -24,7 +24,10 @@ STAGES = {
         "captions.max_token_length=150",  # the empty second chunk is shared by all captions
     ],
     "2": ["diffusion.noise_offset=0.0357"],
-    "weighted": ["data.weights=[{factor: 1.7, tag: food}, {factor: 0.4, tag: mammal}, {factor: 0, tag: menu}]"],
+    "weighted": [
+        "data.weights=[{factor: 1.7, tag: food}, {factor: 0.4, tag: mammal}, {factor: 0, tag: menu}]",
+        "diffusion.timestep_sampling=stratified", "captions.mix={tags: 0.6, natural: 0.4}", "captions.tag_dropout=0.2",
+    ],
 }  # fmt: skip
 
 
@@ -115,8 +118,9 @@ def test_a_kill_between_checkpoints_repeats_the_steps_after_the_last(
     assert [entry["first_step"] for entry in json.loads((folder / "run.json").read_text())["attempts"]] == [0, 4]
 
 
-def test_micro_batches_and_workers_may_change_on_the_way(make_config: Callable[..., Config]) -> None:
-    words = ["schedule.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=99"]
+@pytest.mark.parametrize("stage", ["2", "weighted"])
+def test_micro_batches_and_workers_may_change_on_the_way(make_config: Callable[..., Config], stage: str) -> None:
+    words = [*STAGES[stage], "schedule.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=99"]
     straight = make_config(*words, "run.name=straight")
     train(straight)
     changed = make_config(*words, "run.name=changed")

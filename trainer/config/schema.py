@@ -233,6 +233,9 @@ class DiffusionConfig:
     prediction_type: PredictionType = "epsilon"  # epsilon: the noise; v_prediction: see arXiv 2202.00512
     min_timestep: int = 0  # timesteps are uniform over min_timestep .. max_timestep - 1
     max_timestep: int = NUM_TIMESTEPS  # see min_timestep
+    # uniform: each sample draws for itself; stratified: a step has one timestep in each of global_batch_size equal
+    # parts of the range, so that its loss varies less (as in arXiv 2107.00630, I.1); which part is whose is drawn anew
+    timestep_sampling: Literal["uniform", "stratified"] = "uniform"
     noise_offset: float = 0.0  # times a normal number for each channel, added to the noise; 0: none
     min_snr_gamma: float | None = None  # weights of the loss by signal-to-noise, arXiv 2303.09556; null: none
     zero_terminal_snr: bool = False  # the last timestep is pure noise, arXiv 2305.08891; needs v_prediction

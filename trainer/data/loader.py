@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,9 +78,36 @@ class MicroBatches:
         return make_batch(self.plan.micro_batch(step, place, self.micro_batch_size), self)
 
 
-def draw_sample_timestep(key: str, pass_: int, seed: int, config: DiffusionConfig) -> int:
-    """The timestep of a sample in one pass, uniform over min_timestep .. max_timestep - 1."""
-    return int(rng("timestep", seed, pass_, key).integers(config.min_timestep, config.max_timestep))
+class Stratum(NamedTuple):
+    """One of the equal parts of the range of timesteps."""
+
+    number: int
+    of: int
+
+
+def draw_strata(plan: Plan, step: int, config: DiffusionConfig) -> list[Stratum | None]:
+    """The part in which each sample of a step, by its position, has its timestep; None where it is free to be in any.
+
+    All parts are taken, in an order that is drawn for each step: no place in the batch has timesteps of its own.
+    """
+    size = plan.unit_size * plan.units_per_step
+    match config.timestep_sampling:
+        case "uniform":
+            return [None] * size
+        case "stratified":
+            return [Stratum(number, size) for number in rng("strata", plan.seed, step).permutation(size).tolist()]
+
+
+def draw_sample_timestep(
+    key: str, pass_: int, seed: int, config: DiffusionConfig, stratum: Stratum | None = None
+) -> int:
+    """The timestep of a sample in one pass, uniform over its stratum or all of min_timestep .. max_timestep - 1."""
+    generator = rng("timestep", seed, pass_, key)
+    if stratum is None:
+        return int(generator.integers(config.min_timestep, config.max_timestep))
+    # u = (stratum + r) / B in whole numbers: as floats, the last stratum's could be rounded up to 1
+    place = (stratum.number << 32) + int(generator.integers(1 << 32))
+    return config.min_timestep + place * (config.max_timestep - config.min_timestep) // (stratum.of << 32)
 
 
 def draw_sample_noise(shape: tuple[int, int, int], key: str, pass_: int, seed: int, noise_offset: float) -> np.ndarray:
@@ -116,13 +143,13 @@ def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
     shape = latents_shape(records[0])  # of all: they share a bucket
     raw_latents = np.empty((len(records), *shape), dtype=np.float16)
     noise = np.empty((len(records), *shape), dtype=np.float32)
-    captions, timesteps = [], []
+    captions, timesteps, strata = [], [], draw_strata(data.plan, planned[0].step, data.diffusion)
     for place, (record, sample) in enumerate(zip(records, planned, strict=True)):
         key, pass_ = record["key"], sample.pass_
         read_latents_into(raw_latents[place], data.index, record)
         noise[place] = draw_sample_noise(shape, key, pass_, seed, data.diffusion.noise_offset)
         captions.append(draw_sample_caption(record, pass_, seed, data.captions))
-        timesteps.append(draw_sample_timestep(key, pass_, seed, data.diffusion))
+        timesteps.append(draw_sample_timestep(key, pass_, seed, data.diffusion, strata[sample.position]))
     chunks = tokenize_captions(captions, data.tokenizers, data.captions.config.max_token_length)
     return Batch(
         keys=[record["key"] for record in records],

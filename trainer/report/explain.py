@@ -12,7 +12,7 @@ from trainer.core.layout import BLACK_BOX_FOLDER
 from trainer.core.rng import philox_key
 from trainer.data.caption_draws import draw_record, explain_parts, join_drawn
 from trainer.data.index import Index
-from trainer.data.loader import draw_sample_timestep
+from trainer.data.loader import draw_sample_timestep, draw_strata
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import find_sample_weights
 from trainer.model.step_records import StepRecord, read_black_box
@@ -23,9 +23,11 @@ def explain_step(config: Config, index: Index, step: int) -> Iterator[dict[str, 
     """What each sample of a step is and draws, in the order of its position in the global batch."""
     seed, captions = config.run.seed, find_caption_rules(config, index.table)
     plan = build_plan(index, seed, config.data, find_sample_weights(index, config.data, captions.config))
+    strata = draw_strata(plan, step, config.diffusion)
     for sample in plan.step_samples(step):
         record = index.row(sample.row)
         key, width, height = record["key"], record["bucket_width"], record["bucket_height"]
+        stratum = strata[sample.position]
         drawn = draw_record(record, sample.pass_, seed, captions)
         yield {
             "step": step,
@@ -38,7 +40,8 @@ def explain_step(config: Config, index: Index, step: int) -> Iterator[dict[str, 
             "caption": join_drawn(drawn),
             "kind": drawn.kind,
             "parts": explain_parts(drawn),
-            "timestep": draw_sample_timestep(key, sample.pass_, seed, config.diffusion),
+            "timestep": draw_sample_timestep(key, sample.pass_, seed, config.diffusion, stratum),
+            **({} if stratum is None else {"stratum": stratum.number}),
             "noise_seed": f"{philox_key('noise', seed, sample.pass_, key):032x}",
         }
 
