@@ -45,7 +45,7 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
     (["schedule.lr=cosine_restarts", "schedule.num_cycles=0"], "schedule.num_cycles", "must be at least 1, not 0"),
     (["sampling.guidance_scale=0.5"], "sampling.guidance_scale", "must be at least 1, not 0.5"),
     *[([f"{key}={value}"], key, f"must lie between 0 and 1, not {value}")
-      for key in ("data.max_bad_fraction", "data.max_empty_captions", "captions.tag_dropout",
+      for key in ("data.max_bad_fraction", "data.max_substituted", "data.max_empty_captions", "captions.tag_dropout",
                   "captions.caption_dropout", "captions.frequent_tag_dropout")
       for value in (-0.1, 1.1)],
     (["schedule.lr=cosine", "schedule.min_lr_ratio=1.1"], "schedule.min_lr_ratio", "between 0 and 1, not 1.1"),

@@ -42,7 +42,7 @@ RANGES = (
      "checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every_steps logging.every_steps sampling.every_steps "
      "sampling.num_inference_steps sampling.guidance_scale"),
     (0, 1, "must lie between 0 and 1",
-     "data.max_bad_fraction data.max_empty_captions captions.tag_dropout captions.caption_dropout "
+     "data.max_bad_fraction data.max_substituted data.max_empty_captions captions.tag_dropout captions.caption_dropout "
      "captions.frequent_tag_dropout schedule.min_lr_ratio"),
     (math.ulp(0.0), math.inf, "must be above 0",
      "run.stop_if_loss_above data.max_weight diffusion.min_snr_gamma optim.eps optim.max_grad_norm "

@@ -158,6 +158,12 @@ class DataConfig:
     global_batch_size: int = 96  # samples of one optimizer step
     bucket_batch_size: int = 48  # samples that share a bucket, drawn together; divides global_batch_size
     micro_batch_size: int = free(16)  # samples of one forward; divides bucket_batch_size
+    # a sample that cannot be read, or is not what the index says. stop: the run ends there; substitute: the next sound
+    # one of its bucket takes its place, then and in all later passes of the run
+    on_bad_sample: Literal["stop", "substitute"] = free("stop")
+    max_substituted: float = free(
+        0.001
+    )  # with substitute: the run stops above this share of bad images, above 1 of them
     loader_threads: int = free(4)  # training, per process: threads that make batches; 0: the main one does
     decode_processes: int = free(4)  # preparation, per process: processes that decode images; 0: it decodes itself
     prefetch_factor: int | None = free(None)  # micro-batches kept ready per thread; null: 2

@@ -20,8 +20,10 @@ from torch import Tensor
 from trainer.config.schema import DiffusionConfig
 from trainer.core.rng import rng
 from trainer.data.caption_draws import draw_sample_caption
-from trainer.data.index import Index, latents_shape, read_latents_into
+from trainer.data.index import Index, latents_shape
 from trainer.data.plan import Plan, Planned
+from trainer.data.shards import Row
+from trainer.data.substitutes import Substitutes, read_or_substitute
 from trainer.data.template import CaptionRules
 from trainer.data.tokens import TextTokenizer, tokenize_captions
 
@@ -67,6 +69,7 @@ class MicroBatches:
     captions: CaptionRules
     diffusion: DiffusionConfig
     micro_batch_size: int
+    substitutes: Substitutes | None = None  # what may stand in for bad samples; None: a bad one is an error
 
     @property
     def per_step(self) -> int:
@@ -75,7 +78,7 @@ class MicroBatches:
 
     def __getitem__(self, number: int) -> Batch:
         step, place = divmod(number, self.per_step)
-        return make_batch(self.plan.micro_batch(step, place, self.micro_batch_size), self)
+        return make_batch(step, self.plan.micro_batch(step, place, self.micro_batch_size), self)
 
 
 class Stratum(NamedTuple):
@@ -132,21 +135,22 @@ def make_time_ids(record: Mapping[str, Any]) -> list[float]:
     return [float(record[name]) for name in names]
 
 
-def make_batch(planned: list[Planned], data: MicroBatches) -> Batch:
-    """Read, draw and collate the samples of one micro-batch.
+def make_batch(step: int, planned: list[Planned], data: MicroBatches) -> Batch:
+    """Read, draw and collate the samples of one micro-batch of a step.
 
     Raises:
         UserError: when a sample cannot be read or fails its checksum, naming shard and key.
     """
     seed = data.plan.seed
-    records = [data.index.row(sample.row) for sample in planned]
-    shape = latents_shape(records[0])  # of all: they share a bucket
-    raw_latents = np.empty((len(records), *shape), dtype=np.float16)
-    noise = np.empty((len(records), *shape), dtype=np.float32)
-    captions, timesteps, strata = [], [], draw_strata(data.plan, planned[0].step, data.diffusion)
-    for place, (record, sample) in enumerate(zip(records, planned, strict=True)):
-        key, pass_ = record["key"], sample.pass_
-        read_latents_into(raw_latents[place], data.index, record)
+    records: list[Row] = []
+    shape = latents_shape(data.index.row(planned[0].row))  # of all: they share a bucket
+    raw_latents = np.empty((len(planned), *shape), dtype=np.float16)
+    noise = np.empty((len(planned), *shape), dtype=np.float32)
+    captions, timesteps, strata = [], [], draw_strata(data.plan, step, data.diffusion)
+    for place, sample in enumerate(planned):
+        record, pass_ = read_or_substitute(raw_latents[place], data.index, data.plan, step, sample, data.substitutes)
+        key = record["key"]
+        records.append(record)
         noise[place] = draw_sample_noise(shape, key, pass_, seed, data.diffusion.noise_offset)
         captions.append(draw_sample_caption(record, pass_, seed, data.captions))
         timesteps.append(draw_sample_timestep(key, pass_, seed, data.diffusion, strata[sample.position]))

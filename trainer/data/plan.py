@@ -41,7 +41,6 @@ class Planned:
     pass_: int  # the row's own: how often it was in the bucket's stream before
     position: int  # in the global batch
     unit: Unit
-    step: int
 
 
 class Plan:
@@ -164,7 +163,7 @@ class Plan:
         place, offset = divmod(number * size, self.unit_size)
         unit = self.unit_at(step * self.units_per_step + place)
         samples = self.unit_samples(unit)[offset : offset + size]
-        return [Planned(row, pass_, number * size + i, unit, step) for i, (row, pass_) in enumerate(samples)]
+        return [Planned(row, pass_, number * size + i, unit) for i, (row, pass_) in enumerate(samples)]
 
     def repeating_buckets(self) -> list[tuple[int, int]]:
         """Buckets (width, height) with fewer images than a unit, but some: an image repeats within it."""

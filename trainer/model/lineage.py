@@ -52,6 +52,7 @@ def build_lineage(
     hours: float | None = None,
     hardware: Sequence[str] = (),
     nonfinite_steps: int = 0,
+    substituted: int = 0,
 ) -> Lineage:
     """The lineage of what a run has made with ``step`` completed optimizer steps.
 
@@ -65,6 +66,7 @@ def build_lineage(
         software: :func:`describe_software` as it was when the run was launched; None: as it is now.
         started_at: ISO 8601; ``hours`` of training so far. Both None when unknown.
         nonfinite_steps: steps whose update was withheld because loss or gradients were not finite.
+        substituted: samples that could not be read, for which others stood in.
         hardware: such as "2 x NVIDIA A100-SXM4-80GB"; several where attempts differed, none when unknown.
     """
     base = facts["base"]
@@ -84,6 +86,7 @@ def build_lineage(
         "hours": hours,
         "hardware": list(hardware),
         **({"nonfinite_steps": nonfinite_steps} if nonfinite_steps else {}),
+        **({"substituted": substituted} if substituted else {}),
         "config": config.written,
         **(describe_software() if software is None else software),
         "base": {

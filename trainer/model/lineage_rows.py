@@ -17,7 +17,8 @@ NOT_RECORDED = "not recorded"
 PART_NAMES = {"unet": "UNet", "text_encoder_1": "text encoder 1", "text_encoder_2": "text encoder 2"}
 RECORDED_TYPES: dict[str, type | tuple[type, ...]] = {
     "run": str, "stage": str, "index_fingerprint": str, "started_at": str, "written_at": str,
-    "step": int, "samples_seen": int, "images": int, "nonfinite_steps": int, "hours": (int, float),
+    "step": int, "samples_seen": int, "images": int, "nonfinite_steps": int,
+    "substituted": int, "hours": (int, float),
 }  # fmt: skip
 SHOWN_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 
@@ -117,6 +118,7 @@ def stage_rows(made: Lineage) -> dict[str, str]:
         "optimizer steps": words(made["step"]),
         **({"steps withheld": f"{skipped:,}, whose loss or gradients were not finite"} if skipped else {}),
         "samples seen": words(seen),
+        **({"bad samples": f"{bad:,}, for which others stood in"} if (bad := made["substituted"]) else {}),
         "epochs (samples seen / images)": f"{seen / images:.2f}" if seen is not None and images else NOT_RECORDED,
         **config_rows(made["config"]),
         "captions made of": caption_words(made["caption_fields"]),

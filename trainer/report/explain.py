@@ -6,6 +6,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.layout import BLACK_BOX_FOLDER
@@ -15,6 +17,8 @@ from trainer.data.index import Index
 from trainer.data.loader import draw_sample_timestep, draw_strata
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import find_sample_weights
+from trainer.data.substitutes import substitute_pass
+from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.step_records import StepRecord, read_black_box
 from trainer.report.thresholds import find_caption_rules
 
@@ -23,27 +27,39 @@ def explain_step(config: Config, index: Index, step: int) -> Iterator[dict[str, 
     """What each sample of a step is and draws, in the order of its position in the global batch."""
     seed, captions = config.run.seed, find_caption_rules(config, index.table)
     plan = build_plan(index, seed, config.data, find_sample_weights(index, config.data, captions.config))
-    strata = draw_strata(plan, step, config.diffusion)
+    strata, substituted = draw_strata(plan, step, config.diffusion), find_substituted(config, step)
     for sample in plan.step_samples(step):
-        record = index.row(sample.row)
+        record, pass_, instead = index.row(sample.row), sample.pass_, {}
+        if (stands_in := substituted.get(sample.position)) is not None and stands_in["key"] == record["key"]:
+            instead = {"instead_of": record["key"]}
+            row = pc.index(index.table["key"], stands_in["substitute"]).as_py()
+            record, pass_ = index.row(row), substitute_pass(plan, step, sample.position)
         key, width, height = record["key"], record["bucket_width"], record["bucket_height"]
         stratum = strata[sample.position]
-        drawn = draw_record(record, sample.pass_, seed, captions)
+        drawn = draw_record(record, pass_, seed, captions)
         yield {
             "step": step,
             "unit": sample.position // plan.unit_size,
             "position": sample.position,
             "key": key,
+            **instead,
             "bucket": f"{width}x{height}",
             "epoch": sample.unit.epoch,
-            "pass": sample.pass_,
+            "pass": pass_,
             "caption": join_drawn(drawn),
             "kind": drawn.kind,
             "parts": explain_parts(drawn),
-            "timestep": draw_sample_timestep(key, sample.pass_, seed, config.diffusion, stratum),
+            "timestep": draw_sample_timestep(key, pass_, seed, config.diffusion, stratum),
             **({} if stratum is None else {"stratum": stratum.number}),
-            "noise_seed": f"{philox_key('noise', seed, sample.pass_, key):032x}",
+            "noise_seed": f"{philox_key('noise', seed, pass_, key):032x}",
         }
+
+
+def find_substituted(config: Config, step: int) -> dict[int, dict[str, Any]]:
+    """What the run's newest checkpoint says of bad samples of a step, by position; empty where there is none."""
+    newest = find_newest(Path(config.run.output_dir) / config.run.name)
+    records = read_train_state(newest).get("substituted", []) if newest is not None else []
+    return {record["position"]: record for record in records if record["step"] == step}
 
 
 def show_black_box(run: str, step: int | None) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,7 @@ CHARTS: dict[str, tuple[str, Scale, str]] = {  # metric -> title, scale, note
     "train/grad_norm": ("Gradient norm", "linear", "over all trained parts, before clipping"),
     "train/loss_scale": ("Loss scale", "log", ""),
     SKIPPED: ("Steps that loss scaling skipped", "zero", "all so far"),
+    "data/substituted": ("Bad samples that were substituted", "zero", "all so far"),
     RATE: ("Images per second", "zero", "without checkpoints and samples"),
     MEMORY_GB: ("Memory", "zero", "GB: the GPU's peak, or what the process has on the CPU"),
     "perf/mfu": ("Model FLOPs utilisation", "zero", "share of the device's peak"),

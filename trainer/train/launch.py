@@ -27,6 +27,7 @@ from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import describe_sum, find_sample_weights
+from trainer.data.substitutes import Substitutes
 from trainer.data.tag_counts import find_frequent
 from trainer.data.tag_maps import hash_tag_maps
 from trainer.data.template import ready_rules
@@ -190,7 +191,8 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         "tag_maps_sha256": hash_tag_maps(captions.maps),
         "weights": weights.record,
     }
-    data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size)
+    substitutes = Substitutes() if config.data.on_bad_sample == "substitute" else None
+    data = MicroBatches(plan, index, tokenizers, captions, config.diffusion, config.data.micro_batch_size, substitutes)
     return RunInputs(config, accelerator, resumed, data, base, vae, facts, describe_fixed(config), software)
 
 

@@ -99,6 +99,8 @@ def train(config: Config, check: bool = False) -> Result:
                 save_made(run, pending, ending=True)
             finish_saving(run)
         said = describe_end(inputs, run.page.made, run.progress.seconds, run.progress.skipped["all"], stops.reason)
+        if count := run.progress.bad_samples.count:
+            said += f", {format_count(count, 'bad sample')} substituted"
         return make_result(inputs, said, run.page.made, stops.reason)
 
 
@@ -232,6 +234,7 @@ def save_made(run: Run, pending: PendingStep | None, ending: bool) -> None:
 
 def save(run: Run, made: int, ending: bool) -> None:
     """Save on the main process; all go on when the tensors may change again, or at the end when it is written."""
+    run.progress.bad_samples.gather(made)
     state = build_train_state(run.inputs, run.attempt, run.progress, made)
     run.inputs.processes.decide(lambda: run.saver.save(state, ending))
 

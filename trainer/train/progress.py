@@ -22,6 +22,7 @@ from trainer.core.progress import Meter, format_count
 from trainer.model.checkpoint import list_checkpoints
 from trainer.model.lineage import count_samples
 from trainer.model.sdxl import COMPONENTS
+from trainer.train.bad_samples import BadSamples
 from trainer.train.black_box import BlackBox
 from trainer.train.launch import RunInputs
 from trainer.train.metrics import STEP_METRIC, MetricsFile, Window, memory_gb, tracker_settings
@@ -55,6 +56,7 @@ class Progress:
         before = inputs.resumed.state.get("nonfinite_steps") if inputs.resumed else None
         # updates that were withheld because loss or gradients were not finite, and at which steps
         self.nonfinite: dict[str, Any] = {"all": 0, "in_a_row": 0, "steps": []} | (before or {})
+        self.bad_samples = BadSamples(inputs)
         self.unwritten = 0  # lines of metrics in a row
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
         self.black_box, self.begun = black_box, time.perf_counter()
@@ -113,6 +115,7 @@ class Progress:
             shown += f", scale {result.loss_scale:g}, {self.skipped['all']:,} skipped"
         self.meter.update(1, shown)
         if made % self.config.logging.every_steps == 0 or made == self.inputs.last:
+            self.bad_samples.gather(made)
             self.record(self.measure(result, made, images), made)
             self.window = self.window.next(result.launched)
         return not result.bad
@@ -127,6 +130,7 @@ class Progress:
             "train/loss": self.window.mean_loss(),
             "train/loss_last": float(result.loss),
             "train/grad_norm": float(result.grad_norm),
+            **({"data/substituted": self.bad_samples.count} if self.bad_samples.count else {}),
             **({"train/nonfinite_steps": self.nonfinite["all"]} if self.nonfinite["all"] else {}),
             **{f"lr/{part}": getattr(self.config.optim, f"{part}_lr") * factor for part in COMPONENTS},
             "perf/images_per_second": speed,

@@ -30,11 +30,13 @@ def build_train_state(inputs: RunInputs, attempt: Attempt, progress: Progress, m
         "loss_scaler": scaler_state(accelerator.scaler),
         "skipped_steps": dict(progress.skipped),
         "nonfinite_steps": {**progress.nonfinite, "steps": list(progress.nonfinite["steps"])},
+        **({"substituted": recorded} if (recorded := progress.bad_samples.recorded) else {}),
         "tracker_run_id": attempt.tracker_run_id,
         **({"fork": inputs.fork} if inputs.fork else {}),
         "lineage": build_lineage(
             config, inputs.facts, made, fork=inputs.fork, software=inputs.software,
-            nonfinite_steps=progress.nonfinite["all"], **sum_work(inputs, attempt, progress.seconds),
+            nonfinite_steps=progress.nonfinite["all"], substituted=progress.bad_samples.count,
+            **sum_work(inputs, attempt, progress.seconds),
         ),
     }  # fmt: skip
 
