@@ -34,6 +34,7 @@ REFUSED = {  # what each command refuses by looking at its words and configs alo
     "scripts/sample.py": ["model", "--prompt", "1girl", "--guidance", "0"],
     "scripts/show_demo.py": [],
     "scripts/train_tiny_vae.py": ["vae.safetensors", "--measure-on", "gone"],
+    "scripts/verify_resume.py": ["--config", "wrong.yaml"],
     "scripts/verify_shards.py": [],
     "scripts/write_config_reference.py": ["stray"],
 }

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 from support.tiny_model import TINY, random_parts, write_folder
 from trainer.config.load import load_config
+from trainer.config.schema import MemoryConfig, ModelConfig, PrecisionConfig
 from trainer.core.errors import UserError
 from trainer.data.percentiles import choose_thresholds, describe_rules
 from trainer.data.tokens import hash_tokenizers, load_tokenizers
@@ -38,7 +39,7 @@ from trainer.model.base import (
 )
 from trainer.model.lineage import LINEAGE_KEY, read_lineage
 from trainer.model.lineage_rows import format_tree
-from trainer.model.sdxl import COMPONENTS, build_part
+from trainer.model.sdxl import COMPONENTS, build_sdxl
 from trainer.model.single_file import to_single_file
 from trainer.model.vae import build_vae
 from trainer.release.artefacts import write_tokenizer
@@ -110,8 +111,7 @@ def use(path: Path, out: Path, whole: bool = True) -> dict[str, Any]:
     vae = read_vae(None, base)
     build_vae(vae.config, vae.state, torch.float32)
     if whole:
-        for part in COMPONENTS:
-            build_part(base, part, torch.float32)
+        build_sdxl(base, ModelConfig(str(path)), PrecisionConfig(), MemoryConfig("none"))
         hash_base(base)
     has_sdxl_shapes(base)
     diffusion = load_config([], [*WORDS, f"model.pretrained={path}"]).diffusion

@@ -4,20 +4,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.data import loader
+from trainer.data import substitutes
 from trainer.train import samples, step
 
 
 def stall_data(after: int) -> None:
     """So many samples are read, and then none: a file system that hangs."""
-    read, count = loader.read_latents_into, iter(range(10**9))
+    read, count = substitutes.read_latents_into, iter(range(10**9))
 
     def read_or_stall(*arguments: Any) -> None:
         if next(count) >= after:
             time.sleep(3600)
         read(*arguments)
 
-    loader.read_latents_into = read_or_stall
+    substitutes.read_latents_into = read_or_stall
 
 
 def sleep_in_step(after: int, seconds: float = 3600.0) -> None:

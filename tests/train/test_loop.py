@@ -21,7 +21,7 @@ from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.layout import RUN_LOCK_FILE
-from trainer.data import loader
+from trainer.data import substitutes
 from trainer.data.index import count_fields, open_index
 from trainer.data.manifest import seal_manifest
 from trainer.data.plan import build_plan
@@ -157,14 +157,14 @@ def test_a_folder_is_trained_into_by_one_process(make_config: MakeConfig) -> Non
 
 def poison(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     """Make one sample's latents infinite, as a broken shard that passes its checksum would."""
-    read = loader.read_latents_into
+    read = substitutes.read_latents_into
 
     def read_poisoned(raw_latents: np.ndarray, index: Any, record: Any) -> None:
         read(raw_latents, index, record)
         if record["key"] == key:
             raw_latents += np.float16("inf")
 
-    monkeypatch.setattr(loader, "read_latents_into", read_poisoned)
+    monkeypatch.setattr(substitutes, "read_latents_into", read_poisoned)
 
 
 def test_a_non_finite_loss_stops_and_names_step_and_sample(

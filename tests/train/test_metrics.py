@@ -137,8 +137,8 @@ def progress(make_config: Callable[..., Config], tmp_path: Path) -> Progress:
     )  # fmt: skip
     resumed = Resumed(tmp_path, {"step": 0, "skipped_steps": {"all": 10, "in_a_row": 1}}, None)
     inputs = SimpleNamespace(
-        config=config, accelerator=build_accelerator(config), resumed=resumed, data=SimpleNamespace(plan=PLAN),
-        first=0, last=99, fork=None,
+        config=config, accelerator=build_accelerator(config), resumed=resumed,
+        data=SimpleNamespace(plan=PLAN, substitutes=None), first=0, last=99, fork=None,
     )  # fmt: skip
     black_box = SimpleNamespace(note=lambda result: None)
     return Progress(inputs, 1, "", black_box=black_box, flops_per_sample=2.0, peak_flops=8.0)  # type: ignore[arg-type]

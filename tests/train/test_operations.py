@@ -147,5 +147,6 @@ def test_a_step_launches_hardly_more_than_a_bare_loop() -> None:
         model = make_model()
         ours, least = count(our_step(model, weights, gradients)), bare[weights != "autocast"]
         if weights != "autocast":  # sums lie in one flat tensor: the first gradients are added too, not kept
-            least += sum(parameter.requires_grad for parameter in model.parameters())
+            trained = sum(parameter.requires_grad for parameter in model.parameters())
+            least += trained * (2 if gradients == "bf16" else 1)  # whose norms on the CPU are made one by one
         assert ours <= 1.03 * least, (weights, gradients, ours, least)

@@ -241,10 +241,10 @@ class FlatGradients:
 
     def norms(self) -> Tensor:
         """The norm of each parameter's gradient, fp32."""
-        if self.flat.device.type != "cpu":
+        if self.flat.device.type != "cpu" or self.flat.dtype == torch.float32:
             return torch.stack(torch._foreach_norm(self.views, 2.0, dtype=torch.float32))
-        # there each is made of a copy in fp32, and results that are new memory come to lie between the copies' places,
-        # so that the next copy does not fit there: 5 GB in stage 1
+        # bf16 on the CPU: each is made of a copy in fp32, and results that are new memory come to lie between the
+        # copies' places, so that the next copy does not fit there: 5 GB in stage 1
         norms = torch.empty(len(self.views), dtype=torch.float32)
         for view, norm in zip(self.views, norms, strict=True):
             torch.linalg.vector_norm(view, dtype=torch.float32, out=norm)
