@@ -116,8 +116,8 @@ def one_epoch_by_steps(folder: Path) -> str:
 def weigh(folder: Path) -> str:
     """open, weigh by four rules, plan, and list an epoch"""
     index, rules = open_index(folder), [
-        WeightRule(2.0, artist_count_below=60), WeightRule(1.5, tag="masterpiece"), WeightRule(0.5, rating="e"),
-        WeightRule(0.3, column="score", below=0),
+        WeightRule(factor=2.0, artist_count_below=60), WeightRule(factor=1.5, tag="masterpiece"),
+        WeightRule(factor=0.5, rating="e"), WeightRule(factor=0.3, column="score", below=0),
     ]  # fmt: skip
     data = DataConfig("", weights=rules, bucket_batch_size=48, global_batch_size=96)
     plan = make_plan(index, 42, data, find_sample_weights(index, data, plain_config().captions))

@@ -34,10 +34,10 @@ def main() -> Result:
         if arguments.step is None:
             parser.error("say which step: --step N, counted from 0")
         config = load_config(arguments.config, arguments.overrides)
-        from trainer.data.index import open_index
+        from trainer.data.subset import open_chosen
         from trainer.report.explain import explain_step
 
-        samples = list(explain_step(config, open_index(config.data.shards), arguments.step))
+        samples = list(explain_step(config, open_chosen(config.data, config.captions), arguments.step))
     return Result("\n".join(json.dumps(each, ensure_ascii=False) for each in samples), facts={"samples": samples})
 
 

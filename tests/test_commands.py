@@ -22,6 +22,7 @@ finally:
 REFUSED = {  # what each command refuses by looking at its words and configs alone
     "train.py": ["--config", "wrong.yaml"],
     "scripts/build_shards.py": ["--config", "wrong.yaml"],
+    "scripts/choose_subset.py": ["--config", "wrong.yaml"],
     "scripts/compare_runs.py": ["alone"],
     "scripts/explain_step.py": ["--config", "wrong.yaml", "--step", "0"],
     "scripts/export.py": ["runs/a", "--dtype", "fp8"],

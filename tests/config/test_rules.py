@@ -108,6 +108,10 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
         ("factor: 2, column: score, above: 5, below: 5", "above", "no number is above 5"),
         ("factor: 2, tag: ' '", "tag", "must be some text"),
         ("factor: 2, artist_count_below: 1", "artist_count_below", "must be at least 2, not 1"))],
+    *[([f"data.subset_rules=[{{{rule}}}]"], f"data.subset_rules.0.{field}", part) for rule, field, part in (
+        ("exclude: true", "tag", "of which images?"),
+        ("column: score", "column", "says nothing yet"),
+        ("column: score, above: 5, below: 5", "above", "no number is above 5"))],
     (["run.num_processes=4"], "run.num_processes", "4 processes x data.micro_batch_size 16 = 64 does not divide"),
     *[([f"captions.keep_tokens_separator='{text}'"], "captions.keep_tokens_separator", "some text without commas")
       for text in ("", "  ", "a,b")],

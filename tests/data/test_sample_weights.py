@@ -79,14 +79,14 @@ RULES: list[tuple[dict[str, Any], list[int]]] = [
 
 @pytest.mark.parametrize(("rule", "rows"), RULES, ids=str)
 def test_which_rows_a_rule_is_about(rule: dict[str, Any], rows: list[int]) -> None:
-    found = find_images_of(table_of(POSTS), WeightRule(2.0, **rule), CaptionsConfig())
+    found = find_images_of(table_of(POSTS), WeightRule(factor=2.0, **rule), CaptionsConfig())
     assert np.flatnonzero(found).tolist() == rows
 
 
 def test_rules_multiply_within_limits_and_with_repeats() -> None:
     sources = [SourceConfig("folder", "posts", repeats=3), SourceConfig("folder", "scans")]
-    rules = [WeightRule(4.0, tag="long_hair"), WeightRule(0.3, column="score", above=100), WeightRule(0.0, rating="q"),
-             WeightRule(1e-6, rating="e")]  # fmt: skip
+    rules = [WeightRule(factor=4.0, tag="long_hair"), WeightRule(factor=0.3, column="score", above=100),
+             WeightRule(factor=0.0, rating="q"), WeightRule(factor=1e-6, rating="e")]  # fmt: skip
     data = DataConfig("", sources=sources, weights=rules, max_weight=2.0)
     weights = find_sample_weights(index_of(POSTS), data, CaptionsConfig())
     assert weights.values is not None and weights.record is not None
@@ -102,7 +102,7 @@ def test_rules_multiply_within_limits_and_with_repeats() -> None:
 
 def test_weights_that_change_nothing_are_none() -> None:
     weights = find_sample_weights(
-        index_of(POSTS), DataConfig("", weights=[WeightRule(2.0, tag="nowhere")]), CaptionsConfig()
+        index_of(POSTS), DataConfig("", weights=[WeightRule(factor=2.0, tag="nowhere")]), CaptionsConfig()
     )
     assert weights.values is None and weights.record is not None
     assert describe_sum(weights.record, 6) == "weights: an epoch sees 6 samples of 6 images"
@@ -113,7 +113,7 @@ def test_weights_that_change_nothing_are_none() -> None:
 
 
 def test_nothing_left_is_refused() -> None:
-    rules = [WeightRule(0.0, column="original_width", above=0)]
+    rules = [WeightRule(factor=0.0, column="original_width", above=0)]
     with pytest.raises(UserError, match="every image has weight 0"):
         find_sample_weights(index_of(POSTS), DataConfig("", weights=rules), CaptionsConfig())
 
@@ -210,7 +210,7 @@ def test_rows_of_one_weight_take_turns() -> None:
 
 def test_a_rule_for_some_leaves_the_draws_of_the_others_alone() -> None:
     """The passes of a row are counted from 0 whatever its weight: caption and noise of its n-th view are the same."""
-    rules = [WeightRule(3.0, tag="1girl"), WeightRule(0.4, rating="q")]
+    rules = [WeightRule(factor=3.0, tag="1girl"), WeightRule(factor=0.4, rating="q")]
     data = DataConfig("", bucket_batch_size=2, global_batch_size=2)
     plain = build_plan(index_of(POSTS), 1, data)
     weights = find_sample_weights(index_of(POSTS), dataclasses.replace(data, weights=rules), CaptionsConfig())

@@ -73,7 +73,7 @@ def read_section(
     fields = [
         FieldHelp(
             f"{key}.{item.name}",
-            comments.get(f"{section.__name__}.{item.name}", ""),
+            next((said for of in section.__mro__ if (said := comments.get(f"{of.__name__}.{item.name}"))), ""),
             describe_kind(hints[item.name]),
             describe_default(item),
             RESUME.get("free" if is_free or item.metadata == FREE else item.metadata.get("resume", ""), FIXED),
@@ -84,7 +84,8 @@ def read_section(
     for item in items:
         inner, entry = bare(hints[item.name]), entry_hint(hints[item.name])
         if dataclasses.is_dataclass(entry):
-            yield from read_section(f"{key}.{item.name}", entry, comments, is_free, "entry")
+            free = is_free or item.metadata == FREE
+            yield from read_section(f"{key}.{item.name}", entry, comments, free, "entry")
         elif dataclasses.is_dataclass(inner):
             yield from read_section(f"{key}.{item.name}", inner, comments, is_free, "section")
 

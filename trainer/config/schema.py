@@ -121,10 +121,9 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class WeightRule:
-    """How much more often, or how much less, some images are seen. All that a rule says of an image must hold."""
+class ImageRule:
+    """Of which images a rule is. All that it says of an image must hold."""
 
-    factor: float  # times the image's weight; 0: it is never seen
     # the image has this tag: of the post, in its finished caption, or one that captions.quality or captions.years gives
     tag: str | None = None
     rating: Literal["g", "s", "q", "e", "none"] | None = None  # the post's; none: it has none
@@ -136,6 +135,20 @@ class WeightRule:
     artist_count_below: int | None = None  # one of its artists has fewer images than this in the set
     character_count_below: int | None = None  # the same for its characters
     copyright_count_below: int | None = None  # the same for its series
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRule(ImageRule):
+    """How much more often, or how much less, some images are seen. All that a rule says of an image must hold."""
+
+    factor: float  # times the image's weight; 0: it is never seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetRule(ImageRule):
+    """Which images of a set are trained on. All that a rule says of an image must hold."""
+
+    exclude: bool = False  # those of which it holds are left out, whatever other rules say
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,11 @@ class DataConfig:
     max_bad_fraction: float = free(0.01)  # preparation stops above this share of images set aside
     max_empty_captions: float = free(0.25)  # preparation stops above this share of posts without a caption or tags
     encode_batch_size: int = 1  # images of a bucket that the VAE encodes together; above 1 neighbours decide last bits
+    # only these images of the set: a file of keys, one a line, as scripts/choose_subset.py writes it; null: all
+    subset: Place | None = free(None)
+    # only images of which one of these rules holds (any image, where all of them exclude), and none that excludes;
+    # with a file of keys beside them both count
+    subset_rules: list[SubsetRule] = field(default_factory=list, metadata=FREE)
     # how often images are seen: the factors of all rules that hold for an image multiply to its weight, which is how
     # often it is seen in a pass, and in an epoch, on average; a source's repeats count beside it
     weights: list[WeightRule] = field(default_factory=list)

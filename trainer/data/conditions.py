@@ -13,10 +13,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.config.schema import CaptionsConfig
+from trainer.config.schema import CaptionsConfig, ImageRule
 from trainer.data.captions import VARIANT_SEPARATOR, quality_tag, year_tag
 from trainer.data.shards import SCHEMA
 from trainer.data.sites import TAG_CATEGORIES
+
+
+def find_images_of(table: pa.Table, rule: ImageRule, captions: CaptionsConfig) -> np.ndarray:
+    """The rows of which a rule holds, bool (n,)."""
+    holds = np.ones(len(table), dtype=bool)
+    if rule.tag is not None:
+        holds &= find_tag(table, rule.tag, captions)
+    if rule.rating is not None:
+        holds &= find_rating(table, rule.rating)
+    if rule.column is not None and rule.equals is not None:
+        holds &= find_equal(table, rule.column, rule.equals)
+    elif rule.column is not None:
+        numbers = read_numbers(table, rule.column)  # NaN is neither above nor below anything
+        holds &= ~np.isnan(numbers)
+        holds &= numbers > (-np.inf if rule.above is None else rule.above)
+        holds &= numbers < (np.inf if rule.below is None else rule.below)
+    for category in ("artist", "character", "copyright"):
+        below = getattr(rule, f"{category}_count_below")
+        if below is not None:
+            rarest = count_rarest(table, category)
+            holds &= (rarest > 0) & (rarest < below)
+    return holds
 
 
 def find_tag(table: pa.Table, tag: str, rules: CaptionsConfig) -> np.ndarray:

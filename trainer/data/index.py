@@ -7,7 +7,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,21 +38,23 @@ class BadSample(UserError):
 
 @dataclass(frozen=True)
 class Index:
-    """An opened set of shards. Threads share it; it pickles to its folder and manifest."""
+    """An opened set of shards, or a subset of it. Threads share it; it pickles to its folder, manifest and choice."""
 
     folder: Path
     manifest: dict[str, Any]
+    chosen: np.ndarray | None = field(default=None, compare=False)  # bool, of each row of the set; None: all
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Index, (self.folder, self.manifest)
+        return Index, (self.folder, self.manifest, self.chosen)
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows, memory-mapped, sorted by key."""
-        return read_table(self.folder / INDEX_FILE)
+        """The rows, sorted by key: all of the set memory-mapped, those of a subset in memory."""
+        table = read_table(self.folder / INDEX_FILE)
+        return table if self.chosen is None else table.filter(pa.array(self.chosen))
 
     @cached_property
     def _columns(self) -> dict[str, pa.ChunkedArray]:

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.config.schema import CaptionsConfig, DataConfig, WeightRule
+from trainer.config.schema import CaptionsConfig, DataConfig
 from trainer.core.errors import UserError
 from trainer.core.progress import format_count, waiting
 from trainer.core.rng import hash_keys
-from trainer.data.conditions import count_rarest, find_equal, find_rating, find_tag, read_numbers
+from trainer.data.conditions import find_images_of
 from trainer.data.index import Index
 
 BITS = 16
@@ -53,28 +53,6 @@ def find_sample_weights(index: Index, data: DataConfig, captions: CaptionsConfig
         raise UserError("data.weights: every image has weight 0, so that there is nothing to train on")
     values = own if repeats is None else own * repeats
     return SampleWeights(None if (values == ONE).all() else values, record_sample_weights(data, holds, values))
-
-
-def find_images_of(table: pa.Table, rule: WeightRule, captions: CaptionsConfig) -> np.ndarray:
-    """The rows of which a rule holds, bool (n,)."""
-    holds = np.ones(len(table), dtype=bool)
-    if rule.tag is not None:
-        holds &= find_tag(table, rule.tag, captions)
-    if rule.rating is not None:
-        holds &= find_rating(table, rule.rating)
-    if rule.column is not None and rule.equals is not None:
-        holds &= find_equal(table, rule.column, rule.equals)
-    elif rule.column is not None:
-        numbers = read_numbers(table, rule.column)  # NaN is neither above nor below anything
-        holds &= ~np.isnan(numbers)
-        holds &= numbers > (-np.inf if rule.above is None else rule.above)
-        holds &= numbers < (np.inf if rule.below is None else rule.below)
-    for category in ("artist", "character", "copyright"):
-        below = getattr(rule, f"{category}_count_below")
-        if below is not None:
-            rarest = count_rarest(table, category)
-            holds &= (rarest > 0) & (rarest < below)
-    return holds
 
 
 def multiply_factors(data: DataConfig, holds: list[np.ndarray]) -> np.ndarray:

@@ -7,11 +7,11 @@ import numpy as np
 from trainer.config.schema import Config
 from trainer.core.layout import NOTES_FILE, QUARANTINE_FILE
 from trainer.core.progress import format_count
-from trainer.data.index import open_index
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import describe_sum, find_sample_weights
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources.records import explain_reason
+from trainer.data.subset import describe_subset, open_chosen, record_subset
 from trainer.report.caption_survey import count_kinds, count_mapped, measure_captions
 from trainer.report.examples import draw_examples
 from trainer.report.facts import (
@@ -55,7 +55,7 @@ def make_report(config: Config) -> Report:
     Raises:
         UserError: when the shards are missing or damaged. A missing model only leaves something out.
     """
-    index = open_index(config.data.shards)
+    index = open_chosen(config.data, config.captions)
     rows, seed, latents = index.table, config.run.seed, index.manifest["latents"]
     captions = find_caption_rules(config, rows)
     config, beside = replace(config, captions=captions.config), captions.uses_caption
@@ -119,6 +119,11 @@ def summarise(report: Report) -> str:
     remarks = [f"{count:,} {kind} ({source})" for source, kinds in by_source.items() for kind, count in kinds.items()]
     facts = {
         "images": f"{images:,}, each seen {view_range(run.views)} times",
+        **(
+            {"subset": describe_subset(record_subset(report.index)).removeprefix("subset: ")}
+            if report.index.chosen is not None
+            else {}
+        ),
         **({"weights": describe_sum(report.weights, images)} if report.weights else {}),
         "steps": f"{run.steps:,} in all, {run.steps_per_epoch:,.1f} an epoch, {run.epochs:,.1f} epochs",
         "cropped": f"{fits.cropped.mean():.2%} of the pixels on average, at most {fits.cropped.max():.1%}",

@@ -15,6 +15,7 @@ from trainer.core.distributed import uses_cpu
 from trainer.core.layout import CHECKPOINTS_FOLDER, RUN_PAGE_FILE
 from trainer.core.progress import format_count
 from trainer.data.plan import Plan
+from trainer.data.subset import describe_subset
 from trainer.model.checkpoint import find_newest, list_checkpoints, measure_checkpoint, step_of
 from trainer.model.sdxl import trained_parameters
 from trainer.train.launch import RunInputs
@@ -39,10 +40,11 @@ def describe_start(inputs: RunInputs, sdxl: nn.Module) -> str:
     if resumed is not None:
         own = resumed.folder.parent.parent.resolve() == run_path(config).resolve()
         begins = f"{'resumed from' if own else 'begins with'} {resumed.folder}"
+    whole = f", {describe_subset(inputs.facts['subset'])}" if inputs.data.index.chosen is not None else ""
     rows = {
         "folder": f"{run_path(config)}, {begins}",
         "data": f"{format_count(inputs.facts['images'], 'image')} in {format_count(len(plan.buckets), 'bucket')}, "
-        f"{data.shards}",
+        f"{data.shards}{whole}",
         "steps": f"{first:,} to {last:,}, epochs {plan.epochs_until(first):.2f} to {plan.epochs_until(last):.2f}",
         "batch": f"{format_count(data.global_batch_size, 'sample')} a step = "
         f"{processes} process{'es' if processes > 1 else ''} x {data.micro_batch_size} in a micro-batch x "

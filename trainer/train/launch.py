@@ -22,12 +22,13 @@ from trainer.config.schema import Config
 from trainer.core.console import log
 from trainer.core.distributed import Processes, uses_cpu
 from trainer.core.errors import UserError
-from trainer.data.index import Index, count_fields, open_index
+from trainer.data.index import Index, count_fields
 from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import describe_sum, find_sample_weights
 from trainer.data.substitutes import Substitutes
+from trainer.data.subset import open_chosen, record_subset
 from trainer.data.tag_counts import find_frequent
 from trainer.data.tag_maps import hash_tag_maps
 from trainer.data.template import ready_rules
@@ -145,7 +146,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
     software, resumed = describe_software(), find_resumed(config, processes_of(accelerator))
     if note := check_config_prompts(config.sampling):
         log.info(note)
-    index = open_index(config.data.shards)
+    index = open_chosen(config.data, config.captions)
     with accelerator.main_process_first():  # one process downloads, the others find it there
         base = find_first_base(config, resumed)
         prediction = check_prediction(base.reference, read_predictions(base), config.diffusion)
@@ -185,6 +186,7 @@ def open_inputs(config: Config, accelerator: Accelerator) -> RunInputs:
         "vae_numbers": describe_numbers(vae.scale),
         "index_fingerprint": index.fingerprint,
         "images": len(index),
+        "subset": record_subset(index),
         "caption_fields": count_fields(index.table, sorted(captions.ruled), beside=captions.uses_caption),
         "thresholds": thresholds.thresholds,
         "frequent_tags": frequent,

@@ -18,6 +18,7 @@ from trainer.core.errors import UserError, shorten
 from trainer.core.files import set_aside, sha256_bytes, sha256_json
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from trainer.core.progress import format_count
+from trainer.data.subset import WHOLE_SET
 from trainer.data.tag_maps import TagMaps, hash_tag_maps
 from trainer.model.checkpoint import (
     REMEDY_DAMAGED,
@@ -38,6 +39,7 @@ from trainer.train.save import remove_leftovers
 # what a run reads is compared by hashes, so that where it lies is free
 OF_DATA = (
     ("data set (index fingerprint)", ("index_fingerprint",)),
+    ("subset of the set (SHA-256 of its keys)", ("subset", "sha256")),
     ("choice of tag tables and protected tags (SHA-256 of what they say)", ("tag_maps_sha256",)),
     ("set of weights (SHA-256 of what data.weights gives each image)", ("weights", "sha256")),
 )
@@ -145,8 +147,8 @@ def check_continued(inputs: RunInputs) -> None:
     if "fixed" not in resumed.state and (unknown := find_interpolated(inputs.fixed["values"])):
         log.warning("warning: %s does not record the value of %s: make sure that it is the same now",
                     resumed.folder, ", ".join(unknown))  # fmt: skip
-    # a version that records no tables had none
-    state = {"tag_maps_sha256": hash_tag_maps(TagMaps())} | resumed.state
+    # a version that records no tables and no subset had none
+    state = {"tag_maps_sha256": hash_tag_maps(TagMaps()), "subset": WHOLE_SET} | resumed.state
     check_inputs(resumed.folder, state, inputs.facts, GUARDED, REMEDY)
 
 
