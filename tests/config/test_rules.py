@@ -129,6 +129,14 @@ RULES: list[tuple[list[str], str, str]] = [  # words over the minimal config -> 
       for share in (0, 100, -1)],
     (["captions.columns=[{column: x, tag: a, above: 1}, {column: x, tag: b, above: 1}]"],
      "captions.columns", "the same above"),
+    *[([f"captions.columns=[{rules}]"], "captions.columns", said) for rules, said in (
+        ("{column: x, tag: a, above: 1}, {column: x, tag: b, above_percentile: 9}", "either above or above_percentile"),
+        ("{column: x, tag: a, above_percentile: 100}", "must lie between 0 and 100"),
+        ("{column: x, tag: a, above_percentile: 9, rating: g}, {column: x, tag: b, above_percentile: 9}", "two tags"),
+        ("{column: x, tag: a, above: 1, half_life: 3}", "half_life has no effect without"),
+        ("{column: x, tag: a, above_percentile: 9, half_life: 0.5}", "half_life must be at least 1 year"),
+        ("{column: x, tag: a, above_percentile: 9, half_life: 3}, {column: x, tag: b, above_percentile: 5}",
+         "a column has one half_life"))],
     (["captions.template=[]"], "captions.template", "name at least one part"),
     (["captions.template=[{tag: rating}, {tag: rating}]"], "captions.template", "has 2 parts {tag: rating}"),
     *[([f"captions.template=[{{{part}}}]"], f"captions.template.0{key}", message) for part, key, message in (

@@ -113,7 +113,7 @@ PLACES = [
     ("data.shards", "~/x"), ("data.images", "~/x"), ("checkpoint.resume", "~/x"), ("checkpoint.fork", "~/x"),
     ("captions.thresholds_from", "~/x"), ("captions.protected_tags_file", "~/x"), ("captions.tag_aliases", "~/x"),
     ("captions.tag_implications", "~/x"), ("captions.tag_removals", "~/x"),
-    ("publish.card_template", "~/x"), ("data.posts", "[~/x, a]"),
+    ("publish.card_template", "~/x"), ("data.posts", "[~/x, a]"), ("data.subset", "~/x"),
     ("data.sources", "[{kind: posts, path: ~/x, images: ~/x}]"),
 ]  # fmt: skip
 

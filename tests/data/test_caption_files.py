@@ -10,14 +10,15 @@ from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.data.caption_draws import draw_record, explain_parts, join_drawn
 from trainer.data.index import open_index
-from trainer.data.percentiles import resolve_percentiles
+from trainer.data.percentiles import resolve_anew
 from trainer.data.shards import SCHEMA
 from trainer.data.template import CaptionRules, compose_caption, ready_rules
 from trainer.report.explain import explain_step
 
 FOLDER = REPOSITORY / "configs/captions"
 POST: dict[str, Any] = {
-    "key": "7", "caption": None, "rating": "g", "score": 151, "year": 2017, "extra": '{"aesthetic_score": 0.9}',
+    "key": "7", "caption": None, "rating": "g", "score": 151, "year": 2017,
+    "extra": '{"aesthetic_score": 0.9, "fav_count": 9}',
     "tags_general": "1girl smile", "tags_character": "hatsune_miku", "tags_copyright": "vocaloid",
     "tags_artist": "someone", "tags_meta": "highres",
 }  # fmt: skip
@@ -41,7 +42,8 @@ def read_rules(name: str, *stage: str) -> CaptionRules:
     config = load_config([*files, FOLDER / f"{name}.yaml"]).captions
     schema = pa.schema([field.with_nullable(True) for field in SCHEMA])
     rows = [dict.fromkeys(SCHEMA.names) | {"rating": "g", "score": score} for score in range(152)]
-    return ready_rules(resolve_percentiles(config, pa.Table.from_pylist(rows, schema=schema)))
+    rows += [dict.fromkeys(SCHEMA.names) | {"rating": "g", "extra": f'{{"fav_count": {count}}}'} for count in range(10)]
+    return ready_rules(resolve_anew(config, pa.Table.from_pylist(rows, schema=schema), "").captions)
 
 
 def test_every_file_is_here() -> None:

@@ -88,16 +88,16 @@ def test_rules_by_score_and_rating_need_no_index() -> None:
 )  # fmt: skip
 def test_tags_from_a_column(rules: CaptionsConfig, value: Any, tags: list[str]) -> None:
     extra = json.dumps({"aesthetic_score": value, "other": 5})
-    assert column_tags(extra, rules) == tags
-    assert column_tags(None, rules) == column_tags('{"other": 5}', rules) == []
+    assert column_tags({"extra": extra}, rules) == tags
+    assert column_tags({"extra": None}, rules) == column_tags({"extra": '{"other": 5}'}, rules) == []
 
 
 def test_several_columns() -> None:
     rules = CaptionsConfig(
         columns=[ColumnRule("a", "high", 5), ColumnRule("b", "wide", 1), ColumnRule("b", "wider", 2)]
     )
-    assert column_tags('{"a": 6, "b": 3}', rules) == ["high", "wider"]
-    assert column_tags('{"a": 5, "b": 2}', rules) == ["wide"]
+    assert column_tags({"extra": '{"a": 6, "b": 3}'}, rules) == ["high", "wider"]
+    assert column_tags({"extra": '{"a": 5, "b": 2}'}, rules) == ["wide"]
     counted = dict(count_rules(make_table([{"extra": '{"a": 6, "b": 3}'}, {"extra": None}]), rules).columns)
     assert counted == {"high": 1, "wide": 0, "wider": 1, "": 2}
 

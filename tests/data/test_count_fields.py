@@ -34,4 +34,4 @@ def test_a_column_is_counted_where_it_gives_a_tag() -> None:
     table = table_of(*({"extra": text} for text in extra), {"extra": extra[0], "caption": "finished"})
     assert count_fields(table, ["a", "b(", "c"]) == EMPTY | {"caption": 1, "extra.a": 2, "extra.b(": 1, "extra.c": 0}
     rules = CaptionsConfig(columns=[ColumnRule(column="a", tag="any")])
-    assert sum(bool(column_tags(text, rules)) for text in extra) == 2
+    assert sum(bool(column_tags({"extra": text}, rules)) for text in extra) == 2

@@ -16,11 +16,16 @@ class QualityRule:
 
 @dataclass(frozen=True)
 class ColumnRule:
-    """A tag from a number among a post's other fields, such as an aesthetic score."""
+    """A tag from a number of a post, such as an aesthetic score. Of a column's rules that hold the highest wins."""
 
-    column: str  # the post's field; the index keeps it in `extra`
+    column: str  # a number of the index (score, year, ...), or another field of the post, which it keeps in `extra`
     tag: str  # the tag that the rule adds
     above: float | None = None  # the tag of values above this up to the next rule's of the column; null: all below
+    above_percentile: float | None = None  # instead: values above that of so many percent of the posts of its rating
+    rating: Literal["g", "s", "q", "e", "none"] | None = None  # only posts of this rating, or without one; null: all
+    # years: what a value counts halves with each so many years of the post's age before percentiles are found, so that
+    # old posts, which had more time to collect, do not stand first; a post without a year gets no tag then
+    half_life: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import assert_never
 
+from trainer.config.column_rules import column_rules
 from trainer.config.durations import parse_duration
 from trainer.config.free_text import find_unfit
 from trainer.config.precision_rules import precision_rules
@@ -21,8 +22,8 @@ def find_broken_rules(config: Config, preparing: bool = False) -> Iterator[Broke
     """Every rule that a well-typed config breaks; a preparation needs neither rates nor a length."""
     rules = [
         range_rules, run_and_model_rules, source_rules, weight_rules, batch_rules, filter_rules, caption_rules,
-        bucket_rules, template_rules, diffusion_rules, optim_rules, precision_rules, schedule_rules, output_rules,
-        publish_rules,
+        bucket_rules, template_rules, column_rules, diffusion_rules, optim_rules, precision_rules, schedule_rules,
+        output_rules, publish_rules,
     ]  # fmt: skip
     for find_broken in rules if preparing else [training_rules, *rules]:
         yield from find_broken(config)
@@ -197,8 +198,12 @@ def quality_rules(captions: CaptionsConfig) -> Iterator[Broken]:
     by_percentile = [rule for rule in captions.quality if rule.above_percentile is not None]
     if any(rule.min_score is not None for rule in captions.quality) and by_percentile:
         yield ("captions.quality",), "give either min_score or above_percentile, not both"
-    if captions.thresholds_from is not None and not by_percentile:
-        yield ("captions.thresholds_from",), "has no effect: no rule of captions.quality goes by above_percentile"
+    columns = [rule for rule in captions.columns if rule.above_percentile is not None]
+    if captions.thresholds_from is not None and not (by_percentile or columns):
+        yield (
+            ("captions.thresholds_from",),
+            "has no effect: no rule of captions.quality or captions.columns goes by above_percentile",
+        )
     if any(not 0 < (rule.above_percentile or 0) < 100 for rule in by_percentile):
         yield ("captions.quality",), "above_percentile must lie between 0 and 100"
     if any(
@@ -207,9 +212,6 @@ def quality_rules(captions: CaptionsConfig) -> Iterator[Broken]:
         for one, other in combinations(captions.quality, 2)
     ):
         yield ("captions.quality",), "two tags have the same min_score or above_percentile"
-    places = [(rule.column, rule.above) for rule in captions.columns]
-    if len(set(places)) < len(places):
-        yield ("captions.columns",), "two tags of a column have the same above"
 
 
 def bucket_rules(config: Config) -> Iterator[Broken]:

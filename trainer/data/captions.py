@@ -4,14 +4,19 @@ What is made of them, in which order, says ``template``; what a pass sees of tha
 the post's fields, not the caption, so rules can change without encoding an image again.
 """
 
+import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from trainer.config.schema import CaptionsConfig
 
 # between the variants of one caption, of which each draw takes one: ASCII's own record separator, which no text has
 VARIANT_SEPARATOR = "\x1e"
+BASE_YEAR = 2000  # of which a value counts once
 
 
 def split_tags(tags: str | None, rules: CaptionsConfig) -> list[str]:
@@ -55,21 +60,49 @@ def quality_tag(score: int | None, rules: CaptionsConfig, rating: str | None = N
     return tag
 
 
-def column_tags(extra: str | None, rules: CaptionsConfig, columns: Sequence[str] | None = None) -> list[str]:
+def column_tags(record: Mapping[str, Any], rules: CaptionsConfig, columns: Sequence[str] | None = None) -> list[str]:
     """For each column that has rules, the tag of the highest that the post's number is above; none without a number.
 
-    ``columns`` are those that are looked at; None: all.
+    Args:
+        record: has ``extra``, and of the index's other columns those that rules are about.
+        columns: those that are looked at; None: all.
     """
+    extra = record["extra"]
     values = json.loads(extra) if extra and rules.columns else {}
+    rating = record.get("rating") or "none"
     tags = []
     for column in dict.fromkeys(rule.column for rule in rules.columns) if columns is None else columns:
-        value = values.get(column)
+        value = record.get(column)
+        value = value if isinstance(value, int) else values.get(column)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        own = [rule for rule in rules.columns if rule.column == column and (rule.above is None or value > rule.above)]
+        own = [
+            rule
+            for rule in rules.columns
+            if rule.column == column
+            and rule.rating in (None, rating)
+            and holds_of(value, record.get("year"), rule.above, rule.half_life)
+        ]
         if own:
             tags.append(max(own, key=lambda rule: -math.inf if rule.above is None else rule.above).tag)
     return tags
+
+
+def holds_of(value: float, year: int | None, above: float | None, half_life: float | None) -> bool:
+    """Whether a number, aged where it is to be, is above a limit."""
+    if half_life is None:
+        return above is None or value > above
+    return year is not None and (above is None or value * age_factor(year, half_life) > above)
+
+
+@functools.lru_cache(maxsize=1024)
+def age_factor(year: int, half_life: float) -> float:
+    """What a value of a year counts beside one of 2000: twice as much for each half-life that it is younger.
+
+    Which year is 1 changes no order, so that none has to be recorded. Rounded to fp32, because last bits of a power are
+    not the same on every machine.
+    """
+    return float(np.float32(2.0 ** ((year - BASE_YEAR) / half_life)))
 
 
 def column_text(extra: str | None, column: str) -> str:

@@ -88,8 +88,8 @@ def count_fields(table: pa.Table, columns: Iterable[str] = (), beside: bool = Fa
     """How many samples have a finished caption (``caption``), and how many of the others each field that makes one.
 
     What a finished caption stands beside is no part of it: no rule touches that sample. ``columns`` are those of
-    ``extra`` that are looked for, ``extra.NAME``, where they hold a number. Where a post's own caption stands
-    ``beside`` what is composed, it is one more such field (``text``), and no caption is finished.
+    ``extra``, or of the index, that rules ask for, ``extra.NAME``, where they hold a number. Where a post's own caption
+    stands ``beside`` what is composed, it is one more such field (``text``), and no caption is finished.
     """
     finished = pc.is_valid(table["caption"])
     composed = pc.or_(finished, True) if beside else pc.invert(finished)
@@ -100,7 +100,8 @@ def count_fields(table: pa.Table, columns: Iterable[str] = (), beside: bool = Fa
         counts[name] = count_true(pc.and_kleene(composed, there))
     for name in columns:
         number = re.escape(json.dumps(name, ensure_ascii=False)) + r":\s*-?[0-9]"  # parsing a million would take long
-        there = pc.match_substring_regex(table["extra"], number)
+        own = name in table.column_names
+        there = pc.is_valid(table[name]) if own else pc.match_substring_regex(table["extra"], number)
         counts[f"extra.{name}"] = count_true(pc.and_kleene(composed, there))
     return counts
 

@@ -19,7 +19,7 @@ from trainer.core.files import write_text
 from trainer.core.progress import format_count, waiting
 from trainer.data.conditions import find_images_of
 from trainer.data.index import Index, open_index
-from trainer.data.percentiles import by_percentile
+from trainer.data.percentiles import quality_by_percentile
 
 EXAMPLES = 4  # keys that a message names
 WHOLE_SET = {"sha256": "all of it"}  # what is recorded where no subset is chosen, as in every set of older versions
@@ -53,7 +53,7 @@ def choose_images(index: Index, data: DataConfig, captions: CaptionsConfig) -> I
 
 def find_rule_images(table: pa.Table, data: DataConfig, captions: CaptionsConfig) -> list[np.ndarray]:
     """The images of which each rule holds, bool (n,) each."""
-    by_score = [rule.tag for rule in captions.quality] if by_percentile(captions) else []
+    by_score = [rule.tag for rule in captions.quality] if quality_by_percentile(captions) else []
     for number, rule in enumerate(data.subset_rules):
         if rule.tag is not None and rule.tag.replace("_", " ") in by_score:
             raise UserError(

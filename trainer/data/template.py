@@ -175,7 +175,7 @@ def make_words(part: CaptionPart, record: Mapping[str, Any], rules: CaptionRules
         return [part.text]
     if part.column is not None:
         if part.column in rules.ruled:
-            return column_tags(record["extra"], config, (part.column,))
+            return column_tags(record, config, (part.column,))
         return [column_text(record["extra"], part.column)]
     match part.tag:
         case "rating":
@@ -185,7 +185,7 @@ def make_words(part: CaptionPart, record: Mapping[str, Any], rules: CaptionRules
         case "year":
             return [year_tag(record["year"], config)]
         case "columns" if config.columns:
-            return column_tags(record["extra"], config, list_rest(config))
+            return column_tags(record, config, list_rest(config))
     return []
 
 

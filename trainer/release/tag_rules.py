@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from trainer.config.caption_fields import CaptionPart, default_template
+from trainer.config.caption_fields import CaptionPart, ColumnRule, default_template
 from trainer.config.schema import CaptionsConfig
 
 RATING_WORDS = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
@@ -129,7 +129,19 @@ def describe_tags(captions: CaptionsConfig) -> dict[str, Any]:
     return {
         "quality": {"by_rating": by_rating, "rows": [row[: 2 + by_rating] for row in quality_rows(captions)]},
         "ratings": [[RATING_WORDS[key], tag] for key, tag in captions.ratings.items()],
+        "numbers": [[rule.tag, describe_column(rule)] for rule in captions.columns],
     }
+
+
+def describe_column(rule: ColumnRule) -> str:
+    """Of which numbers a rule's tag is, in words."""
+    if rule.above_percentile is not None:
+        limit = f" above that of {rule.above_percentile:g}% of the posts of its rating"
+    else:
+        limit = ", the rest" if rule.above is None else f" above {rule.above:g}"
+    aged = f", which halves with each {rule.half_life:g} years of age" if rule.half_life is not None else ""
+    only = f" ({RATING_WORDS.get(rule.rating, 'no rating')} only)" if rule.rating is not None else ""
+    return f"{rule.column}{limit}{aged}{only}"
 
 
 def quality_rows(captions: CaptionsConfig) -> list[list[str]]:

@@ -156,11 +156,13 @@ def count_rules(table: pa.Table, rules: CaptionsConfig, beside: bool = False) ->
 def count_columns(table: pa.Table, rules: CaptionsConfig, beside: bool) -> Counter[str]:
     """Tags from the numbers of posts; "" for each post and column that gives none."""
     tags = Counter(dict.fromkeys((rule.tag for rule in rules.columns), 0))
-    columns = len({rule.column for rule in rules.columns})
-    for extra in table["extra"] if beside else table["extra"].filter(pc.is_null(table["caption"])):
-        found = column_tags(extra.as_py(), rules)
-        tags.update(found)
-        tags[""] += columns - len(found)
+    columns = {rule.column for rule in rules.columns}
+    rows = table if beside else table.filter(pc.is_null(table["caption"]))
+    for batch in rows.select(sorted({"extra", "rating", "year"} | (columns & {*table.column_names}))).to_batches():
+        for record in batch.to_pylist():
+            found = column_tags(record, rules)
+            tags.update(found)
+            tags[""] += len(columns) - len(found)
     return tags
 
 

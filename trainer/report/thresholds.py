@@ -13,7 +13,7 @@ from trainer.data.percentiles import (
     Thresholds,
     by_percentile,
     choose_thresholds,
-    describe_rules,
+    is_of,
     resolve_anew,
 )
 from trainer.data.tag_counts import find_frequent
@@ -53,7 +53,7 @@ def find_thresholds(config: Config, table: pa.Table) -> Resolved:
     if recorded is not None:
         # version 0.2.0 recorded none, and took those of the set
         own = recorded.get("thresholds", resolve_anew(rules, table, "").thresholds)
-    if own is not None and own["rules"] != describe_rules(rules):
+    if own is not None and not is_of(own, rules):
         own = None
     # what a fork branches off stands in for the base: it comes after it
     before = thresholds_of_base(Path(config.checkpoint.fork or config.model.pretrained))

@@ -27,8 +27,8 @@ from trainer.data.loader import MicroBatches
 from trainer.data.percentiles import OWN_SCORES, Resolved, choose_thresholds, resolve_anew
 from trainer.data.plan import build_plan
 from trainer.data.sample_weights import describe_sum, find_sample_weights
-from trainer.data.substitutes import Substitutes
 from trainer.data.subset import open_chosen, record_subset
+from trainer.data.substitutes import Substitutes
 from trainer.data.tag_counts import find_frequent
 from trainer.data.tag_maps import hash_tag_maps
 from trainer.data.template import ready_rules
