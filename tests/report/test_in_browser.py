@@ -1,6 +1,7 @@
 """The pages in a real browser: the slider moves all strips, the pointer finds values, nothing is too wide."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 
 from support.browser import CHROMIUM, Page, browse
 from support.run_on_disk import view_of, write_run, write_sheet
+from trainer.config.schema import Config
 from trainer.report.comparison import read_runs, render_comparison
 from trainer.report.run_page import render_run
+from trainer.report.subset_page import make_subset_report, render_subset
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -128,3 +131,17 @@ def test_a_comparison_by_steps_or_by_samples_seen(browser: Page, page: Path, tmp
         browser.press("ArrowLeft")
     assert shown(browser, 0)[2].endswith("/run/samples/step-00000010.png") and shown(browser, 0)[3] == "step 10"
     assert shown(browser, 1)[3] == "not drawn yet"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_subset_fits_and_its_pictures_are_there(
+    browser: Page, make_config: Callable[..., Config], tmp_path: Path, width: int
+) -> None:
+    words = ["{tag: food}", f"{{tag: {json.dumps(HOSTILE)}}}", f"{{tag: {'a_long_tag_' * 20}, exclude: true}}"]
+    path = tmp_path / "subset.html"
+    report = make_subset_report(make_config(f"data.subset_rules=[{', '.join(words)}]"))
+    path.write_text(render_subset(report, HOSTILE, "a/very/long/path/" * 12 + HOSTILE), encoding="utf-8")
+    browser.open(path, width=width)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width and browser.complaints() == []
+    drawn = browser.evaluate("[...document.images].map((image) => image.naturalWidth > 0)")
+    assert drawn == [True] * 24 and browser.evaluate("document.title") != "hit"

@@ -30,6 +30,7 @@ KNOBS: dict[str, list[str]] = {
     "optim.unet_lr": ["optim.unet_lr=1e-4"],
     "data.global_batch_size": ["data.global_batch_size=8"],
     "data.bucket_batch_size": ["data.bucket_batch_size=4"],
+    "data.subset_rules": ["data.subset_rules=[{tag: food, exclude: true}]"],
     "data.weights": ["data.weights=[{factor: 3, tag: food}, {factor: 0, tag: bird}]"],
     "data.min_weight": ["data.weights=[{factor: 0.01, tag: food}]", "data.min_weight=1"],
     "data.max_weight": ["data.weights=[{factor: 5, tag: food}]", "data.max_weight=2"],
