@@ -20,6 +20,7 @@ from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.prepare.prepare import prepare
 from trainer.report.data_page import make_report, render_data, summarise
 from trainer.report.explain import explain_step
+from trainer.report.thresholds import find_caption_rules
 from trainer.train.loop import train
 from trainer.train.run import run_path
 
@@ -145,3 +146,13 @@ def test_the_plan_is_of_the_subset_alone(make_config: MakeConfig) -> None:
     index = open_chosen(config.data, config.captions)
     plan = build_plan(index, 0, config.data)
     assert sum(plan.images) == len(index) < 24
+
+
+def test_thresholds_from_the_same_shards_are_of_the_whole_set(make_config: MakeConfig, tmp_path: Path) -> None:
+    shards = write_set(tmp_path / "set", [row(str(number), score=number, rating="g") for number in range(10)])
+    words = [f"data.shards={shards}", "captions.quality=[{tag: best, above_percentile: 50}, {tag: plain}]",
+             "data.subset_rules=[{column: score, above: 6}]"]  # fmt: skip
+    for more, least in (([], 9), ([f"captions.thresholds_from={shards}"], 5)):
+        config = make_config(*words, *more)
+        rules = find_caption_rules(config, open_chosen(config.data, config.captions).table).config.quality
+        assert [rule.min_score for rule in rules if rule.tag == "best"] == [least]
