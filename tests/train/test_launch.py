@@ -46,7 +46,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_loaded(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, words: list[str], absent: list[str], said: str
 ) -> None:
     hide(monkeypatch, absent)
-    monkeypatch.setattr(launch, "open_index", lambda _: pytest.fail("something was read before"))
+    monkeypatch.setattr(launch, "open_chosen", lambda _: pytest.fail("something was read before"))
     with pytest.raises(UserError, match=said):
         train(make_config(*words))
 
