@@ -18,6 +18,7 @@ from trainer.core.errors import UserError
 from trainer.core.progress import format_count
 
 Shared = TypeVar("Shared")
+KEPT_GROUPS: list[Any] = []  # see keep_group
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ class Processes:
         """Wait until all are here. One that died ends the others here too."""
         if self.world > 1:
             torch.distributed.barrier()
+
+
+def keep_group() -> None:
+    """Keep the process group, which is about to be ended, for as long as this process lives.
+
+    DDP's reducer would hold it last, and end it under Python's lock while it waits for gloo's threads, one of which may
+    need that lock to let a tensor go: the rank would never end.
+    """
+    if torch.distributed.is_initialized():
+        KEPT_GROUPS.append(torch.distributed.group.WORLD)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from PIL import Image
 
 from trainer.core.console import log
 from trainer.core.disk import is_disk_trouble, say_trouble
+from trainer.core.distributed import keep_group
 from trainer.core.errors import UserError, shorten
 from trainer.core.layout import CHECKPOINTS_FOLDER, METRICS_FILE
 from trainer.core.progress import Meter, format_count
@@ -88,6 +89,7 @@ class Progress:
             with contextlib.suppress(OSError):
                 self.file.file.close()
         if kind is None:
+            keep_group()
             self.accelerator.end_training()
             return
         for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
