@@ -1,10 +1,19 @@
 """What the promises' tests share: how often each was tried, and how often it failed, is printed at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from support.fork_server import ForkServer, serving
+
 Count = Callable[[str, bool], None]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """Real training processes without their imports."""
+    with serving() as started:
+        yield started
 
 
 @pytest.fixture

@@ -7,30 +7,24 @@ a process alone sees a hang within which Python's lock is held.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.fork_server import ForkServer, serving
+from support.fork_server import ForkServer
 from support.paths import REPOSITORY
+from support.ranks import free_port
 from support.watching import outcome_of, steps_logged, wait_until
 
 Count = Callable[[str, bool], None]
 TIMEOUT = 6
 LONG = ["run.name=run", "schedule.max_steps=5000", "checkpoint.every_steps=5000", f"run.step_timeout={TIMEOUT}s",
         "data.loader_threads=1"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with serving() as started:
-        yield started
 
 
 @pytest.fixture
@@ -40,9 +34,7 @@ def words(tiny_settings: list[str], tmp_path: Path) -> list[str]:
 
 def start_two(server: ForkServer, words: list[str], folder: Path, faults: dict[int, list[Any]]) -> list[int]:
     """Two ranks without a launcher: rank 0 keeps the store by which they meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         server.start(

@@ -3,13 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from support.fork_server import ForkServer, serving
+from support.fork_server import ForkServer
 from support.watching import steps_logged, wait_until
 from trainer.model.checkpoint import list_checkpoints, read_train_state, step_of, verify_checkpoint
 from trainer.model.run_records import read_run
@@ -18,12 +18,6 @@ Count = Callable[[str, bool], None]
 SAVES = ["checkpoint.every_steps=1", "checkpoint.keep_last=2", "data.loader_threads=1"]
 STARTING, STEPPING = 2.0, 0.5  # seconds after its start, or after some steps, within which a run is killed
 STEPS = 5  # at most, before it is killed
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with serving() as started:
-        yield started
 
 
 def kill_at_random(server: ForkServer, words: list[str], folder: Path, output: Path, rng: np.random.Generator) -> None:

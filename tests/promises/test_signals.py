@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from support.fork_server import ForkServer, serving
+from support.fork_server import ForkServer
 from support.paths import REPOSITORY
 from support.watching import outcome_of, steps_logged, wait_until
 from trainer.model.checkpoint import find_newest, step_of
@@ -23,12 +23,6 @@ NAMES = ["SIGTERM", *(pytest.param(name, marks=pytest.mark.faults) for name in (
 LONG = ["run.name=run", "schedule.max_steps=5000", "checkpoint.every_steps=5000", "data.loader_threads=1"]
 SAMPLES = ["sampling.every_steps=2", "sampling.prompts=[a cat]", "sampling.num_inference_steps=1000",
            "sampling.width=64", "sampling.height=64"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with serving() as started:
-        yield started
 
 
 @pytest.fixture

@@ -43,11 +43,16 @@ def fork(work: Callable[[], object], **environment: str) -> int:
     os._exit(0)
 
 
-def start_ranks(config: Config, world: int) -> list[int]:
-    """One preparation by several processes, as a launcher starts them."""
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+def start_ranks(config: Config, world: int) -> list[int]:
+    """One preparation by several processes, as a launcher starts them."""
+    port = free_port()
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     return [fork(lambda: run(config), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
 
@@ -66,9 +71,7 @@ def kill(children: list[int]) -> None:
 
 def train_ranks(configs: list[Config], folder: Path, before: Callable[[int], object] = lambda rank: None) -> list[str]:
     """One training by several processes, each with a config of its own; what each of them ended with, "" for well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     folder.mkdir(exist_ok=True)
     shared = {"WORLD_SIZE": str(len(configs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "ACCELERATE_USE_CPU": "true"}  # fmt: skip

@@ -119,6 +119,7 @@ def run_all(settings: TrialSettings, trials: list[Trial]) -> tuple[TrialResult, 
         if trial.exact and not comparison.same_bits:  # a fault of the resume, or of kernels that always differ?
             repetition = run(repeat_trial(first))
             repeated = repetition, compare_trials(straight, repetition)
+            shutil.rmtree(repetition.checkpoint.parent)
         checked.append(Checked(result, comparison, repeated))
         shutil.rmtree(result.checkpoint.parent)
     return straight, checked
