@@ -225,7 +225,7 @@ def our_step(sdxl: SDXL, shape: Shape, variant: Variant, device: torch.device) -
         with no_waiting() if waits_never and number else contextlib.nullcontext():
             pending = training_step(
                 model, batches, optimizer, objective, step=number, micro_steps=shape.micro_steps, max_grad_norm=1.0,
-                no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
+                no_sync=contextlib.nullcontext, scaler=scaler,
             )  # fmt: skip
         return float(pending.wait().loss)
 

@@ -173,7 +173,7 @@ def test_a_step_draws_numbers_of_its_own() -> None:
         model = Model()
         optimizer = make(model, OPTIMIZERS["adamw"], mode="stochastic")
         give_gradients(optimizer, 0)
-        optimizer.begin(number, lambda value: value)
+        optimizer.begin(number, None)
         optimizer.step()
         ends.append(bits(model.parameters()))
     assert ends[0] == ends[1] != ends[2]
@@ -250,7 +250,7 @@ def step(
         batches[-1] = dataclasses.replace(batches[-1], noise=batches[-1].noise * float("inf"))
     return training_step(
         model, batches, optimizer, objective, step=0, micro_steps=len(batches), max_grad_norm=1.0,
-        no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
+        no_sync=contextlib.nullcontext, scaler=scaler,
     ).wait()  # fmt: skip
 
 
@@ -302,7 +302,7 @@ def test_a_step_on_a_device_is_launched_without_waiting(base: Path, mode: Any, m
         with HostReads() as host:
             training_step(
                 model, [batch], optimizer, objective, step=number, micro_steps=1, max_grad_norm=1.0,
-                no_sync=contextlib.nullcontext, all_mean=lambda value: value,
+                no_sync=contextlib.nullcontext,
             )  # fmt: skip
         assert not host.found
 
@@ -318,7 +318,7 @@ def test_of_a_step_the_host_reads_at_most_one_flag(base: Path, name: str, flags:
         with HostReads() as host:
             training_step(
                 model, [batch], optimizer, objective, step=number, micro_steps=1, max_grad_norm=1.0,
-                no_sync=contextlib.nullcontext, all_mean=lambda value: value, scaler=scaler,
+                no_sync=contextlib.nullcontext, scaler=scaler,
             )  # fmt: skip
         assert host.found == ({"_local_scalar_dense": flags} if flags else {})
 

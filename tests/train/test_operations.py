@@ -126,7 +126,7 @@ def our_step(model: SDXL, weights: WeightMode, gradients: GradientDtype) -> Call
     def step() -> None:
         training_step(
             model if narrow else Autocast(model), batches, optimizer, objective, step=0, micro_steps=MICRO_STEPS,
-            max_grad_norm=1.0, no_sync=contextlib.nullcontext, all_mean=lambda value: value,
+            max_grad_norm=1.0, no_sync=contextlib.nullcontext,
         )  # fmt: skip
 
     return step

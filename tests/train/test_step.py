@@ -52,7 +52,7 @@ def make_batch(first: int, count: int) -> Batch:
 def launch(model: SDXL, batches: list[Batch], optimizer: Any, **options: Any) -> PendingStep:
     settings: dict[str, Any] = {
         "objective": OBJECTIVE, "step": 0, "micro_steps": len(batches), "max_grad_norm": 1.0,
-        "no_sync": contextlib.nullcontext, "all_mean": lambda value: value,
+        "no_sync": contextlib.nullcontext,
     }  # fmt: skip
     return training_step(model, batches, optimizer, **settings | options)
 

@@ -216,8 +216,8 @@ def step_once(run: Run, batches: Sequence[Batch], step: int) -> PendingStep:
     pending = training_step(
         run.model, batches, run.optimizer, run.objective, step=step, micro_steps=len(batches),
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler,
-        keep_gradients=accelerator.num_processes > 1, no_sync=lambda: accelerator.no_sync(run.model),
-        all_mean=all_mean, arrive=pace.mark, before_update=run.saver.guard,
+        no_sync=lambda: accelerator.no_sync(run.model), all_mean=all_mean if accelerator.num_processes > 1 else None,
+        arrive=pace.mark, before_update=run.saver.guard,
     )  # fmt: skip
     pace.mark("the numbers of the step before")
     return pending

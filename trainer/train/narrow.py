@@ -72,10 +72,11 @@ class NarrowOptimizer(Optimizer):
             return list(cut_portions(spans, PORTION))
         return [Portion([Piece(span, 0, span.start, span.stop)]) for span in spans]
 
-    def begin(self, step: int, all_mean: Callable[[Tensor], Tensor]) -> None:
+    def begin(self, step: int, all_mean: Callable[[Tensor], Tensor] | None) -> None:
         """After the micro-steps: which step this is, and the gradients of all processes."""
         self.weights.step = step
-        self.gradients.average(all_mean)
+        if all_mean:
+            self.gradients.average(all_mean)
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip the gradients together; the norm before, fp32."""

@@ -101,20 +101,19 @@ def training_step(
     step: int,
     micro_steps: int,
     max_grad_norm: float | None,
-    keep_gradients: bool = False,
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]],
-    all_mean: Callable[[Tensor], Tensor],
+    all_mean: Callable[[Tensor], Tensor] | None = None,
     scaler: Any = None,
     arrive: Callable[[str], object] = lambda doing: None,
     before_update: Callable[[], None] = lambda: None,
 ) -> PendingStep:
     """Accumulate the gradients of ``micro_steps`` batches, clip them together unless the norm is None, and update.
 
-    ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks.
+    ``no_sync`` keeps DDP from reducing gradients before the last micro-step; ``all_mean`` averages over the ranks, and
+    is None for one alone. Among several, gradients are cleared in place: they are views of DDP's buckets, and gradients
+    made anew would lie beside the buckets until the last micro-step, 13.5 GB in stage 1.
     ``arrive`` is told where this rank is: the last backward waits for all others.
     ``before_update`` is what the update has to wait for: a save that copies the weights.
-    ``keep_gradients`` clears gradients in place: under DDP they are views of its buckets, and gradients made anew would
-    lie beside the buckets until the last micro-step, 13.5 GB in stage 1.
     """
     keys: list[str] = []
     losses: list[Tensor] = []
@@ -129,7 +128,7 @@ def training_step(
         losses.append(sample_loss.detach())
     assert len(losses) == micro_steps, "the loader ended before the run"
     own = torch.cat(losses)
-    loss = all_mean(own.mean())
+    loss = all_mean(own.mean()) if all_mean else own.mean()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     narrow = optimizer if isinstance(optimizer, NarrowOptimizer) else None
     if narrow:
@@ -140,7 +139,7 @@ def training_step(
     grad_norm = narrow.clip(limit) if narrow else torch.nn.utils.clip_grad_norm_(parameters, limit)
     before_update()
     bad, *scales = update(optimizer, scaler, loss, grad_norm)
-    optimizer.zero_grad(set_to_none=not keep_gradients)
+    optimizer.zero_grad(set_to_none=all_mean is None)
     head = torch.stack([value.float() for value in (loss, grad_norm, bad, *scales)])
     numbers, arrived = send_to_host(torch.cat([head, own]))
     return PendingStep(step, keys, time.perf_counter(), numbers, arrived)

@@ -227,9 +227,7 @@ class FlatGradients:
     def average(self, all_mean: Callable[[Tensor], Tensor]) -> None:
         """Average over the processes, in fp32, whatever the sums are in."""
         for part in self.flat.split(STRETCH):
-            own = part.float()
-            if (mean := all_mean(own)) is not own:
-                part.copy_(mean)
+            part.copy_(all_mean(part.float()))
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip all together; the norm before, fp32. The arithmetic is that of torch's clip_grad_norm_."""
