@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support.captions import compose_caption
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig, PublishConfig
 from trainer.data.post import ImagePlace, read_post
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 
 PAGES = sorted(
     [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "demo/README.md")] + [*REPOSITORY.glob("docs/*.md")]

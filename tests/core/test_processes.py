@@ -1,6 +1,7 @@
 """Launchers are recognised by their command lines, and a process knows how long it has lived."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from support.paths import REPOSITORY
-from trainer.core.processes import Launcher, recognise_launcher, seconds_since_start, start_ticks
+from trainer.core.processes import (
+    Launcher,
+    kill_family,
+    list_descendants,
+    recognise_launcher,
+    seconds_since_start,
+    start_ticks,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +47,27 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
     while start_ticks(child.pid) is not None:  # it ends, and waits to be reaped
         time.sleep(0.01)
     child.wait()
+
+
+FAMILY = """
+import subprocess, sys, time
+one = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
+between = "import subprocess, sys; subprocess.run(sys.argv[1:], start_new_session=True)"
+subprocess.Popen([sys.executable, "-c", between, *one], start_new_session=True)
+subprocess.run(one)
+"""
+
+
+def test_a_killed_family_is_gone_whatever_sessions_it_is_in() -> None:
+    """As torchrun's ranks, and the loaders of those."""
+    process = subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == [b"here\n"] * 2
+    family = {pid: start_ticks(pid) for pid in list_descendants(process.pid)}
+    assert len(family) == 3 and None not in family.values()
+    kill_family(process)
+    assert process.returncode == -signal.SIGKILL
+    assert all(start_ticks(pid) != ticks for pid, ticks in family.items())
 
 
 def test_a_process_knows_its_age() -> None:

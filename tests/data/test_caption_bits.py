@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.captions import compose_caption, draw_caption
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.config.schema import CaptionsConfig
 from trainer.core.rng import rng
-from trainer.data.caption_draws import draw_caption, draw_sample_caption
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.caption_draws import draw_sample_caption
+from trainer.data.template import ready_rules
 
 POSTS, PASSES = 2500, 4
 GENERAL = [

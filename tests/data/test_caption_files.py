@@ -6,13 +6,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from support.captions import compose_caption
 from support.paths import REPOSITORY
 from trainer.config.load import load_config
 from trainer.data.caption_draws import draw_record, explain_parts, join_drawn
 from trainer.data.index import open_index
 from trainer.data.percentiles import resolve_anew
 from trainer.data.shards import SCHEMA
-from trainer.data.template import CaptionRules, compose_caption, ready_rules
+from trainer.data.template import CaptionRules, ready_rules
 from trainer.report.explain import explain_step
 
 FOLDER = REPOSITORY / "configs/captions"

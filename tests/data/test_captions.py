@@ -9,13 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from support.captions import compose_caption, draw_caption
 from trainer.config.caption_fields import QualityRule, YearRule
 from trainer.config.schema import CaptionsConfig
 from trainer.core.rng import rng
-from trainer.data.caption_draws import draw_caption
 from trainer.data.captions import quality_tag, split_tags, year_tag
 from trainer.data.post import ImagePlace, read_post
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 
 RECIPE = CaptionsConfig()
 EMPTY: dict[str, Any] = dict.fromkeys(

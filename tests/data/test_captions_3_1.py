@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from support.captions import compose_caption
 from support.paths import REPOSITORY
 from trainer.config.caption_fields import ColumnRule, QualityRule
 from trainer.config.load import load_config
@@ -14,7 +15,7 @@ from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import column_tags, quality_tag
 from trainer.data.percentiles import resolve_percentiles
 from trainer.data.shards import SCHEMA
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 from trainer.report.survey import count_rules
 
 BLANK: dict[str, Any] = dict.fromkeys(SCHEMA.names)

@@ -2,12 +2,13 @@
 
 import pyarrow as pa
 
+from support.captions import compose_caption
 from trainer.config.caption_fields import ColumnRule
 from trainer.config.schema import CaptionsConfig
 from trainer.data.captions import column_tags
 from trainer.data.index import CAPTION_FIELDS, count_fields
 from trainer.data.shards import SCHEMA
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 
 EMPTY = dict.fromkeys(("caption", *CAPTION_FIELDS), 0)
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.captions import compose_caption, draw_caption
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.rng import philox_key
-from trainer.data.caption_draws import draw_caption
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, draw_noise, load_batches, make_ahead, make_time_ids
 from trainer.data.plan import build_plan
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 from trainer.data.tokens import load_tokenizers
 from trainer.model.base import find_base, find_tokenizers, read_vocab_sizes
 

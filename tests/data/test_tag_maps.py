@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from support.captions import compose_caption
 from trainer.config.schema import CaptionsConfig
 from trainer.core.errors import UserError
 from trainer.data.tag_maps import TagMaps, hash_tag_maps, map_tags, read_tag_maps
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 
 
 def pair(tag: str, end: str, **more: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from support.captions import compose_caption
 from trainer.config.caption_fields import CaptionPart, ColumnRule, QualityRule
 from trainer.config.schema import CaptionsConfig
 from trainer.data.caption_draws import draw_record, draw_sample_caption, explain_parts, join_drawn
-from trainer.data.template import CaptionRules, compose_caption, ready_rules
+from trainer.data.template import CaptionRules, ready_rules
 
 POST: dict[str, Any] = {
     "key": "7", "caption": None, "rating": "s", "score": 120, "year": 2022,

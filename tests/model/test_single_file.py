@@ -1,5 +1,7 @@
 """Names and shapes of single files, both ways: the full-size layout without weights, and diffusers as witness."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as diffusers_converters
@@ -9,11 +11,17 @@ from support.tiny_model import TINY, Parts, build_parts, random_parts, read_asse
 from trainer.core.errors import UserError
 from trainer.model.single_file import (
     NAME_PREFIXES,
-    from_single_file,
+    ComponentConfig,
+    check_layout,
     iterate_component,
     tensor_names,
     to_single_file,
 )
+
+
+def from_single_file(state: Mapping[str, torch.Tensor], configs: Mapping[str, ComponentConfig]) -> Parts:
+    check_layout(state)
+    return {component: dict(iterate_component(component, state, config)) for component, config in configs.items()}
 
 
 @pytest.fixture(scope="module")

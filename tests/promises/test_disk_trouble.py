@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from support.metrics import read_metrics
 from support.ranks import train_ranks
 from trainer.config.schema import Config
 from trainer.core import disk
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import list_checkpoints, measure_checkpoint, read_train_state, verify_checkpoint
-from trainer.model.run_records import read_metrics
 from trainer.train import loop, samples, save, saver
 from trainer.train.loop import train
 from trainer.train.metrics import MetricsFile

@@ -75,6 +75,7 @@ def test_a_rank_that_sleeps_is_named(server: ForkServer, words: list[str], tmp_p
     assert "did not arrive: it is at" in found["said"] and "forward" in found["ranks"][1]["at"]
     assert "compute_or_sleep" in (box_of(folder) / "rank-00001.stacks.txt").read_text()
     assert "the same command resumes" in (tmp_path / "output-0").read_text()
+    assert "did not arrive: it is at" in (folder / "index.html").read_text()  # and not "running" for good
 
 
 def test_a_rank_that_dies_is_named(server: ForkServer, words: list[str], tmp_path: Path, count_try: Count) -> None:

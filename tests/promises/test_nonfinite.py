@@ -10,12 +10,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from support.metrics import read_metrics
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, list_checkpoints, read_train_state
 from trainer.model.lineage_rows import list_stages, stage_rows
 from trainer.model.restore import open_weights
-from trainer.model.run_records import read_metrics
 from trainer.train import loop, step
 from trainer.train.loop import train
 from trainer.train.run import run_path

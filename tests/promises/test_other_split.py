@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from support.launches import LENGTH, STAGES, finish, kill_after, launch
+from support.metrics import read_metrics
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
-from trainer.model.run_records import read_metrics
 from trainer.model.step_records import read_black_box
 from trainer.train.loop import train
 from trainer.train.run import run_path

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from support.checkpoints import MODEL
+from support.metrics import read_metrics
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -24,7 +25,6 @@ from trainer.data.plan import build_plan
 from trainer.data.substitutes import Substitutes, iterate_next
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage_rows import list_stages, stage_rows
-from trainer.model.run_records import read_metrics
 from trainer.report.explain import explain_step
 from trainer.train.launch import build_accelerator, open_inputs
 from trainer.train.loop import train

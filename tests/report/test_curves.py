@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.model.run_records import read_metrics
+from support.metrics import read_metrics
 from trainer.report.charts import (
     MAX_COLUMNS_DRAWN,
     Axis,

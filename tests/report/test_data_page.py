@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import trainer.report.data_page as report_module
+from support.captions import compose_caption
 from support.html_reader import Reader
 from support.paths import REPOSITORY
 from support.set_on_disk import row, write_set
@@ -24,7 +25,7 @@ from trainer.data import shards
 from trainer.data.buckets import fit_image
 from trainer.data.index import open_index
 from trainer.data.plan import Plan, build_plan
-from trainer.data.template import compose_caption, ready_rules
+from trainer.data.template import ready_rules
 from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.model.base import find_base, find_tokenizers
 from trainer.report.data_page import DATA_GENERATOR, make_report, render_data, summarise

@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+
 from trainer.core.files import sha256_file
 from trainer.core.layout import CHECKPOINT_FILE, find_record, piece_name
 from trainer.model.checkpoint import read_train_state, seal
+from trainer.train.save import list_tensor_files, measure_state, write_checkpoint
 
 MODEL, OPTIMIZER = piece_name("model", 1), piece_name("optimizer", 1)  # a tiny model's tensors lie in one file each
 
@@ -36,3 +40,9 @@ def flip_bit(path: Path, place: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1 << bit
     path.write_bytes(content)
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
+    """Write ``folder/step-XXXXXXXX``, as a run does."""
+    size = measure_state(model, optimizer)
+    return write_checkpoint(folder, list_tensor_files(model, optimizer), train_state, size)

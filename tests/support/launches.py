@@ -1,13 +1,13 @@
 """Real launches of a training with torchrun and gloo, which are killed for real."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from support.paths import REPOSITORY
+from trainer.core.processes import kill_family
 
 # the 24 drawings in units of 6 make 5 steps in the first epoch: its border lies within the run
 LENGTH = ["schedule.max_steps=8", "checkpoint.every_steps=1", "checkpoint.keep_last=99", "data.loader_threads=1",
@@ -50,5 +50,5 @@ def kill_after(process: subprocess.Popen[str], folder: Path, step: int) -> None:
     while not (folder / "checkpoints" / f"step-{step:08d}").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_family(process)
     process.communicate()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
+from support.checkpoints import save_checkpoint
 from support.private_memory import watch_memory
 from support.tiny_model import TINY, random_parts, write_folder
 from trainer.config.schema import MemoryConfig, ModelConfig, OptimConfig, PrecisionConfig
@@ -19,7 +20,6 @@ from trainer.model.sdxl import SDXL, build_empty, build_sdxl
 from trainer.train.load import load_model
 from trainer.train.narrow import NarrowOptimizer
 from trainer.train.optim import build_optimizer
-from trainer.train.save import save_checkpoint
 from trainer.train.weights import FlatGradients, lay_out
 
 UNET = TINY["unet"] | {"block_out_channels": [32, 128, 256, 512], "attention_head_dim": [2, 4, 8, 8]}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from support.checkpoints import MODEL, OPTIMIZER, change_record, flip_bit
+from support.checkpoints import MODEL, OPTIMIZER, change_record, flip_bit, save_checkpoint
 from support.paths import REPOSITORY
 from trainer.config.schema import OptimConfig
 from trainer.core.errors import UserError
@@ -25,7 +25,6 @@ from trainer.model.sdxl import trained_parameters
 from trainer.model.weights_file import write_tensors
 from trainer.train import resume, save
 from trainer.train.optim import build_optimizer
-from trainer.train.save import save_checkpoint
 
 OPTIMIZERS = {
     "adamw": OptimConfig(unet_lr=1e-2, text_encoder_1_lr=1e-3),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.checkpoints import save_checkpoint
 from trainer.config.schema import Config, OptimConfig
 from trainer.core.errors import UserError
 from trainer.core.layout import checkpoint_name
@@ -24,7 +25,6 @@ from trainer.train.save import (
     count_more_checkpoints,
     estimate_size,
     retain_checkpoints,
-    save_checkpoint,
 )
 
 OPTIMIZERS = {

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from support.metrics import read_metrics
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import count_samples
 from trainer.model.lineage_rows import format_tree, list_stages, stage_rows
-from trainer.model.run_records import read_metrics, read_run
+from trainer.model.run_records import read_run
 from trainer.train.loop import train
 from trainer.train.run import run_path
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from support.checkpoints import MODEL, OPTIMIZER, change_record, flip_bit
 from support.locks import held_by_another_process
+from support.metrics import read_metrics
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -26,7 +27,6 @@ from trainer.data.index import count_fields, open_index
 from trainer.data.manifest import seal_manifest
 from trainer.data.plan import build_plan
 from trainer.model.checkpoint import find_newest, read_train_state
-from trainer.model.run_records import read_metrics
 from trainer.train import loop
 from trainer.train.loop import train
 

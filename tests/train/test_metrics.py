@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from support.metrics import read_metrics
 from trainer.config.schema import Config, LoggingConfig
 from trainer.core.errors import UserError
 from trainer.data.plan import Plan
 from trainer.model.base import Base, find_base
-from trainer.model.run_records import read_metrics
 from trainer.sample.sampling import make_grid
 from trainer.train import metrics
 from trainer.train.beginning import Resumed

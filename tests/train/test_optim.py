@@ -134,8 +134,7 @@ def test_a_run_that_is_all_warm_up() -> None:
 
 def test_rates_are_set_for_each_part() -> None:
     optimizer = build_optimizer(Model(), make_config())
-    assert set_learning_rates(optimizer, 0.5) == {
-        "unet": 5e-4, "text_encoder_1": 2.5e-4, "text_encoder_2": 1e-4}  # fmt: skip
+    set_learning_rates(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2.5e-4, 1e-4]
     set_learning_rates(optimizer, 0.5)  # of the base rate, not of the last
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2.5e-4, 1e-4]
@@ -270,13 +269,6 @@ def good_step(optimizer: torch.optim.Optimizer) -> None:
     gated_step(optimizer, torch.tensor(False))
 
 
-class Wrapper:
-    """What Accelerate puts around an optimizer, as far as the gate sees it."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = optimizer
-
-
 def run_steps(name: str, *steps: Callable[[torch.optim.Optimizer], None]) -> dict[str, bytes]:
     model = Model()
     optimizer = build_optimizer(model, make_config(name))
@@ -287,20 +279,18 @@ def run_steps(name: str, *steps: Callable[[torch.optim.Optimizer], None]) -> dic
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_bad_step_changes_nothing_and_a_good_one_is_the_plain_one(name: str, wrapped: bool) -> None:
+def test_a_bad_step_changes_nothing_and_a_good_one_is_the_plain_one(name: str) -> None:
     model = Model()
     optimizer = build_optimizer(model, make_config(name))
-    gate: Any = Wrapper(optimizer) if wrapped else optimizer
     for number in range(3):
         set_gradients(model, number)
-        gated_step(gate, torch.tensor(False))
+        gated_step(optimizer, torch.tensor(False))
         before = snapshot(model, optimizer)
         for value in (math.nan, math.inf, 1e30):
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 parameter.grad.fill_(value)
-            gated_step(gate, torch.tensor(True))
+            gated_step(optimizer, torch.tensor(True))
         assert snapshot(model, optimizer) == before
     assert len(before) > 18 and any(".step" in key or key.endswith("step") for key in before)
     assert before == run_steps(name, plain_step, plain_step, plain_step) == run_steps(name, *[good_step] * 3)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from support.checkpoints import change_record
+from support.metrics import read_metrics
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import read_train_state
-from trainer.model.run_records import read_metrics
 from trainer.train import loop
 from trainer.train.loop import train
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.checkpoints import save_checkpoint
 from support.paths import REPOSITORY
 from support.ranks import train_ranks
 from trainer.config.schema import CheckpointConfig, Config, OptimConfig
@@ -25,7 +26,6 @@ from trainer.train.loop import train
 from trainer.train.optim import build_optimizer
 from trainer.train.pace import Pace
 from trainer.train.run import run_path
-from trainer.train.save import save_checkpoint
 from trainer.train.saver import Saver
 from trainer.train.stops import ENDING, Stops
 

@@ -13,12 +13,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from support.checkpoints import MODEL, OPTIMIZER
+from support.metrics import read_metrics
 from support.paths import REPOSITORY
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage_rows import list_stages, stage_rows
-from trainer.model.run_records import read_metrics
 from trainer.release.export import export
 from trainer.train.loop import train
 from trainer.train.run import run_path

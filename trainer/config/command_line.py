@@ -1,6 +1,7 @@
 """The words of a command that reads a config: files, ``key=value``, and ``--help-config``."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -16,7 +17,7 @@ from trainer.config.run_names import RUNS, is_run_folder
 from trainer.config.yaml_text import YAML_ENDINGS
 from trainer.core.commands import find_python
 from trainer.core.console import CommandParser, log, print_answer
-from trainer.core.files import home_path
+from trainer.core.files import expand_home
 from trainer.core.layout import CONFIG_FILE
 
 
@@ -99,6 +100,7 @@ def is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         return False
-    looks, lies_here = word.endswith(YAML_ENDINGS), home_path(word).is_file()
+    # os.path's says no of what is too long for a name, where Path's raises
+    looks, lies_here = word.endswith(YAML_ENDINGS), os.path.isfile(expand_home(word))  # noqa: PTH113
     is_file = looks and lies_here if key.partition(".")[0] in (*SECTIONS, EXTENDS) else looks or lies_here
     return not is_file

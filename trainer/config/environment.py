@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-VARIABLE = re.compile(r"\$\{\s*oc\.env:\s*(\w+)\s*(?:,([^{}]*))?\}")
+VARIABLE = re.compile(r"\$\{\s*oc\.env:\s*\\?['\"]?(\w+)\\?['\"]?\s*(?:,([^{}]*))?")  # its name may be quoted
 SHORTEST = 4  # characters: a shorter value hides nothing, and would be found in any word
 
 
@@ -16,7 +16,7 @@ def hide_environment(text: str, written: Mapping[str, Any]) -> str:
     """
     values = {}
     for name, default in VARIABLE.findall(str(written)):
-        value = os.environ.get(name, default.strip())
+        value = os.environ.get(name, default.strip(" \\'\""))
         if len(value) >= SHORTEST:
             values[value] = f"${{oc.env:{name}}}"
     for value in sorted(values, key=len, reverse=True):

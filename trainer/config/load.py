@@ -30,6 +30,7 @@ KeyPath = tuple[str, ...]
 Layer = dict[str, Any]  # of a config: what one file, or one word, says
 SECTIONS = frozenset(field_types(Config))
 COMMAND_LINE = "the command line"
+REFERENCE = re.compile(r"\$\{\s*(\w+(?:\.\w+)*)\s*\}")  # to another field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,23 @@ def find_hidden_names(written: dict[str, Any]) -> Iterator[Problem]:
     """Names that come from the environment: they are written to files, where no environment variable's value may go."""
     run = written.get("run")
     for name in ("name", "stage"):
-        if isinstance(run, dict) and "oc.env" in str(run.get(name)):
+        if isinstance(run, dict) and uses_environment(str(run.get(name)), written):
             yield Problem(f"run.{name}", "must not come from an environment variable, because it is written to files")
+
+
+def uses_environment(text: str, written: dict[str, Any], seen: frozenset[str] = frozenset()) -> bool:
+    """Whether a value, as it is written, takes something from the environment, by way of other fields too."""
+    if "oc.env" in text:
+        return True
+    names = set(REFERENCE.findall(text)) - seen
+    return any(uses_environment(str(find_key(written, name)), written, seen | names) for name in names)
+
+
+def find_key(written: Any, name: str) -> Any:
+    """What is written under a dotted key; None where nothing is."""
+    for part in name.split("."):
+        written = written.get(part) if isinstance(written, dict) else None
+    return written
 
 
 def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from trainer.core.commands import training_command
+from trainer.core.commands import launch_command
 from trainer.core.distributed import uses_cpu
 from trainer.core.errors import UserError
 from trainer.core.processes import Launcher, find_launcher
@@ -21,7 +21,7 @@ CONFIG_OPTION, COUNT_OPTION = "config_file", "num_processes"  # accelerate launc
 WRITTEN = ("default_config.yaml", "default_config.json")  # by accelerate config
 
 
-def check_asked(processes: int, stated: int | None) -> None:
+def check_asked(processes: int, stated: int | None, script: str = "train.py") -> None:
     """Compare the number of processes that run with each number that was asked for; ``stated`` is run.num_processes.
 
     Raises:
@@ -29,7 +29,7 @@ def check_asked(processes: int, stated: int | None) -> None:
     """
     for asked, where in find_asked(stated, find_launcher()):
         if asked != processes:
-            line = training_command(sys.argv[1:], asked, uses_cpu())
+            line = launch_command(script, sys.argv[1:], asked, uses_cpu())
             multi = "" if uses_cpu() else " (with --multi_gpu where accelerate config has written a file)"
             raise UserError(
                 f"{asked} processes were asked for, but {processes} run ({where} asks; on the CPU accelerate launch "

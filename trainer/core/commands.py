@@ -22,12 +22,17 @@ def config_words(files: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 
 def training_command(words: Sequence[str], processes: int = 1, on_cpu: bool = False) -> str:
-    """A command line that trains with so many processes. (accelerate launch starts one of several on the CPU.)"""
+    """A command line that trains with so many processes."""
+    return launch_command("train.py", words, processes, on_cpu)
+
+
+def launch_command(script: str, words: Sequence[str], processes: int, on_cpu: bool) -> str:
+    """A command line with a script in so many processes. (accelerate launch starts one of several on the CPU.)"""
     if processes == 1:
         asked = "ACCELERATE_USE_CPU=true " if on_cpu and "ACCELERATE_USE_CPU" in os.environ else ""
-        return asked + command("train.py", *words)
+        return asked + command(script, *words)
     launcher = ["torchrun", "--nproc_per_node"] if on_cpu else ["accelerate", "launch", "--num_processes"]
-    line = shlex.join([*launcher, str(processes), find_script("train.py"), *words])
+    line = shlex.join([*launcher, str(processes), find_script(script), *words])
     return f"ACCELERATE_USE_CPU=true {line}" if on_cpu else line
 
 

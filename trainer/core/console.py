@@ -174,3 +174,13 @@ def format_duration(seconds: float) -> str:
     """A time for people: hours, minutes, seconds, as in ``0:05:10`` or ``27:03:00``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def format_table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Rows as a table of plain text; with ``right`` all columns but the first are aligned there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.rjust(width) if right and place else cell.ljust(width) for place, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

@@ -3,19 +3,23 @@
 What other processes are is read from /proc, so that elsewhere than on Linux nothing of it is known.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.core.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # in the environment of what torchrun, or accelerate launch of several, started
+POLL_SECONDS = 0.01  # between looks at another process
 ANCESTORS = 4  # between a rank and its launcher there may be scripts
 
 
@@ -118,6 +122,31 @@ def follow_launcher() -> None:
     orphan = launcher is None and LAUNCHED in os.environ and os.getppid() == 1
     if orphan or (launcher is not None and not launcher.lives):
         raise UserError("the launcher of this process is gone: it ends too")
+
+
+def list_descendants(pid: int) -> list[int]:
+    """What a process started, and what that started, as far as it is there."""
+    stats = {int(path.name): read_stat(path.name) for path in Path("/proc").glob("[0-9]*")}
+    found = [pid]
+    for parent in found:
+        found += [child for child, stat in stats.items() if stat[1:2] == [str(parent)]]
+    return found[1:]
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL to a process and all its descendants, none of which is there any more afterwards.
+
+    torchrun starts its ranks in sessions of their own, and a rank whose launcher is gone saves and stops in order.
+    """
+    process.send_signal(signal.SIGSTOP)  # it starts nothing meanwhile, and ends no rank in its own way
+    started = {pid: start_ticks(pid) for pid in list_descendants(process.pid)}
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    while any(ticks is not None and start_ticks(pid) == ticks for pid, ticks in started.items()):
+        time.sleep(POLL_SECONDS)
 
 
 def describe_process() -> dict[str, str | int]:

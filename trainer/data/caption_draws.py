@@ -68,11 +68,6 @@ def draw_record(record: Mapping[str, Any], pass_: int, seed: int, rules: Caption
     return DrawnCaption(kind, both, [*order, place] if kind == "tags_natural" else [place, *order], text)
 
 
-def draw_caption(caption: str, rules: CaptionRules, generator: np.random.Generator) -> str:
-    """What a pass sees of a finished caption."""
-    return join_drawn(draw_finished(caption, rules, generator))
-
-
 def draw_finished(caption: str, rules: CaptionRules, generator: np.random.Generator) -> DrawnCaption:
     """One of its variants, free tags dropped and shuffled, no separator.
 

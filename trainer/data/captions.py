@@ -105,17 +105,13 @@ def age_factor(year: int, half_life: float) -> float:
     return float(np.float32(2.0 ** ((year - BASE_YEAR) / half_life)))
 
 
-def column_text(extra: str | None, column: str) -> str:
-    """What another field of the post says, as it is; nothing of what is neither text nor a number."""
-    value = json.loads(extra).get(column) if extra else None
+def column_text(record: Mapping[str, Any], column: str) -> str:
+    """What another field of the post, or a column of the index, says as it is; of true and false nothing."""
+    value = json.loads(record["extra"]).get(column) if record["extra"] else None
+    value = record.get(column) if value is None else value
     return "" if value is None or isinstance(value, bool) else str(value)
 
 
 def split_caption(text: str) -> list[str]:
     """Tags at every comma, so that ``rating: explicit`` and ``nsfw`` move apart, as in the original."""
     return [tag for part in text.split(",") if (tag := part.strip())]
-
-
-def join_tags(tags: Iterable[str]) -> str:
-    """Tags joined by commas; empty ones leave no stray comma."""
-    return ", ".join([tag for tag in tags if tag])

@@ -5,7 +5,6 @@ become "worst quality". So thresholds are recorded once they are resolved, and l
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 from trainer.config.caption_fields import ColumnRule, QualityRule
 from trainer.config.schema import RATINGS, CaptionsConfig
 from trainer.core.errors import UserError, shorten
+from trainer.core.json_text import read_json
 from trainer.core.layout import MANIFEST_FILE, RUN_FILE
 from trainer.data.captions import age_factor
 from trainer.data.conditions import read_numbers
@@ -79,9 +79,9 @@ def read_thresholds(rules: CaptionsConfig, folder: Path) -> Resolved:
     run = folder / RUN_FILE
     if not run.is_file():
         raise UserError(f"captions.thresholds_from: {folder} is neither a set of shards nor a run's folder")
-    recorded = json.loads(run.read_text(encoding="utf-8")).get("thresholds")
-    if recorded is None or not is_of(recorded, rules):
-        reason = "records no thresholds" if recorded is None else "has other rules by percentile"
+    recorded: Any = read_json(run).get("thresholds")
+    if not isinstance(recorded, dict) or not is_of(recorded, rules):
+        reason = "has other rules by percentile" if recorded else "records no thresholds"
         raise UserError(f"captions.thresholds_from: {folder} {reason}; name the set of shards that it was trained on")
     return take_over(rules, recorded, f"the run {folder}")
 
@@ -92,7 +92,7 @@ def take_over(rules: CaptionsConfig, recorded: Thresholds, source: str) -> Resol
     Raises:
         UserError: where they are no such rules: a base's lineage is somebody else's.
     """
-    rows = recorded["resolved"]
+    rows = recorded.get("resolved")
     if not isinstance(rows, list) or not all(is_rule(row) for row in rows):
         raise UserError(f"the quality rules by score that {source} records are damaged: {shorten(repr(rows), 120)}")
     captions = dataclasses.replace(rules, quality=[QualityRule(**row) for row in rows])

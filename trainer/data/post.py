@@ -153,7 +153,9 @@ def encode_key(name: str | bytes) -> str:
 def read_caption(record: Mapping[str, Any], site: Site, notes: list[Note]) -> str | None:
     """The record's finished caption; what an uploader wrote about the image is none."""
     text = read_text("caption", record.get("caption"))
-    if not text or not (site.caption_is_prose or holds_html(text)):
+    if text is None or not text.strip():
+        return None  # as an empty cell of a table: the tags make it
+    if not (site.caption_is_prose or holds_html(text)):
         return text
     kind = "HTML, which is no caption" if holds_html(text) else "uploader's text, which is no caption"
     notes.append(Note(kind, f"caption: {show_value(text)}"))

@@ -28,7 +28,7 @@ class SampleWeights:
     """The weights of an index's rows."""
 
     values: np.ndarray | None  # int64 (n,), in parts of ONE, repeats included; None: all are seen once in a pass
-    record: dict[str, Any] | None  # what is to be recorded, and must be the same on resume; None without rules
+    record: dict[str, Any] | None  # what is recorded, and must be the same on resume; None without rules and repeats
 
 
 def find_sample_weights(index: Index, data: DataConfig, captions: CaptionsConfig | None = None) -> SampleWeights:
@@ -43,7 +43,7 @@ def find_sample_weights(index: Index, data: DataConfig, captions: CaptionsConfig
     repeats = find_repeats(index, data)
     values = None if repeats is None else repeats * ONE
     if not data.weights:
-        return SampleWeights(values, None)
+        return SampleWeights(values, None if values is None else record_sample_weights(data, [], values))
     assert captions is not None
     with waiting("weigh the images"):
         table = index.table

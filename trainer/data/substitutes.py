@@ -35,11 +35,10 @@ class Substitution:
 class Substitutes:
     """What this process knows of bad samples; its loader's threads share it."""
 
-    def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.made: dict[tuple[int, int], Substitution] = {}
         self.bad: dict[str, str] = {}  # key -> reason
-        self.learn(records)
 
     def learn(self, records: Iterable[dict[str, Any]]) -> None:
         """Take substitutions of a checkpoint, or of other processes."""

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -31,19 +32,21 @@ def find_frequent(rules: CaptionsConfig, table: pa.Table, own: Frequent | None =
         return None
     if own is not None and own["share"] == share:
         return own
-    aliases, counts = read_tag_maps(rules).aliases, Counter[str]()
-    for tag, count in count_all_tags(table).items():
-        counts[aliases.get(tag, tag)] += count
+    counts = count_rows_by_tag(table, read_tag_maps(rules).aliases)
     return {"share": share, "tags": sorted(tag for tag, count in counts.items() if count > share * len(table))}
 
 
-def count_all_tags(table: pa.Table) -> Counter[str]:
-    """How often each tag stands in an index, over all categories."""
-    texts = ", ".join(COLUMN_OF.values())
-    pieces = f"SELECT unnest(string_split(concat_ws(' ', {texts}), ' ')) AS piece FROM rows"
-    counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, connect(Path(folder), rows=table) as database:
-        for piece, count in database.execute(f"SELECT piece, count(*) FROM ({pieces}) GROUP BY piece").fetchall():
-            for tag in piece.split():
-                counts[tag] += count
+def count_rows_by_tag(table: pa.Table, aliases: Mapping[str, str]) -> Counter[str]:
+    """In how many rows of an index each tag stands, over all categories, aliases replaced."""
+    texts = f"SELECT key, concat_ws(' ', {', '.join(COLUMN_OF.values())}) AS text FROM rows"
+    pieces = f"SELECT key, text, unnest(list_distinct(string_split(text, ' '))) AS piece FROM ({texts})"
+    named = pa.table({"piece": pa.array(aliases.keys(), pa.string())})
+    with tempfile.TemporaryDirectory() as folder, connect(Path(folder), rows=table, named=named) as database:
+        counts = Counter(dict(database.execute(f"SELECT piece, count(*) FROM ({pieces}) GROUP BY piece").fetchall()))
+        replaced = database.execute(f"SELECT DISTINCT key, text FROM ({pieces}) SEMI JOIN named USING (piece)")
+        for _, text in iter(replaced.fetchone, None):
+            own = set(text.split())
+            counts.subtract(own)
+            counts.update({aliases.get(tag, tag) for tag in own})  # which another tag of the row may be already
+    del counts[""]
     return counts

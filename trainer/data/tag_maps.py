@@ -13,7 +13,7 @@ from typing import Any
 from trainer.config.schema import CaptionsConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_json
-from trainer.data.sources.record_files import iterate_records
+from trainer.data.sources.record_files import iterate_records, strip_compression
 from trainer.data.sources.records import BadRecord, parse_record
 
 PAIR = ("antecedent_name", "consequent_name")
@@ -73,13 +73,13 @@ def read_removals(file: str | None) -> list[str]:
     """The tags that a list names, or a table, of which those that are deprecated where it says so."""
     if file is None:
         return []
-    suffix = "." + Path(file).name.lower().partition(".")[2]
-    if not suffix.startswith(TABLE_SUFFIXES):
+    if not strip_compression(Path(file).name).endswith(TABLE_SUFFIXES):
         return read_list("captions.tag_removals", file)
     lines = list(read_lines("captions.tag_removals", file))
     if any(not isinstance(line.get("name"), str) for line in lines):
         raise UserError(f"captions.tag_removals: {file}: a line needs name, the tag")
-    return [line["name"] for line in lines if line.get("is_deprecated", True) in TRUE_WORDS]
+    says = any("is_deprecated" in line for line in lines)
+    return [line["name"] for line in lines if not says or line.get("is_deprecated") in TRUE_WORDS]
 
 
 def read_list(key: str, file: str) -> list[str]:
@@ -143,14 +143,17 @@ def map_tags(own: Mapping[str, list[str]], maps: TagMaps, counts: Counter[str] |
     counts = Counter() if counts is None else counts
     replaced = {category: [maps.aliases.get(tag, tag) for tag in tags] for category, tags in own.items()}
     counts["replaced"] += sum(a != b for name in own for a, b in zip(own[name], replaced[name], strict=True))
-    implied = frozenset().union(*(maps.implied.get(tag, ()) for tags in replaced.values() for tag in tags))
+    counts["removed"] += sum(is_removed(tag, maps) for tags in replaced.values() for tag in dict.fromkeys(tags))
+    stay = {name: [tag for tag in tags if not is_removed(tag, maps)] for name, tags in replaced.items()}
+    implied = frozenset().union(*(maps.implied.get(tag, ()) for tags in stay.values() for tag in tags))
     mapped = {}
-    for category, tags in replaced.items():
-        kept = []
-        for tag in dict.fromkeys(tags):
-            if (tag in implied or tag in maps.removed) and plain_name(tag) not in maps.protected:
-                counts["removed" if tag in maps.removed else "implied"] += 1
-                continue
-            kept.append(tag)
-        mapped[category] = kept
+    for category, tags in stay.items():
+        once = dict.fromkeys(tags)
+        mapped[category] = [tag for tag in once if tag not in implied or plain_name(tag) in maps.protected]
+        counts["implied"] += len(once) - len(mapped[category])
     return mapped
+
+
+def is_removed(tag: str, maps: TagMaps) -> bool:
+    """Whether a tag is in no caption; what it implies then stands for itself."""
+    return tag in maps.removed and plain_name(tag) not in maps.protected

@@ -10,19 +10,20 @@ from typing import Any, NamedTuple
 
 from trainer.config.caption_fields import CaptionPart
 from trainer.config.schema import CaptionsConfig
+from trainer.config.template_rules import list_kinds
 from trainer.data.captions import (
     column_tags,
     column_text,
-    join_tags,
     quality_tag,
     spell_tags,
     split_caption,
     split_tags,
     year_tag,
 )
+from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.tag_maps import TagMaps, map_tags, read_tag_maps
 
-CATEGORIES = ("general", "character", "copyright", "artist", "meta")
+CATEGORIES = tuple(TAG_CATEGORIES)
 COLUMN_OF = {category: f"tags_{category}" for category in CATEGORIES}
 
 
@@ -110,10 +111,7 @@ def drops_by_part(config: CaptionsConfig) -> bool:
 
 def label_part(part: CaptionPart) -> str:
     """What a part is called in reports, and in the names of its draws."""
-    for kind in ("tags", "tag", "column", "text", "caption"):
-        if (what := getattr(part, kind)) is not None:
-            return f"{kind}: {what}"
-    return "nothing"
+    return next((f"{kind}: {what}" for kind, what in list_kinds(part).items()), "nothing")
 
 
 def find_stretches(template: list[CaptionPart]) -> tuple[Stretch, ...]:
@@ -176,7 +174,7 @@ def make_words(part: CaptionPart, record: Mapping[str, Any], rules: CaptionRules
     if part.column is not None:
         if part.column in rules.ruled:
             return column_tags(record, config, (part.column,))
-        return [column_text(record["extra"], part.column)]
+        return [column_text(record, part.column)]
     match part.tag:
         case "rating":
             return [config.ratings.get(record["rating"], "")]
@@ -193,21 +191,3 @@ def list_rest(config: CaptionsConfig) -> list[str]:
     """The columns with rules that have no part of their own."""
     apart = {part.column for part in config.template}
     return [column for column in dict.fromkeys(rule.column for rule in config.columns) if column not in apart]
-
-
-def compose_caption(record: Mapping[str, Any], rules: CaptionRules) -> str:
-    """The caption of one sample before any draw, its runs parted by the separator; a finished one wins where it does.
-
-    A template that does not begin with what is fixed begins with the separator.
-    """
-    if record["caption"] is not None and not rules.uses_caption:
-        return record["caption"]
-    composed = compose(record, rules, record["caption"] or "")
-    separator = rules.config.keep_tokens_separator
-    # the separator stays even beside an empty part: without it the caption would count as one that has none
-    parts = [] if composed.runs[0].fixed else [separator]
-    for number, run in enumerate(composed.runs):
-        parts += [separator] if number else []
-        first = composed.ends[run.first - 1] if run.first else 0
-        parts.append(join_tags(composed.tags[first : composed.ends[run.end - 1]]))
-    return " ".join(part for part in (parts if len(parts) > 1 else [*parts, separator]) if part)

@@ -15,10 +15,10 @@ from trainer.model.weights_file import JoinedFiles, LazyFile, check_finite
 SHARED = "shared."  # prefix of tensors that several parameters' states have in common
 
 
-def open_weights(checkpoint: Path, meter: Meter | None = None) -> JoinedFiles:
+def open_weights(checkpoint: Path) -> JoinedFiles:
     """The trained weights, read one by one as they are asked for."""
     paths = list_pieces(checkpoint, read_train_state(checkpoint), "model")
-    return JoinedFiles([LazyFile(path, meter) for path in paths])
+    return JoinedFiles([LazyFile(path) for path in paths])
 
 
 def restore_checkpoint(

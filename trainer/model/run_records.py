@@ -3,7 +3,6 @@
 import datetime
 import json
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +75,3 @@ def is_time(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 0 on, and none that only a damaged line can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
-
-
-def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file, in its order."""
-    with path.open("rb") as file:
-        for text in file:
-            if (line := parse_metrics(text)) is not None:
-                yield line
-
-
-def read_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its metrics of the last attempt, from one line or several."""
-    lines: dict[int, dict[str, Any]] = {}
-    for line in iterate_metrics(path):
-        before = lines.get(line["step"], line)
-        if line["attempt"] >= before["attempt"]:
-            lines[line["step"]] = before | line if line["attempt"] == before["attempt"] else line
-    return lines

@@ -54,18 +54,6 @@ def to_single_file(parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[s
     return state
 
 
-def from_single_file(state: Mapping[str, Tensor], configs: Mapping[str, ComponentConfig]) -> dict[str, State]:
-    """One state dict in Stability's layout -> the components of ``configs`` under diffusers' names.
-
-    Only the tensors of the components asked for are fetched from ``state``, which may read them from disk.
-
-    Raises:
-        UserError: on tensors that are missing or belong to nothing, naming a few.
-    """
-    check_layout(state)
-    return {component: dict(iterate_component(component, state, config)) for component, config in configs.items()}
-
-
 def check_layout(state: Collection[str]) -> None:
     """Refuse names that belong to no part of a single file.
 

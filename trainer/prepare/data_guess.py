@@ -21,7 +21,7 @@ from trainer.data.post import Post
 from trainer.data.sites import TAG_CATEGORIES
 from trainer.data.sources import iterate_sources
 from trainer.data.sources.folders import CAPTIONS, POSTS
-from trainer.data.sources.record_files import COMPRESSED_ENDS
+from trainer.data.sources.record_files import strip_compression
 from trainer.data.sources.records import Item, Reject, explain_reason
 from trainer.data.sources.tars import is_compressed
 from trainer.data.template import ready_rules
@@ -221,12 +221,6 @@ def list_records(files: list[Path], beside: Path, images: Path | None) -> Iterat
             yield SourceConfig("posts", str(file), str(folder))
             if file.suffix.lower() == ".json":
                 yield SourceConfig("kohya", str(file), str(folder))
-
-
-def strip_compression(name: str) -> str:
-    """A file's name in lower case, without the ending that a compression adds."""
-    lower = name.lower()
-    return next((lower.removesuffix(end) for end in COMPRESSED_ENDS if lower.endswith(end)), lower)
 
 
 def iterate_input_rows(source: SourceConfig) -> Iterator[dict[str, Any] | Item]:

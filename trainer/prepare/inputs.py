@@ -23,6 +23,7 @@ from trainer.core.layout import QUERIES_FOLDER
 from trainer.core.progress import format_count, metered
 from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.fields import show_text
+from trainer.data.formats import BUILT_IN, list_formats
 from trainer.data.images import BadImage, stat_image
 from trainer.data.post import POST_FIELDS, STATED_FIELDS, ImagePlace, Post
 from trainer.data.sites import TAG_CATEGORIES
@@ -119,6 +120,8 @@ def survey_inputs(items: Iterable[Item], filters: FiltersConfig, separator: str,
     # what the filters let through is in the table; only the shorter side is judged later, by the image itself
     decided: list[Any] = [digest.hexdigest(), set_aside, filters.min_side, filters.drop_duplicates]
     decided += [remarks.counts] if remarks.counts else []  # so that a set that has none is known again
+    plug_ins = sorted(list_formats().keys() - BUILT_IN)  # with another one, what was set aside may be an image
+    decided += [plug_ins] if plug_ins else []
     return Survey(total, sha256_json(decided), set_aside, dict(filtered), remarks)
 
 

@@ -49,6 +49,9 @@ from trainer.prepare.work import (
     refuse_others,
 )
 
+# why an image was set aside that may be sound today, though its file has the size and time that it had
+RETRIED = {"unreadable", "out_of_memory", "killed_decoder"}
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -100,7 +103,7 @@ def prepare(config: Config) -> Summary:
     work = Work(find_place(config.data.shards))
     check_paths(config)
     with join_processes() as processes, ExitStack() as stack:
-        check_asked(processes.world, None)
+        check_asked(processes.world, None, "scripts/build_shards.py")
         if processes.is_main:
             warn_of_fp16(config)
         else:
@@ -202,7 +205,8 @@ def begin(work: Work, latents: dict[str, Any], config: Config) -> Begun | Summar
     separator = config.captions.keep_tokens_separator
     survey = survey_inputs(iterate_sources(config.data), config.filters, separator, work.inputs)
     refuse_empty_captions(work.inputs, config.data.max_empty_captions, survey.remarks)
-    if old is not None and old.manifest["inputs"]["sha256"] == survey.sha256:
+    retried = old is not None and not RETRIED.isdisjoint(old.manifest["counts"].get("set_aside", {}))
+    if old is not None and not retried and old.manifest["inputs"]["sha256"] == survey.sha256:
         return summarise_set(work.shards, old.manifest, 0)
     if not survey.total:
         noted = [f"\n  noted in {line}" for line in format_remarks(survey.remarks.counts)]
@@ -276,6 +280,8 @@ def finish(work: Work, begun: Begun, latents: dict[str, Any], config: Config) ->
     check_bad_fraction(work, set_aside, begun.survey.total, config)
     filtered = sum((Counter(done[number].filtered) for number in pending), Counter(begun.survey.filtered))
     survey = replace(begun.survey, set_aside=set_aside, filtered=dict(filtered))
+    if begun.old is not None and not any(done[number].shards for number in pending):
+        latents = begun.old.manifest["latents"]  # the version that made them, which is in the fingerprint
     with waiting("put the set together"):
         manifest = merge_set(work, begun.old, done, survey, latents, config.filters)
     place_set(work)

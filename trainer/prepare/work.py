@@ -71,10 +71,10 @@ class DoneChunk:
 
 def refuse_others(where: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to resume what was made with other settings, naming each that differs."""
-    before, now = flatten_settings(old), flatten_settings(new)
-    names = [name for name in now if name != "latents.code_version" and before.get(name) != now[name]]
+    before, now = flatten_settings({section: old.get(section) for section in new}), flatten_settings(new)
+    names = [name for name in now | before if name != "latents.code_version" and before.get(name) != now.get(name)]
     if names:
-        listed = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in names)
+        listed = "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
         raise UserError(f"{where} was made with other settings: {listed}. Name another folder, or move it away")
 
 

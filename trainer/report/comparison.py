@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.yaml_text import read_yaml
-from trainer.core.console import log
+from trainer.core.console import format_table, log
 from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE, RUN_PAGE_FILE, SAMPLES_FOLDER
 from trainer.core.locks import is_held
@@ -268,16 +268,10 @@ def summarise_runs(runs: Sequence[ComparedRun]) -> str:
     rows |= {name: values for name, values in list_origins(runs).items() if len(set(values)) > 1}
     differences = find_differences([run.values for run in runs])
     rows |= {one.key: one.values for one in differences if one.decides}
-    rows = {name: [shorten_cell(value) for value in values] for name, values in rows.items()}
-    first = max(map(len, rows))
-    widths = [max(len(values[place]) for values in rows.values()) for place in range(len(runs))]
-    lines = [
-        "  ".join([f"{name:<{first}}", *(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))])
-        for name, values in rows.items()
-    ]
+    table = format_table([(name, *map(shorten_cell, values)) for name, values in rows.items()], right=True)
     rest = sum(not one.decides for one in differences)
     more = [WHY_NONE] if any(NOT_KNOWN in values for values in rows.values()) else []
-    return "\n".join([*lines, *more, *([f"{rest} other settings differ, see the page"] if rest else [])])
+    return "\n".join([table, *more, *([f"{rest} other settings differ, see the page"] if rest else [])])
 
 
 def shorten_cell(value: str, most: int = 32) -> str:

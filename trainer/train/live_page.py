@@ -4,8 +4,7 @@ It reads what the run has written anyway, on the host, after the steps were read
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from trainer.train.launch import RunInputs
 from trainer.train.outcome import describe_error
 from trainer.train.run import run_path
 
-Timed = Callable[[str], AbstractContextManager[None]]
 SECONDS_BETWEEN = 30.0
 SHARE = 0.01  # of the time that writing pages may take
 
@@ -35,15 +33,15 @@ SHARE = 0.01  # of the time that writing pages may take
 class LivePage:
     """The page of an attempt; only the main process writes one. Around the steps, so that it sees how they end."""
 
-    def __init__(self, inputs: RunInputs, warnings: Sequence[str], timed: Timed) -> None:
-        self.inputs, self.warnings, self.made, self.timed = inputs, warnings, inputs.first, timed
+    def __init__(self, inputs: RunInputs, warnings: Sequence[str]) -> None:
+        self.inputs, self.warnings, self.made = inputs, warnings, inputs.first
         self.folder = run_path(inputs.config)
         self.records = read_run(self.folder) if inputs.accelerator.is_main_process else {}
         self.curves, self.sheets = Curves(first_steps(self.records)), Sheets(self.folder)
         self.failed, self.due, self.every = False, 0.0, SECONDS_BETWEEN
 
     def __enter__(self) -> "LivePage":
-        self.write_between_steps()
+        self.write(RunState("running"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
@@ -57,13 +55,7 @@ class LivePage:
         """So many steps are made; the page follows at once, or when it is time."""
         self.made = made
         if at_once or time.monotonic() >= self.due:
-            self.write_between_steps()
-
-    def write_between_steps(self) -> None:
-        """Write the page of a run that goes on, in time that is not the steps'."""
-        if self.inputs.accelerator.is_main_process:
-            with self.timed("page"):
-                self.write(RunState("running"))
+            self.write(RunState("running"))
 
     def write(self, state: RunState) -> None:
         """Write the page as it is now. Whatever is wrong with it is said once, and never stops a run."""

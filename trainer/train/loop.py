@@ -21,6 +21,7 @@ from trainer.core.progress import format_count
 from trainer.data.loader import Batch, load_batches
 from trainer.model.diffusion import alphas_cumprod
 from trainer.model.sdxl import COMPONENTS, DTYPES, SDXL
+from trainer.report.run_page import RunState
 from trainer.train.announce import describe_end, describe_start, expect_size, find_warnings, make_result
 from trainer.train.black_box import BlackBox, open_black_box
 from trainer.train.kernels import choose_attention, prefer_attention, record_kernels
@@ -33,8 +34,8 @@ from trainer.train.outcome import noting_outcome
 from trainer.train.policy import choose_policy
 from trainer.train.progress import Progress
 from trainer.train.resume import check_same, describe_changes, hash_state, settle_resumed
-from trainer.train.run import Attempt, begin_attempt, lock_run, run_path
-from trainer.train.samples import Samples, is_grid_lost, sample_due
+from trainer.train.run import Attempt, begin_attempt, is_due, lock_run, run_path
+from trainer.train.samples import Samples, is_grid_lost
 from trainer.train.saver import Saver
 from trainer.train.state import build_train_state
 from trainer.train.step import Objective, PendingStep, settle_gradient_buckets, training_step
@@ -89,10 +90,10 @@ def train(config: Config, check: bool = False) -> Result:
                 # while the device works on this step, the host waits for the one before
                 if before is not None and run.progress.read(before.wait()):
                     run.saver.prune(before.step)
-                if saving := due(step + 1, config.checkpoint.every_steps) or step + 1 == last:
+                if saving := is_due(step + 1, config.checkpoint.every_steps, last):
                     save_made(run, pending, ending=step + 1 == last)
                     pending = None
-                if sampling := sample_due(config, step + 1, last):
+                if sampling := is_due(step + 1, config.sampling.every_steps, last):
                     run.samples.draw(step + 1)
                 run.page.update(step + 1, at_once=saving or sampling)
             if pending is not None:  # stopped between two saves
@@ -102,11 +103,6 @@ def train(config: Config, check: bool = False) -> Result:
         if count := run.progress.bad_samples.count:
             said += f", {format_count(count, 'bad sample')} substituted"
         return make_result(inputs, said, run.page.made, stops.reason)
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every is not None and step % every == 0
 
 
 @dataclass(frozen=True)
@@ -163,12 +159,13 @@ def build_run(inputs: RunInputs, model: Any, sdxl: SDXL, optimizer: Optimizer, s
     cumulative = alphas_cumprod(config.diffusion.zero_terminal_snr).to(accelerator.device)
     cast = torch.float32 if config.precision.weights == "autocast" else DTYPES[config.precision.compute]
     objective = Objective(config.diffusion, cumulative, inputs.vae.scale, cast)
-    page = LivePage(inputs, find_warnings(inputs, sdxl), progress.timed)
+    page = LivePage(inputs, find_warnings(inputs, sdxl))
     noting = noting_outcome(
         run_path(config), is_main=accelerator.is_main_process, last=inputs.last, written=config.written, stops=stops,
         made=lambda: page.made,
     )  # fmt: skip
-    watchdog, samples = open_watchdog(inputs, stops, black_box), Samples(inputs, sdxl, progress, stops)
+    watchdog = open_watchdog(inputs, stops, black_box, lambda said: page.write(RunState("failed", said)))
+    samples = Samples(inputs, sdxl, progress, stops)
     saver = Saver(run_path(config), sdxl, optimizer, config.checkpoint, stops.pace)
     stops.failed = lambda: saver.broken
     return Run(
@@ -214,7 +211,8 @@ def step_once(run: Run, batches: Sequence[Batch], step: int) -> PendingStep:
         return accelerator.reduce(value, "mean")
 
     pending = training_step(
-        run.model, batches, run.optimizer, run.objective, step=step, micro_steps=len(batches),
+        run.model, batches, run.optimizer, run.objective, step=step,
+        micro_steps=run.inputs.data.per_step // accelerator.num_processes,
         max_grad_norm=config.optim.max_grad_norm, scaler=accelerator.scaler,
         no_sync=lambda: accelerator.no_sync(run.model), all_mean=all_mean if accelerator.num_processes > 1 else None,
         arrive=pace.mark, before_update=run.saver.guard,

@@ -77,7 +77,7 @@ def gated_step(optimizer: Optimizer, bad: Tensor) -> None:
     Fused AdamW and NarrowOptimizer read the flag on the device, so the host does not wait. adamw8bit and adafactor have
     no such gate: there the host reads the flag first, as torch's GradScaler does for them under loss scaling.
     """
-    inner: Any = getattr(optimizer, "optimizer", optimizer)  # under Accelerate's wrapper
+    inner: Any = optimizer
     if getattr(inner, "_step_supports_amp_scaling", False):  # torch's word for it
         inner.found_inf = bad.float()  # what torch's GradScaler sets
         inner.grad_scale = None
@@ -112,8 +112,7 @@ def cosine(progress: float, high: float, low: float) -> float:
     return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
-    """Set each group's rate to its share; the rates by part, for the log."""
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set each group's rate to its share."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return {group["part"]: group["lr"] for group in optimizer.param_groups}

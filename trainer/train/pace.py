@@ -75,6 +75,6 @@ class Pace:
         """The longest of the last; the default where none is known."""
         return max(self.took.get(what, ()), default=default)
 
-    def median(self, what: str, default: float = 0.0) -> float:
-        """The median of the last; the default where none is known."""
-        return statistics.median(self.took[what]) if self.took.get(what) else default
+    def median(self, what: str) -> float:
+        """The median of the last, of which there are some."""
+        return statistics.median(self.took[what])

@@ -182,7 +182,7 @@ class Progress:
         return time.perf_counter() - self.begun
 
     def timed(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Around what is done between steps: "checkpoint", "sample" or "page"."""
+        """Around what is done between steps: "checkpoint" or "sample"."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)  # the rest of the step itself is the step's
         return self.window.timed(what)

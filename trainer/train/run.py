@@ -23,6 +23,11 @@ def run_path(config: Config) -> Path:
     return Path(config.run.output_dir) / config.run.name
 
 
+def is_due(made: int, every: int | None, last: int) -> bool:
+    """Whether what a run does every so many steps, and after its last, is done after ``made`` of them."""
+    return every is not None and (made % every == 0 or made == last)
+
+
 def lock_run(path: Path, is_main_process: bool) -> AbstractContextManager[None]:
     """Hold the folder for the main process of one run.
 

@@ -23,7 +23,7 @@ from trainer.sample.pictures import SHEET_PROMPTS, SHEET_SIZE, lay_out_sheet, wr
 from trainer.sample.sampling import LoadedModel, build_pipeline, draw_image, make_grid, training_size
 from trainer.train.launch import RunInputs
 from trainer.train.progress import Progress
-from trainer.train.run import run_path
+from trainer.train.run import is_due, run_path
 from trainer.train.stops import StopAsked, Stops
 
 
@@ -90,15 +90,11 @@ class Samples:
         self.progress.show_samples(images, prompts, made)
 
 
-def sample_due(config: Config, made: int, last: int) -> bool:
-    """Whether samples are drawn after so many steps."""
-    every = config.sampling.every_steps
-    return every is not None and (made % every == 0 or made == last)
-
-
 def is_grid_lost(inputs: RunInputs) -> bool:
     """Whether the grid of the step at which this run resumes was due, and is not there."""
-    if inputs.resumed is None or inputs.resumed.begins_fork or not sample_due(inputs.config, inputs.first, inputs.last):
+    if inputs.resumed is None or inputs.resumed.begins_fork:
+        return False
+    if not is_due(inputs.first, inputs.config.sampling.every_steps, inputs.last):
         return False
     return inputs.processes.share(not grid_path(inputs.config, inputs.first).is_file())
 

@@ -39,18 +39,6 @@ class TensorFile:
     metadata: dict[str, str] | None = None
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, train_state: dict[str, Any]) -> Path:
-    """Write ``folder/step-XXXXXXXX``, whole or not at all. Call it on one rank only.
-
-    ``train_state`` is JSON with at least ``step``; format_version, name, and the files' sizes and hashes are added.
-
-    Raises:
-        UserError: when that checkpoint exists: nothing is overwritten; or where it does not fit on the disk.
-    """
-    size = measure_state(model, optimizer)
-    return write_checkpoint(folder, list_tensor_files(model, optimizer), train_state, size)
-
-
 def write_checkpoint(folder: Path, files: Iterable[TensorFile], train_state: dict[str, Any], size: int) -> Path:
     """Write the files of a checkpoint, which take about ``size`` bytes, and what it says of itself."""
     final = folder / checkpoint_name(train_state["step"])

@@ -53,6 +53,7 @@ class Stops:
         self.signal: int | None = None
         self.reason: str | None = None  # once all have agreed
         self.failed: Callable[[], bool] = lambda: False  # whether this rank can save no more: the save itself says why
+        self.late = False  # whether it was time: batches and samples may have been given up for it
         self.save_seconds = 0.0  # of a save, as long as none has been measured
 
     def asked(self) -> bool:
@@ -68,7 +69,8 @@ class Stops:
             return ORPHAN
         if self.signal is not None:
             return ABOVE + self.signal
-        return TIME if self.deadline is not None and time.monotonic() + self.ahead() >= self.deadline.at else 0
+        self.late = self.late or (self.deadline is not None and time.monotonic() + self.ahead() >= self.deadline.at)
+        return TIME if self.late else 0
 
     def ahead(self) -> float:
         """Seconds that it takes to stop: the step and the save under way, one more save and the end, with a margin."""

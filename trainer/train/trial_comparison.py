@@ -136,11 +136,3 @@ def table_row(result: TrialResult, comparison: Comparison | None) -> tuple[str, 
     optimizer = "same bits" if comparison.optimizer else "other bits"
     words = ["same" if text is None else "differ" for text in (comparison.samples, comparison.captions)]
     return (result.trial.shows, *words, loss, weights, optimizer, seconds)
-
-
-def format_table(rows: list[tuple[str, ...]]) -> str:
-    """Rows as a table of plain text."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

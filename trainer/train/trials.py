@@ -1,7 +1,6 @@
 """Short runs of a user's own config, to be compared: straight, killed and resumed, and with the work split anew."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,10 +11,10 @@ from pathlib import Path
 import trainer
 from trainer.config.schema import DataConfig
 from trainer.core.errors import UserError
+from trainer.core.processes import POLL_SECONDS, kill_family
 from trainer.model.checkpoint import find_newest, list_sums, measure_checkpoint, read_train_state, step_of
 from trainer.model.step_records import StepRecord, read_black_box
 
-POLL_SECONDS = 0.01
 LINES_SHOWN = 15  # of the output of a trial that fails
 # a trial is short, writes nothing but its own folder, and asks nobody
 TRIAL_WORDS = (
@@ -151,14 +150,12 @@ def launch(settings: TrialSettings, trial: Trial, *, kill: bool = False) -> None
         try:
             while process.poll() is None:
                 if kill and is_past(run, settings.saved):
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    kill_family(process)
                     return
                 time.sleep(POLL_SECONDS)
         finally:
             if process.poll() is None:  # we are interrupted, and so is the trial
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill_family(process)
     if process.returncode:
         last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
         raise UserError(

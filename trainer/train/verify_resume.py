@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import Config
-from trainer.core.console import Result, format_duration, log
+from trainer.core.console import Result, format_duration, format_table, log
 from trainer.core.disk import format_bytes, free_bytes
 from trainer.core.errors import UserError
-from trainer.train.trial_comparison import HEADER, Comparison, compare_trials, find_fault, format_table, table_row
+from trainer.train.trial_comparison import HEADER, Comparison, compare_trials, find_fault, table_row
 from trainer.train.trials import Trial, TrialResult, TrialSettings, plan_trials, repeat_trial, run_trial
 
 CHECKPOINTS_AT_ONCE = 3  # that a trial's folder holds: of two steps, and the one that is written

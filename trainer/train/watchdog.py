@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainer.config.durations import parse_duration
+from trainer.config.environment import hide_environment
 from trainer.core.console import format_duration
 from trainer.core.errors import UserError, print_error, report_failure
 from trainer.core.files import write_json
@@ -50,14 +52,17 @@ class Watchdog:
         black_box: BlackBox,
         peers: Sequence[Peer],
         board: Board,
+        show_end: Callable[[str], object],
+        hide: Callable[[str], str],
     ) -> None:
-        self.run, self.stops, self.pace, self.black_box = run, stops, stops.pace, black_box
+        self.run, self.stops, self.pace, self.black_box, self.show_end = run, stops, stops.pace, black_box, show_end
         self.step_timeout = None if step_timeout is None else parse_duration(step_timeout)
-        self.peers, self.board, self.own = peers, board, peers[black_box.rank]
+        self.peers, self.board, self.own, self.hide = peers, board, peers[black_box.rank], hide
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
+        self.pace.go_on()  # a slow start is over
         self.thread.start()
         return self
 
@@ -71,7 +76,7 @@ class Watchdog:
         if error is None or len(self.peers) == 1:
             return
         gone = [peer for peer in self.peers if peer.is_gone]
-        said = {**self.report(), "error": describe_error(error), "gone": [asdict(peer) for peer in gone]}
+        said = {**self.report(), "error": self.hide(describe_error(error)), "gone": [asdict(peer) for peer in gone]}
         within(WRITING, lambda: write_json(self.black_box.folder / f"rank-{self.own.rank:05d}.end.json", said))
         if gone and isinstance(error, RuntimeError) and OF_COLLECTIVES.search(str(error)):
             are = "is" if len(gone) == 1 else "are"
@@ -122,6 +127,7 @@ class Watchdog:
             found = {"said": said, "ranks": [reports.get(peer.rank, asdict(peer)) for peer in self.peers]}
             within(WRITING, lambda: write_json(folder / "hang.json", found))
         within(WRITING, lambda: note_outcome(self.run, "failed", said, report["step"]))
+        within(WRITING, lambda: self.show_end(said))
         if self.own.rank == min(reports):
             within(WRITING, lambda: self.say(said))
         for peer in missing:  # its launcher would wait for it, and it cannot end itself
@@ -196,8 +202,10 @@ def write_stacks(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def open_watchdog(inputs: RunInputs, stops: Stops, black_box: BlackBox) -> Watchdog:
-    """This rank's; all ranks open theirs together."""
+def open_watchdog(inputs: RunInputs, stops: Stops, black_box: BlackBox, show_end: Callable[[str], object]) -> Watchdog:
+    """This rank's; all ranks open theirs together. ``show_end`` shows on the run's page why the job ended."""
     board = Board(f"watchdog/{black_box.attempt}", inputs.processes)
-    peers = meet_peers(inputs.processes)
-    return Watchdog(run_path(inputs.config), inputs.config.run.step_timeout, stops, black_box, peers, board)
+    peers, hide = meet_peers(inputs.processes), partial(hide_environment, written=inputs.config.written)
+    return Watchdog(
+        run_path(inputs.config), inputs.config.run.step_timeout, stops, black_box, peers, board, show_end, hide
+    )

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from support.captions import draw_caption
 from support.paths import REPOSITORY
 from trainer.config.schema import CaptionsConfig, DataConfig, FiltersConfig, SourceConfig
 from trainer.core.rng import rng
-from trainer.data.caption_draws import draw_caption
 from trainer.data.captions import VARIANT_SEPARATOR
 from trainer.data.post import Post
 from trainer.data.sources import iterate_sources

@@ -18,7 +18,7 @@ from trainer.data.sources.folders import Walk, check_inside, is_system_folder, r
 from trainer.data.sources.image_names import md5_in, plain_path, relative_path, stem_or_id, strip_start
 from trainer.data.sources.records import BadRecord, Reject, Remark
 from trainer.data.sources.tar_headers import Damage, Member, walk_tar
-from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed, reject_damage
+from trainer.data.sources.tars import is_compressed, open_tar, refuse_compressed, refuse_link, reject_damage
 
 
 @dataclass
@@ -200,7 +200,9 @@ def list_images(folder: Path, source: str = "", follow_links: bool = False, read
                 listed.links.add(found.name)
             listed.add(found.name)
         elif found.name.lower().endswith(".tar"):
-            if found.plain or may_read_link(listed, found.name):
+            if not found.plain and (remark := refuse_link(folder, found.name, source, follow_links)):
+                listed.damages.append(remark)
+            else:
                 list_tar(listed, found.name)
         elif is_compressed(found.name):
             compressed.append(found.name)
@@ -220,16 +222,6 @@ def add_up(sums: dict[str, Remark], remark: Remark) -> None:
     """Sum remarks by kind, where there may be as many as images; the first one is the example."""
     before = sums.get(remark.kind)
     sums[remark.kind] = replace(before, count=before.count + remark.count) if before else remark
-
-
-def may_read_link(listed: ImageFolder, tar: str) -> bool:
-    """Whether a tar that is a link stays inside the folder, or links are followed; it is remarked on where not."""
-    try:
-        check_inside(listed.path, tar, listed.follow_links)
-    except BadRecord as error:
-        listed.damages.append(Remark(listed.source, "linked tars, not read", 1, show_text(tar), error.args[1]))
-        return False
-    return True
 
 
 def list_tar(listed: ImageFolder, tar: str) -> None:

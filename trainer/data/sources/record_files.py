@@ -133,9 +133,7 @@ def choose_reader(file: Path, content: BinaryIO, start: bytes) -> Iterator[Recor
     kind = "a tar archive" if start[MAGIC] == b"ustar" else kind
     if kind is not None:
         raise UserError(f"{file} is {kind}: {READ}")
-    name = file.name.lower()
-    while name.endswith(COMPRESSED_ENDS):
-        name = name[: name.rfind(".")]
+    name = strip_compression(file.name)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if name.endswith((".csv", ".tsv")):
         return iterate_table_rows(content, "\t" if name.endswith(".tsv") else ",")
@@ -143,6 +141,14 @@ def choose_reader(file: Path, content: BinaryIO, start: bytes) -> Iterator[Recor
         return iterate_array(content)
     refuse_document(file, start)
     return iterate_lines(content)
+
+
+def strip_compression(name: str) -> str:
+    """A file's name in lower case, without the endings that compressions add."""
+    name = name.lower()
+    while name.endswith(COMPRESSED_ENDS):
+        name = name[: name.rfind(".")]
+    return name
 
 
 def iterate_lines(file: BinaryIO) -> Iterator[Record]:

@@ -18,6 +18,7 @@ from trainer.data.sources.folders import (
     PACKAGE_OF,
     SIDECARS,
     Walk,
+    check_inside,
     extension_of,
     is_system_folder,
     remark_file,
@@ -55,6 +56,9 @@ def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterato
         if is_compressed(found.name):
             refuse_compressed(path / found.name)
         if found.name.lower().endswith(".tar"):
+            if not found.plain and (remark := refuse_link(path, found.name, source, follow_links)):
+                yield remark
+                continue
             tars += 1
             yield from iterate_tar(path / found.name, found.name, source)
         else:
@@ -62,6 +66,15 @@ def iterate_tars(path: Path, source: str, follow_links: bool = False) -> Iterato
     yield from walk.skipped
     if not tars:
         raise UserError(f"{path} holds no .tar files")
+
+
+def refuse_link(folder: Path, tar: str, source: str, follow_links: bool) -> Remark | None:
+    """A remark on a tar that is a link, where it leads out of the folder and links are not followed, or nowhere."""
+    try:
+        check_inside(folder, tar, follow_links)
+    except BadRecord as error:
+        return Remark(source, "linked tars, not read", 1, show_text(tar), error.args[1])
+    return None
 
 
 def is_compressed(name: str) -> bool:
