@@ -194,3 +194,13 @@ def test_another_options_value_may_hold_an_equals_sign() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = finish_command_line(parser, ["--out", "lr=1e-3", "--config", "a.yaml", "--check", "run.seed=1"])
     assert (arguments.out, arguments.config, arguments.overrides) == ("lr=1e-3", ["a.yaml"], ["run.seed=1"])
+
+
+@pytest.mark.parametrize("value", ["lowres, " * 60, "描" * 200, "x" * 5000])
+def test_a_value_may_be_longer_than_a_file_name(value: str) -> None:
+    words = [f"sampling.negative_prompt={value}"]
+    assert parse_command_line("test", ["--config", "a.yaml", *words]).overrides == words
+    with pytest.raises(SystemExit):
+        parse_command_line("test", ["a.yaml", value])
+    with pytest.raises(UserError, match="too long"):
+        load_config([value])

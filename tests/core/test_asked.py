@@ -68,3 +68,5 @@ def test_a_refusal_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 " in str(error.value)
     assert "train.py my.yaml optim.unet_lr=1e-5" in str(error.value)
     check_asked(2, None)
+    with pytest.raises(UserError, match=r"torchrun --nproc_per_node 2 \S*scripts/build_shards\.py my\.yaml"):
+        check_asked(1, None, "scripts/build_shards.py")

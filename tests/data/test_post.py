@@ -153,6 +153,12 @@ def test_no_post_at_all(record: object) -> None:
         read(record)
 
 
+@pytest.mark.parametrize("caption", ["", " \n", None])
+def test_an_empty_text_is_no_caption(caption: str | None) -> None:
+    """As an empty cell of a table: the tags make it."""
+    assert read({"id": 1, "caption": caption, "tag_string_general": "1girl"}).caption is None
+
+
 def test_a_sidecar_caption_wins() -> None:
     assert read({"id": 1, "caption": "its own"}).caption == "its own"
     assert read({"id": 1, "caption": "its own"}, caption="a sidecar's").caption == "a sidecar's"

@@ -226,3 +226,15 @@ def test_a_rule_for_some_leaves_the_draws_of_the_others_alone() -> None:
     lengths = [[len(each[row]) for row in range(6)] for each in seen]
     assert lengths[0] == [20] * 6
     assert lengths[1] == pytest.approx([36, 36, 12, 5, 12, 12], abs=3)
+
+
+def test_repeats_are_recorded() -> None:
+    """So that a resume notices that they are another source's."""
+    sources = [SourceConfig("folder", "a", name="posts", repeats=3), SourceConfig("folder", "b", name="scans")]
+    swapped = [SourceConfig("folder", "a", name="scans", repeats=3), SourceConfig("folder", "b", name="posts")]
+    one, two = (
+        find_sample_weights(index_of(POSTS), DataConfig("", sources=each)).record for each in (sources, swapped)
+    )
+    assert one is not None and two is not None and one["sha256"] != two["sha256"]
+    assert one["rules"] == [] and one["most"] == 3
+    assert find_sample_weights(index_of(POSTS), DataConfig("", sources=[SourceConfig("folder", "a")])).record is None

@@ -1,5 +1,6 @@
 """Tables of Danbooru over a post's tags: what is replaced, left out as implied, removed, and what is refused."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -104,3 +105,30 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_tag_maps(CaptionsConfig(tag_aliases=str(tmp_path / "a.jsonl")))
     with pytest.raises(UserError, match=r"captions\.protected_tags_file: .* cannot be read"):
         read_tag_maps(CaptionsConfig(protected_tags_file=str(tmp_path / "none.txt")))
+
+
+def test_what_a_removed_tag_implies_stands_for_itself(tmp_path: Path) -> None:
+    """No other tag of the caption says it."""
+    implications = write(tmp_path / "i.csv", [pair("animal_ear_fluff", "animal_ears"), pair("cat_ears", "animal_ears")])
+    (tmp_path / "gone.txt").write_text("animal_ear_fluff\n")
+    maps = read_tag_maps(CaptionsConfig(tag_implications=implications, tag_removals=str(tmp_path / "gone.txt")))
+    counts = Counter[str]()
+    own = {"general": ["animal_ear_fluff", "animal_ears", "solo"]}
+    assert map_tags(own, maps, counts) == {"general": ["animal_ears", "solo"]}
+    assert counts == {"removed": 1, "implied": 0, "replaced": 0}
+    own["general"].append("cat_ears")
+    assert map_tags(own, maps) == {"general": ["solo", "cat_ears"]}
+
+
+@pytest.mark.parametrize("name", ["danbooru.tags.csv", "2026.11.tags.json", "tags.jsonl.gz"])
+def test_a_table_is_known_by_the_end_of_its_name(tmp_path: Path, name: str) -> None:
+    """And a line that does not say whether it is deprecated is not, in any format, where others say."""
+    lines = [{"name": "hair", "is_deprecated": True}, {"name": "smile", "is_deprecated": None}]
+    file = tmp_path / name
+    if name.endswith(".gz"):
+        file.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    elif name.endswith(".csv"):
+        file.write_text("name,is_deprecated\nhair,t\nsmile,\n")
+    else:
+        file.write_text(json.dumps(lines))
+    assert read_tag_maps(CaptionsConfig(tag_removals=str(file))).removed == {"hair"}

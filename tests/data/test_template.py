@@ -187,3 +187,15 @@ def test_quality_by_rating_reaches_its_part() -> None:
     quality = [QualityRule("fine", 100, rating="s"), QualityRule("bad", rating="g")]
     assert draws(rules(CaptionPart(tag="quality"), quality=quality), 1) == [["fine"]]
     assert draws(rules(CaptionPart(tag="quality"), quality=quality), 1, rating="g") == [["bad"]]
+
+
+@pytest.mark.parametrize(
+    ("column", "said"), [("score", "120"), ("year", "2022"), ("rating", "s"), ("source_kind", "anime"), ("odd", "")]
+)
+def test_a_part_may_be_a_column_of_the_index(column: str, said: str) -> None:
+    assert compose_caption(POST, rules(CaptionPart(column=column, fixed=True))).rstrip(" |") == said
+
+
+def test_a_field_of_the_post_comes_before_the_column_of_its_name() -> None:
+    post = POST | {"source": "posts", "extra": json.dumps({"source": "a drawing"})}
+    assert compose_caption(post, rules(CaptionPart(column="source", fixed=True))).startswith("a drawing")

@@ -9,6 +9,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from trainer.config.schema import Config, FiltersConfig
 from trainer.core.errors import UserError
 from trainer.data.index import open_index
 from trainer.data.post import ImagePlace, Post
-from trainer.prepare import merge, prepare
+from trainer.prepare import encode as encoding
+from trainer.prepare import inputs, merge, prepare
 from trainer.prepare.inputs import survey_inputs
 from trainer.prepare.verify import verify_shards
 from trainer.prepare.work import Work, make_folders, read_pending
@@ -203,6 +205,12 @@ def test_batch_sizes_of_the_vae_are_not_mixed(config: Config, tmp_path: Path) ->
     add_posts(tmp_path / "posts", {"id": 11, "file": "1.png", "tags": "1girl"})
     with pytest.raises(UserError, match="encode_batch_size was None, is 4"):
         run(replace(config, data=replace(config.data, encode_batch_size=4)))
+    four = copy_of(config, tmp_path / "four")
+    four = replace(four, data=replace(four.data, encode_batch_size=4))
+    run(four)
+    add_posts(tmp_path / "four", {"id": 12, "file": "2.png", "tags": "1girl"})
+    with pytest.raises(UserError, match="encode_batch_size was 4, is None"):
+        run(replace(four, data=replace(four.data, encode_batch_size=1)))
 
 
 def test_an_image_that_was_mended_counts_though_its_size_and_time_are_the_same(base: Path, tmp_path: Path) -> None:
@@ -231,3 +239,57 @@ def test_wide_posts_get_memory_for_whole_runs_of_a_sort(tmp_path: Path, monkeypa
     merge.plan_chunks(work, None, survey, 1500)
     assert [len(batch) for batch in read_pending(work).values()] == [1500, 500]
     assert given[0] > 122_880 * 6000
+
+
+def test_what_could_not_be_read_once_is_looked_at_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right that was missing, a disk that failed for a moment: neither size nor time of the file tells of its end."""
+    read_place = encoding.read_place
+
+    def read_nowhere(struct: dict[str, Any]) -> ImagePlace:
+        place = read_place(struct)
+        return place._replace(offset=0, length=10**9) if place.path.stem == "3" else place
+
+    monkeypatch.setattr(encoding, "read_place", read_nowhere)
+    assert run(config).set_aside == {"unreadable": 1}
+    monkeypatch.undo()
+    summary = run(config)
+    assert (summary.samples, summary.encoded, summary.set_aside) == (10, 1, {})
+    make_posts(tmp_path / "sound", 10)
+    quiet = make_config(Path(config.model.pretrained), tmp_path / "sound")
+    run(quiet)
+    assert open_index(config.data.shards).fingerprint == open_index(quiet.data.shards).fingerprint
+
+
+def test_a_plug_in_that_was_installed_lets_images_be_looked_at_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "posts" / "images" / "20.png").write_bytes(b"as of a phone")
+    add_posts(tmp_path / "posts", {"id": 20, "file": "20.png", "tags": "1girl"})
+    run(config)
+    looked: list[int] = []
+    plan_chunks = prepare.plan_chunks
+    monkeypatch.setattr(prepare, "plan_chunks", lambda *words: (looked.append(1), plan_chunks(*words)))
+    assert run(config).set_aside == {"not_an_image": 1} and not looked
+    monkeypatch.setattr(inputs, "list_formats", lambda: {"PNG": ("png",), "HEIF": ("heic",)})
+    for _ in range(2):
+        assert run(config).set_aside == {"not_an_image": 1} and looked == [1]
+
+
+def test_a_newer_version_that_encodes_nothing_leaves_the_fingerprint(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Images with other times, as on another disk, are hashed, and are the same: no run may be kept from resuming."""
+    run(config)
+    before = open_index(config.data.shards)
+    monkeypatch.setattr(prepare, "__version__", "99.0.0")
+    for image in (tmp_path / "posts" / "images").iterdir():
+        os.utime(image, (1e9, 1e9))
+    assert run(config).encoded == 0
+    after = open_index(config.data.shards)
+    assert after.fingerprint == before.fingerprint and after.manifest["latents"] == before.manifest["latents"]
+    add_posts(tmp_path / "posts", {"id": 12, "file": "12.png", "tags": "1girl"})
+    draw(tmp_path / "posts" / "images" / "12.png", 12)
+    assert run(config).encoded == 1
+    assert open_index(config.data.shards).manifest["latents"]["code_version"] == "99.0.0"

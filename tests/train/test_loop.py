@@ -246,6 +246,10 @@ def test_names_in_files_do_not_come_from_the_environment(
     monkeypatch.setenv("A_SECRET", "hunter2")
     with pytest.raises(UserError, match=r"run\.stage: must not come from an environment variable"):
         make_config("run.stage=${oc.env:A_SECRET}")
+    for title in ("${oc.env:A_SECRET}", "${publish.author}"):  # by way of other fields
+        with pytest.raises(UserError, match=r"run\.name: must not come from an environment variable"):
+            make_config("run.name=${publish.title}", f"publish.title={title}", "publish.author=${oc.env:A_SECRET}")
+    assert make_config("run.name=${publish.title}", "publish.title=mine").run.name == "mine"
     pretrained = make_config().model.pretrained
     monkeypatch.setenv("A_BASE", pretrained)
     config = make_config("model.pretrained=${oc.env:A_BASE}", "schedule.max_steps=1")

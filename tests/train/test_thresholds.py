@@ -80,6 +80,11 @@ def test_a_set_or_a_run_may_be_named(make_config: Callable[..., Config], tmp_pat
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="records no thresholds"):
         choose_thresholds(named(tmp_path), table_of(range(9)))
+    damaged = {"{": "cannot be read as JSON", "[]": "must hold a JSON object", '{"thresholds": [1]}': "has other rules"}
+    for text, message in damaged.items():
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            choose_thresholds(named(tmp_path), table_of(range(9)))
     with pytest.raises(UserError, match="neither a set of shards nor a run's folder"):
         choose_thresholds(named(tmp_path / "nothing"), table_of(range(9)))
     with pytest.raises(UserError, match="other thresholds than this run began with"):

@@ -4,7 +4,9 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ import pytest
 from trainer.core.processes import start_ticks
 from trainer.train.pace import Pace
 from trainer.train.peers import Peer, within
-from trainer.train.watchdog import describe_threads, find_limit, name_missing, write_stacks
+from trainer.train.stops import Stops
+from trainer.train.watchdog import Watchdog, describe_threads, find_limit, name_missing, write_stacks
 
 PEERS = [Peer(rank, "elsewhere", 100 + rank, "1") for rank in range(3)]
 
@@ -88,3 +91,24 @@ def test_nothing_is_waited_for_long() -> None:
 def test_stacks_are_written(tmp_path: Path) -> None:
     write_stacks(tmp_path / "box" / "stacks.txt", describe_threads())
     assert "test_stacks_are_written" in (tmp_path / "box" / "stacks.txt").read_text()
+
+
+def make_watchdog(tmp_path: Path, stops: Stops, peers: list[Peer]) -> Watchdog:
+    box: Any = SimpleNamespace(rank=0, folder=tmp_path, step=3, keys=["a"])
+    board: Any = SimpleNamespace(has_word=lambda: False)
+    return Watchdog(tmp_path, None, stops, box, peers, board, print, lambda text: text.replace("hunter2", "${HIDDEN}"))
+
+
+def test_what_the_start_took_is_no_hang(tmp_path: Path) -> None:
+    """Reading a checkpoint from a slow disk may take longer than anything that comes after it."""
+    stops = Stops(None, None, None)
+    stops.pace.last = replace(stops.pace.last, since=time.monotonic() - 10_000)
+    with make_watchdog(tmp_path, stops, PEERS[:1]):
+        assert time.monotonic() - stops.pace.last.since < 60
+
+
+def test_the_words_of_an_end_hide_what_the_environment_holds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hunter2"), make_watchdog(tmp_path, Stops(None, None, None), PEERS[:2]):
+        raise ValueError("no shards in hunter2")
+    said = (tmp_path / "rank-00000.end.json").read_text()
+    assert "no shards in ${HIDDEN}" in said and "hunter2" not in said

@@ -1,7 +1,6 @@
 """The words of a command that reads a config: files, ``key=value``, and ``--help-config``."""
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ from trainer.config.run_names import RUNS, is_run_folder
 from trainer.config.yaml_text import YAML_ENDINGS
 from trainer.core.commands import find_python
 from trainer.core.console import CommandParser, log, print_answer
-from trainer.core.files import expand_home
+from trainer.core.files import home_path, is_file
 from trainer.core.layout import CONFIG_FILE
 
 
@@ -100,7 +99,5 @@ def is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         return False
-    # os.path's says no of what is too long for a name, where Path's raises
-    looks, lies_here = word.endswith(YAML_ENDINGS), os.path.isfile(expand_home(word))  # noqa: PTH113
-    is_file = looks and lies_here if key.partition(".")[0] in (*SECTIONS, EXTENDS) else looks or lies_here
-    return not is_file
+    looks, lies_here = word.endswith(YAML_ENDINGS), is_file(home_path(word))
+    return not (looks and lies_here if key.partition(".")[0] in (*SECTIONS, EXTENDS) else looks or lies_here)

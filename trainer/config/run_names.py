@@ -8,7 +8,7 @@ from trainer.config.yaml_text import YAML_ENDINGS
 from trainer.core.commands import command
 from trainer.core.console import log
 from trainer.core.errors import UserError
-from trainer.core.files import expand_home
+from trainer.core.files import expand_home, is_file
 from trainer.core.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, MODEL_INDEX_FILE, RUN_FILE, find_record
 
 RUNS = Path(RunConfig.output_dir)
@@ -60,7 +60,7 @@ def find_configs_run(file: Path) -> Path:
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a folder is a run's."""
-    return (folder / RUN_FILE).is_file() or (folder / CONFIG_FILE).is_file()
+    return is_file(folder / RUN_FILE) or is_file(folder / CONFIG_FILE)
 
 
 def is_other_folder(path: Path) -> bool:

@@ -18,6 +18,11 @@ READ_BYTES = 1 << 20  # at a time, of what is hashed or copied
 TEMPORARY_PREFIX = ".tmp-"
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file lies there. Path's own method raises for what is too long for a name, as a value may be."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def home_path(text: str) -> Path:
     """A path as a user writes it: ``~`` is the home folder.
 

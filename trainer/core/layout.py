@@ -31,6 +31,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RUN_PAGE_FILE = "index.html"
 RUN_LOCK_FILE = ".lock"
+RUN_CHANGE_FILE = ".run.json.lock"  # held while run.json is read, changed and written
 CHECKPOINTS_FOLDER = "checkpoints"
 SAMPLES_FOLDER = "samples"
 BLACK_BOX_FOLDER = "black_box"  # a folder for each attempt, see attempt_name

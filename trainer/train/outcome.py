@@ -12,6 +12,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import write_json
 from trainer.core.layout import RUN_FILE
 from trainer.model.run_records import read_run
+from trainer.train.run import changing_run
 from trainer.train.stops import Stops
 
 
@@ -39,12 +40,13 @@ def describe_error(error: BaseException) -> str:
 def note_outcome(folder: Path, state: str, why: str | None, step: int) -> None:
     """Write the outcome of the last attempt, unless it has one: of several ranks that fail the first knows why."""
     try:
-        run = read_run(folder)
-        if not run["attempts"] or "outcome" in run["attempts"][-1]:
-            return
         ended_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         outcome = {"state": state, "why": why, "step": step, "ended_at": ended_at}
-        *before, attempt = run["attempts"]
-        write_json(folder / RUN_FILE, {**run, "attempts": [*before, {**attempt, "outcome": outcome}]})
+        with changing_run(folder):
+            run = read_run(folder)
+            if not run["attempts"] or "outcome" in run["attempts"][-1]:
+                return
+            *before, attempt = run["attempts"]
+            write_json(folder / RUN_FILE, {**run, "attempts": [*before, {**attempt, "outcome": outcome}]})
     except Exception as error:  # it explains an end, and must not change one
         log.warning("warning: how this attempt ended is not written to %s: %r", folder / RUN_FILE, error)

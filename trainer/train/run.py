@@ -1,7 +1,11 @@
 """A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export."""
 
 import datetime
-from contextlib import AbstractContextManager, nullcontext
+import fcntl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,12 @@ from trainer.core.console import log
 from trainer.core.disk import bearing_disk
 from trainer.core.errors import UserError
 from trainer.core.files import set_aside, write_json, write_text
-from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_FILE, RUN_LOCK_FILE
+from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_CHANGE_FILE, RUN_FILE, RUN_LOCK_FILE
 from trainer.core.locks import hold_lock
 from trainer.model.run_records import last_attempt, read_run
+
+CHANGING = threading.Lock()  # see changing_run
+MOST_SECONDS = 5.0
 
 
 def run_path(config: Config) -> Path:
@@ -91,9 +98,26 @@ def read_or_begin(path: Path) -> dict[str, Any]:
         return read_run(path)
 
 
+@contextmanager
+def changing_run(path: Path) -> Iterator[None]:
+    """Around a change of run.json, which a thread that saves and any rank that fails may make at the same time.
+
+    Who has waited long goes on: it explains a run, and nothing depends on it.
+    """
+    with CHANGING, (path / RUN_CHANGE_FILE).open("ab") as file:  # a file's lock holds between processes, not threads
+        deadline = time.monotonic() + MOST_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.02)
+        yield
+
+
 def note_saved(path: Path, step: int, seconds: float) -> None:
     """Write down of the last attempt which step it saved last, and how long it took until then."""
-    with bearing_disk("run.json lacks the step, training goes on"):
+    with bearing_disk("run.json lacks the step, training goes on"), changing_run(path):
         run = read_or_begin(path)
         if run["attempts"]:
             *before, attempt = run["attempts"]

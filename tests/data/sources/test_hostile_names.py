@@ -18,6 +18,7 @@ from trainer.data.sources.image_folders import list_images
 from trainer.data.sources.posts_files import iterate_posts_file
 from trainer.data.sources.record_files import Damaged, bounded_lines, iterate_records
 from trainer.data.sources.records import MAX_SIDECAR, Reject, Remark
+from trainer.data.sources.tars import iterate_tars
 from trainer.prepare.inputs import survey_inputs
 from trainer.prepare.remarks import MAX_KINDS, OTHER_KINDS, Remarks
 
@@ -79,8 +80,15 @@ def test_a_linked_tar_is_read_where_links_are_followed_only(tmp_path: Path) -> N
     assert not listed.members
     assert [(remark.kind, remark.origin) for remark in listed.damages if isinstance(remark, Remark)] == [
         ("linked tars, not read", "gone.tar"), ("linked tars, not read", "x.tar")]  # fmt: skip
+    write_tar(tmp_path / "images" / "own.tar", "8.png")
+    items = list(iterate_tars(tmp_path / "images", "s"))
+    assert [item.key for item in items if isinstance(item, Reject)] == ["own%2F8"]  # of the tar that lies there
+    assert [item.origin for item in items if isinstance(item, Remark)] == ["gone.tar", "x.tar"]
+    (tmp_path / "images" / "gone.tar").unlink()
+    followed = iterate_tars(tmp_path / "images", "s", follow_links=True)
+    assert [item.key for item in followed if isinstance(item, Reject)] == ["own%2F8", "x%2F7"]
     followed = list_images(tmp_path / "images", "s", follow_links=True)
-    assert list(followed.members) == ["x.tar/7.png"]
+    assert list(followed.members) == ["own.tar/8.png", "x.tar/7.png"]
 
 
 def test_system_folders_and_second_copies_in_a_tar_are_counted(tmp_path: Path) -> None:
