@@ -170,11 +170,11 @@ def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
     """The bucket's pixels, RGB uint8 (H, W, 3): oriented, on white, resized to cover, centre cropped.
 
     Pillow's BOX where the image shrinks and LANCZOS where it grows (recipe, section 3). ``fit`` must come from
-    ``read_header``'s size of the same bytes.
+    ``read_image_header``'s size of the same bytes.
 
     Raises:
-        BadImage: as ``read_header``; undecodable where the data ends early or makes no sense; too_narrow where covering
-            the bucket would make a giant of it.
+        BadImage: as ``read_image_header``; undecodable where the data ends early or makes no sense; too_narrow where
+            covering the bucket would make a giant of it.
     """
     if fit.resized[0] * fit.resized[1] > MAX_PIXELS:
         raise BadImage("too_narrow", f"resized it would have {fit.resized[0]}x{fit.resized[1]} pixels")
