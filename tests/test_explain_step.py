@@ -1,8 +1,6 @@
 """explain_step says what a step sees, and the loader makes exactly that."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from support.paths import REPOSITORY
+from support.scripts import run_script
 from trainer.config.schema import Config
 from trainer.data.index import open_index
 from trainer.data.loader import MicroBatches, draw_noise, draw_sample_noise, load_batches, make_time_ids
@@ -27,10 +25,8 @@ MakeConfig = Callable[..., Config]
 def explain(config: Config, folder: Path, step: int) -> list[dict[str, object]]:
     file = folder / f"{config.run.name}.yaml"
     file.write_text(OmegaConf.to_yaml(config.written))
-    run = subprocess.run(
-        [sys.executable, "scripts/explain_step.py", "--config", str(file), "--step", str(step)],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True, env={"PATH": "", "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    run = run_script("scripts/explain_step.py", "--config", file, "--step", step)
+    assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 

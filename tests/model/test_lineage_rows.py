@@ -3,7 +3,6 @@
 import copy
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from support.checkpoints import change_record
 from support.exported_run import make_run
 from support.paths import REPOSITORY
+from support.scripts import run_script
 from trainer.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.model.lineage import LINEAGE_KEY, build_lineage, find_lineage
@@ -175,7 +175,6 @@ def test_the_command_line(three, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(REPOSITORY / "scripts" / "lineage.py"), run_name="__main__")
     assert capsys.readouterr().out == format_tree(three)
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
-    command = [sys.executable, "scripts/lineage.py", str(tmp_path / "plain.safetensors"), "--config"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = run_script("scripts/lineage.py", tmp_path / "plain.safetensors", "--config")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "carries no lineage" in done.stderr and "Traceback" not in done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from support.paths import REPOSITORY
 from support.posts_on_disk import rows_to_table
+from support.scripts import run_script
 from trainer.core.disk import format_bytes
 from trainer.core.errors import UserError
 from trainer.core.files import sha256_file, write_json
@@ -347,8 +346,7 @@ def test_rows_out_of_order_and_of_no_shard(folder: Path, change: Callable[[list]
 
 def test_the_command(folder: Path, nothing_is_written: list) -> None:
     def verify(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "scripts/verify_shards.py", *words]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return run_script("scripts/verify_shards.py", *words)
 
     whole = verify(str(folder))
     first, *rest = whole.stdout.splitlines()  # how long it took is said where it took a second

@@ -19,6 +19,7 @@ from support.checkpoints import change_record
 from support.fake_hub import TOKEN, run_hub
 from support.paths import LICENCE_TEXT, REPOSITORY
 from support.published_run import OURS, SOURCE, change, parts, request_of, run, stages, stand_in, write_png
+from support.scripts import run_script
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import find_newest, read_train_state
 from trainer.model.lineage import read_lineage
@@ -382,7 +383,8 @@ def test_a_folder_changed_since_is_not_uploaded(run: Path, request_of: Request) 
 # --- the command, with the licence's real text
 
 
-def run_script(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def publish_anew(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """As a program of its own: the Hub's package reads its variables when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "scripts/publish.py", *words], cwd=REPOSITORY, capture_output=True, text=True,
@@ -393,22 +395,22 @@ def run_script(*words: str, **variables: str) -> subprocess.CompletedProcess[str
 def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, tmp_path: Path) -> None:
     if not LICENCE_TEXT.is_file():
         pytest.skip("the licence's text is not part of this repository and is not beside it (shared/licenses)")
-    refused = run_script(str(run))
+    refused = run_script("scripts/publish.py", run)
     assert refused.returncode == 2 and "--license-file FILE" in refused.stderr and "Traceback" not in refused.stderr
     words = [str(run), SOURCE, "--license-file", str(LICENCE_TEXT), "--acknowledge-base-terms", "a = b: ours"]
-    built = run_script(*words)
+    built = run_script("scripts/publish.py", *words)
     assert built.returncode == 0 and "nothing was uploaded" in built.stdout, built.stderr
     for part in ("--full-precision", "scripts/sample.py", "sha256sum --check"):
         assert part in built.stdout
     assert (run / "published/stage2/LICENSE.md").read_text() == LICENCE_TEXT.read_text()
-    asked = run_script(*words, "--upload")
+    asked = run_script("scripts/publish.py", *words, "--upload")
     assert asked.returncode == 2 and "--upload needs publish.repo_id=owner/name" in asked.stderr
     nowhere = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    asked = run_script(*words, "publish.repo_id=owner/name", "--upload", **nowhere)
+    asked = publish_anew(*words, "publish.repo_id=owner/name", "--upload", **nowhere)
     assert asked.returncode == 2 and "no token for the Hub" in asked.stderr
     with run_hub() as hub:
         there = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        sent = run_script(*words, "publish.repo_id=owner/name", "--upload", **there)
+        sent = publish_anew(*words, "publish.repo_id=owner/name", "--upload", **there)
         assert sent.returncode == 0 and f"uploaded and verified: {hub.url}/owner/name (private" in sent.stdout, (
             sent.stderr
         )
@@ -419,4 +421,4 @@ def test_the_command_refuses_then_builds_and_uploads_only_when_asked(run: Path, 
         written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
         assert TOKEN not in sent.stdout + sent.stderr and TOKEN.encode() not in written
     for wrong in (["extra"], ["--replace"]):
-        assert run_script(*words, *wrong).returncode == 2
+        assert run_script("scripts/publish.py", *words, *wrong).returncode == 2

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from support.html_reader import Reader
 from support.locks import held_by_another_process
 from support.paths import REPOSITORY
 from support.run_on_disk import view_of, write_run, write_sheet
+from support.scripts import run_script
 from trainer.config.load import load_config
 from trainer.core.errors import UserError
 from trainer.report.comparison import COMPARISON_GENERATOR, read_runs, render_comparison, summarise_runs
@@ -156,8 +155,7 @@ def test_a_run_that_goes_on_or_was_killed_says_so(two: list[Path], tmp_path: Pat
 
 
 def test_the_command(two: list[Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "scripts/compare_runs.py"), "first", str(two[1])]  # one by its name
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_script("scripts/compare_runs.py", "first", two[1], folder=tmp_path)  # one by its name
     assert done.returncode == 0, done.stderr
     assert "\npage: compare.html\n" in done.stdout and "optim.unet_lr" in done.stdout
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")

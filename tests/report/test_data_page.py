@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 import trainer.report.data_page as report_module
 from support.captions import compose_caption
 from support.html_reader import Reader
-from support.paths import REPOSITORY
+from support.scripts import run_script
 from support.set_on_disk import row, write_set
 from trainer.config.schema import CaptionsConfig, Config
 from trainer.core.errors import UserError
@@ -410,8 +408,7 @@ def test_the_command(tiny_settings: list[str], tiny: Report, tmp_path: Path) -> 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     words = ["--config", str(config), *tiny_settings, f"data.shards={folder}"]
-    command = [sys.executable, "scripts/inspect_shards.py", *words]
-    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    told = run_script("scripts/inspect_shards.py", *words)
     assert told.returncode == 0, told.stderr
     table, page = summarise(tiny), folder / "report.html"
     assert told.stdout.startswith(f"{table}\npage: {page}\n")

@@ -3,7 +3,6 @@
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from support.html_reader import Reader
 from support.paths import REPOSITORY
+from support.scripts import run_script
 from support.set_on_disk import row, write_set
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
@@ -69,11 +69,10 @@ def test_what_chooses_nothing_or_all_is_refused(make_config: MakeConfig) -> None
 
 def test_the_command(tiny_settings: list[str], tmp_path: Path) -> None:
     words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=1", RULES]
-    command = [sys.executable, str(REPOSITORY / "scripts/choose_subset.py"), "--config",
-               str(REPOSITORY / "configs/demo_stage1.yaml"), *words, "--out", "best.txt"]  # fmt: skip
+    words = ["--config", str(REPOSITORY / "configs/demo_stage1.yaml"), *words, "--out", "best.txt"]
 
     def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return run_script("scripts/choose_subset.py", *words, folder=tmp_path)
 
     done = run()
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,6 @@
 """What a run says before its first step and after its last; and train.py --check."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 from support.checkpoints import MODEL, OPTIMIZER
-from support.paths import REPOSITORY
+from support.scripts import run_script
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.data.plan import Plan
@@ -125,16 +123,10 @@ def test_a_check_refuses_as_a_run_does(make_config: MakeConfig) -> None:
 def test_the_command_has_the_option(tiny_settings: list[str], tmp_path: Path, make_config: MakeConfig) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
     words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=1"]
-    done = subprocess.run(
-        [sys.executable, "train.py", "--check", "--config", str(tmp_path / "empty.yaml"), *words],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_script("train.py", "--check", "--config", tmp_path / "empty.yaml", *words)
     assert done.returncode == 0 and "checked: the run can start at step 0" in done.stdout, done.stderr
     assert not (tmp_path / "run" / "run.json").exists() and " train.py " in done.stdout
     train(make_config(f"run.output_dir={tmp_path}", "schedule.max_steps=1"))
-    done = subprocess.run(
-        [sys.executable, "train.py", "--check", "--config", str(tmp_path / "empty.yaml"), *words],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_script("train.py", "--check", "--config", tmp_path / "empty.yaml", *words)
     assert "has made all of its 1 step; nothing to do" in done.stdout, done.stderr
     assert "train.py" not in done.stdout and f"scripts/export.py {tmp_path}/run" in done.stdout

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support.paths import REPOSITORY
 from support.ranks import train_ranks
+from support.scripts import run_script
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.layout import attempt_name
@@ -83,10 +81,8 @@ def test_a_step_that_ends_the_run_is_there(
     assert records[3].keys and records[3].loss is None  # it was under way
     assert "scripts/explain_step.py --black-box" in notes()
 
-    run = subprocess.run(
-        [sys.executable, "scripts/explain_step.py", "--black-box", str(folder_of(config)), "--step", "2"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    run = run_script("scripts/explain_step.py", "--black-box", folder_of(config), "--step", 2)
+    assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert [line["key"] for line in lines] == records[2].keys and [line["loss"] for line in lines][2:] == ["nan", "nan"]
     assert [line["caption"] for line in lines] == records[2].captions and lines[0]["step_loss"] == "nan"

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +16,7 @@ from PIL import Image
 from support.checkpoints import MODEL, OPTIMIZER, change_record, flip_bit
 from support.locks import held_by_another_process
 from support.metrics import read_metrics
-from support.paths import REPOSITORY
+from support.scripts import run_script
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.layout import RUN_LOCK_FILE
@@ -320,11 +318,8 @@ def test_deterministic_and_tf32_reach_the_kernels(make_config: MakeConfig) -> No
 
 
 def test_the_command_line_tells_problems_with_exit_code_2() -> None:
-    run = subprocess.run(
-        [sys.executable, "train.py", "--config", "configs/stage2_refine_unet.yaml", "data.micro_batchsize=3",
-         "optim.unet_lr=0"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+    words = ["--config", "configs/stage2_refine_unet.yaml", "data.micro_batchsize=3", "optim.unet_lr=0"]
+    run = run_script("train.py", *words)
     assert run.returncode == 2
     assert "data.micro_batchsize: unknown key, did you mean micro_batch_size?" in run.stderr
     assert "optim.unet_lr: must be above 0" in run.stderr

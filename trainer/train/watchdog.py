@@ -22,6 +22,7 @@ from trainer.config.environment import hide_environment
 from trainer.core.console import format_duration
 from trainer.core.errors import UserError, print_error, report_failure
 from trainer.core.files import write_json
+from trainer.core.processes import POLL_SECONDS
 from trainer.train.black_box import BlackBox
 from trainer.train.launch import RunInputs
 from trainer.train.outcome import describe_error, note_outcome
@@ -38,6 +39,7 @@ ENOUGH_STEPS = 3  # steps after which their median counts
 UNMEASURED = 1800.0  # seconds for what has not been measured: the first steps (compilation), saves and samples
 REPORTS = 15.0  # seconds that ranks wait for each other's reports
 WRITING = 8.0  # seconds for what is written then
+GOING = 3.0  # seconds that a killed rank takes to be gone after its connections
 OF_COLLECTIVES = re.compile("gloo|nccl|connection|peer|socket", re.IGNORECASE)  # errors of collectives
 
 
@@ -75,15 +77,23 @@ class Watchdog:
         self.ended.set()
         if error is None or len(self.peers) == 1:
             return
-        gone = [peer for peer in self.peers if peer.is_gone]
+        broken = isinstance(error, RuntimeError) and OF_COLLECTIVES.search(str(error)) is not None
+        gone = self.find_gone(GOING if broken else 0.0)
         said = {**self.report(), "error": self.hide(describe_error(error)), "gone": [asdict(peer) for peer in gone]}
         within(WRITING, lambda: write_json(self.black_box.folder / f"rank-{self.own.rank:05d}.end.json", said))
-        if gone and isinstance(error, RuntimeError) and OF_COLLECTIVES.search(str(error)):
+        if gone and broken:
             are = "is" if len(gone) == 1 else "are"
             raise UserError(
                 f"step {self.black_box.step}: {', '.join(map(str, gone))} {are} gone, and the others cannot go on: its "
                 "own last words say why; where it has none it was killed, as by a system that is out of memory"
             ) from error
+
+    def find_gone(self, seconds: float) -> list[Peer]:
+        """The ranks of this machine that are gone; they are waited for: connections end before their process does."""
+        deadline = time.monotonic() + seconds
+        while not (gone := [peer for peer in self.peers if peer.is_gone]) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return gone
 
     def watch(self) -> None:
         """The thread."""
