@@ -102,6 +102,7 @@ def test_killed_at_twenty_random_moments(whole: Config, tmp_path: Path) -> None:
     assert not Path(f"{config.data.shards}.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_the_script_is_killed_and_shared_by_a_launcher(whole: Config, tmp_path: Path) -> None:
     config = copied(whole, tmp_path / "script")
     yaml = write_yaml(config, tmp_path / "config.yaml")

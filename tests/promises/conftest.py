@@ -9,7 +9,7 @@ from support.fork_server import ForkServer, serving
 Count = Callable[[str, bool], None]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[ForkServer]:
     """Real training processes without their imports."""
     with serving() as started:

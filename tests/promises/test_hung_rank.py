@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from support.fork_server import ForkServer
+from support.fork_server import ForkServer, start_together
 from support.paths import REPOSITORY
-from support.ranks import free_port
 from support.watching import outcome_of, steps_logged, wait_until
 
 Count = Callable[[str, bool], None]
@@ -30,19 +29,6 @@ LONG = ["run.name=run", "schedule.max_steps=5000", "checkpoint.every_steps=5000"
 @pytest.fixture
 def words(tiny_settings: list[str], tmp_path: Path) -> list[str]:
     return [*tiny_settings, f"run.output_dir={tmp_path}", *LONG]
-
-
-def start_two(server: ForkServer, words: list[str], folder: Path, faults: dict[int, list[Any]]) -> list[int]:
-    """Two ranks without a launcher: rank 0 keeps the store by which they meet."""
-    port = free_port()
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        server.start(
-            words, folder / f"output-{rank}", environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **({"fault": faults[rank]} if rank in faults else {}),
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
 
 
 def box_of(folder: Path) -> Path:
@@ -64,7 +50,7 @@ def check_hang(folder: Path, rank: int) -> dict[str, Any]:
 
 def test_a_rank_that_sleeps_is_named(server: ForkServer, words: list[str], tmp_path: Path, count_try: Count) -> None:
     folder = tmp_path / "run"
-    pids = start_two(server, words, tmp_path, {1: ["sleep_in_step", 8]})
+    pids = start_together(server, words, tmp_path, {1: ["sleep_in_step", 8]})
     wait_until(lambda: steps_logged(folder) >= 3, "three steps")
     begun = time.monotonic()
     codes = [server.wait(pid, TIMEOUT + 60) for pid in pids]
@@ -80,7 +66,7 @@ def test_a_rank_that_sleeps_is_named(server: ForkServer, words: list[str], tmp_p
 
 def test_a_rank_that_dies_is_named(server: ForkServer, words: list[str], tmp_path: Path, count_try: Count) -> None:
     folder = tmp_path / "run"
-    pids = start_two(server, words, tmp_path, {})
+    pids = start_together(server, words, tmp_path, {})
     wait_until(lambda: steps_logged(folder) >= 3, "three steps")
     os.kill(pids[1], signal.SIGKILL)
     begun = time.monotonic()
@@ -101,7 +87,7 @@ def test_a_rank_that_is_stopped_is_named_and_killed(
 ) -> None:
     """Without a launcher; where rank 0 is stopped, nobody answers at the store either."""
     folder = tmp_path / "run"
-    pids = start_two(server, words, tmp_path, {})
+    pids = start_together(server, words, tmp_path, {})
     wait_until(lambda: steps_logged(folder) >= 4, "four steps")
     os.kill(pids[rank], signal.SIGSTOP)
     begun = time.monotonic()
@@ -131,7 +117,7 @@ def test_a_process_alone_that_hangs_ends(
 def test_a_run_that_was_paused_goes_on(server: ForkServer, words: list[str], tmp_path: Path, count_try: Count) -> None:
     """Ctrl-Z and fg: for longer than the timeout all of it stood still, and nothing hangs."""
     folder = tmp_path / "run"
-    pids = start_two(server, [*words, "schedule.max_steps=40"], tmp_path, {})
+    pids = start_together(server, [*words, "schedule.max_steps=40"], tmp_path, {})
     wait_until(lambda: steps_logged(folder) >= 4, "four steps")
     for sent in (signal.SIGSTOP, signal.SIGCONT):
         for pid in pids:

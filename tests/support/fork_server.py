@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from support.paths import REPOSITORY
+from support.ranks import free_port
 
 
 class ForkServer:
@@ -38,6 +39,21 @@ class ForkServer:
     def wait(self, pid: int, seconds: float = 120.0) -> int:
         """The exit code of a process; what is still there after this time is killed, and gives -SIGKILL."""
         return int(self.ask(wait=pid, seconds=seconds))
+
+
+def start_together(
+    server: ForkServer, words: Sequence[str], folder: Path, faults: Mapping[int, list[Any]] | None = None
+) -> list[int]:
+    """Two ranks without a launcher, rank 0 of which keeps the store by which they meet; ``faults`` by rank."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    given = {rank: {"fault": fault} for rank, fault in (faults or {}).items()}
+    return [
+        server.start(
+            words, folder / f"output-{rank}", environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **given.get(rank, {}),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
 
 
 @contextmanager

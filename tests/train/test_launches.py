@@ -14,7 +14,7 @@ from support.paths import REPOSITORY
 from trainer.model.checkpoint import find_newest, read_train_state
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_and_stops(tiny_settings: list[str], tmp_path: Path, number: int) -> None:
     """Ctrl-C in a terminal and a job's end reach the loader's workers too; they must not die before the save."""
     words = [*tiny_settings, f"run.output_dir={tmp_path}", "run.name=run", "schedule.max_steps=500",

@@ -187,6 +187,7 @@ def full_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return Base("full", folder, None)
 
 
+@pytest.mark.slow
 def test_the_unet_alone_in_bf16_is_as_it_was_measured(full_base: Base) -> None:
     """By running it on a CPU at 512 x 512: selective kept 1.0 GB more a sample than full, and 0.6 less than none."""
     saved = {}

@@ -65,8 +65,11 @@ def run_until(config: Config, step: int) -> None:
             train(config)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [("1", 2), ("2", 0), ("weighted", 2), *(pytest.param(*each, marks=pytest.mark.slow)
+                                            for each in (("1", 0), ("2", 2), ("weighted", 0)))],
+)  # fmt: skip
 def test_a_run_resumed_twice_has_the_bits_of_one_never_stopped(
     make_config: Callable[..., Config], stage: str, workers: int, threads: int
 ) -> None:

@@ -106,19 +106,23 @@ def test_a_save_reads_nothing_of_the_log(make_config: MakeConfig, monkeypatch: p
     ["{", "[]", '{"attempts": 3}', '{"attempts": [{"attempt": "x"}]}', "[" * 100_000, "\x00",
      '{"attempts": [{"attempt": 1, "first_step": 0, "started_at": "soon"}]}'],
 )  # fmt: skip
-def test_a_damaged_run_json_is_set_aside(make_config: MakeConfig, notes: Callable[[], str], text: str) -> None:
+def test_a_damaged_run_json_is_noticed(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        read_run(tmp_path)
+    assert locate_from_run(tmp_path, "nowhere/base") == "nowhere/base"
+
+
+def test_a_damaged_run_json_is_set_aside(make_config: MakeConfig, notes: Callable[[], str]) -> None:
     train(make_config("schedule.max_steps=1"))
     train(make_config("schedule.max_steps=2"))
     folder = run_path(make_config())
     tracker = read_train_state(folder / "checkpoints/step-00000002")["tracker_run_id"]
-    (folder / "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"run\.json is damaged"):
-        read_run(folder)
-    assert locate_from_run(folder, "nowhere/base") == "nowhere/base"
+    (folder / "run.json").write_text("{")
     notes()
     train(make_config("schedule.max_steps=3"))
     assert "run.json is damaged: " in notes()
-    assert (folder / "run.json.damaged").read_text() == text
+    assert (folder / "run.json.damaged").read_text() == "{"
     found = read_run(folder)
     # its lines count as newer than those of the attempts before
     assert [entry["attempt"] for entry in found["attempts"]] == [3] and found["tracker_run_id"] == tracker

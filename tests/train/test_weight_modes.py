@@ -139,6 +139,7 @@ def launch(folder: Path, *words: str) -> Path:
     return newest
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_the_same_samples(
     tiny_settings: list[str], tmp_path: Path, make_config: MakeConfig
 ) -> None:
