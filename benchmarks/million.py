@@ -12,13 +12,14 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from posts import plain_config
 
-from trainer.config.schema import DataConfig, WeightRule
+from trainer.config.schema import DataConfig, SubsetRule, WeightRule
 from trainer.core.layout import shard_name
 from trainer.data.buckets import list_buckets
 from trainer.data.caption_draws import draw_sample_caption
@@ -29,6 +30,8 @@ from trainer.data.plan import build_plan as make_plan
 from trainer.data.sample_weights import find_sample_weights
 from trainer.data.shards import SCHEMA, ShardFile, write_index
 from trainer.data.sites import TAG_CATEGORIES
+from trainer.data.subset import open_chosen, write_subset
+from trainer.data.tag_counts import find_frequent
 from trainer.data.template import ready_rules
 from trainer.report.survey import count_rules, count_sources, count_tags, find_duplicates
 
@@ -124,6 +127,32 @@ def weigh(folder: Path) -> str:
     return f"{plan.epoch_rows(1)[1].size:,} samples in an epoch, {plan.steps_for_epochs(10):,} steps for 10"
 
 
+def choose(folder: Path) -> str:
+    """open, choose a part by a rule, write its keys, open by them"""
+    captions, file = plain_config().captions, folder.with_name(f"{folder.name}.txt")
+    rules = DataConfig(str(folder), subset_rules=[SubsetRule(column="score", above=200)])
+    chosen = open_chosen(rules, captions)
+    write_subset(file, chosen)
+    again = open_chosen(DataConfig(str(folder), subset=str(file)), captions)
+    file.unlink()
+    assert again.fingerprint == chosen.fingerprint
+    return f"{len(again):,} rows"
+
+
+def find_frequent_tags(folder: Path) -> str:
+    """open, and find the frequent tags, 10,000 aliases replaced"""
+    table, file = open_index(folder).table, folder.with_name(f"{folder.name}.csv")
+    pairs = "".join(f"tag_{number:05d},tag_{number + 10000:05d}\n" for number in range(10000))
+    file.write_text(f"antecedent_name,consequent_name\n{pairs}")
+    captions = replace(
+        plain_config().captions, frequent_tag_dropout=0.5, frequent_tag_share=0.004, tag_aliases=str(file)
+    )
+    found = find_frequent(captions, table)
+    file.unlink()
+    assert found is not None
+    return f"{len(found['tags']):,} tags"
+
+
 def deep_resume(folder: Path) -> str:
     """open, plan, and draw all of step 100,000 but latents"""
     index = open_index(folder)
@@ -163,7 +192,18 @@ def main() -> None:
             return f"{(folder / 'index.arrow').stat().st_size / 1e6:,.0f} MB"
 
         print(f"{'':<58} {'time':>11} {'kept':>12} {'peak':>12}")
-        for work in (write, open_only, build_plan, one_epoch, one_epoch_by_steps, weigh, deep_resume, count_set):
+        for work in (
+            write,
+            open_only,
+            build_plan,
+            one_epoch,
+            one_epoch_by_steps,
+            weigh,
+            choose,
+            find_frequent_tags,
+            deep_resume,
+            count_set,
+        ):
             measure(work, folder)
 
 
