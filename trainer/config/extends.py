@@ -3,15 +3,17 @@
 A file lies over what it extends, and the run's own config.yaml holds what became of all of them.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from trainer.config.yaml_text import read_yaml
 from trainer.core.errors import UserError
-from trainer.core.files import home_path
+from trainer.core.files import home_path, is_file
 from trainer.core.layout import CONFIG_FILE
 
 EXTENDS = "extends"
+MAX_CHAIN, MAX_LAYERS = 20, 100  # files that lead to one; layers of a config
 PROGRAM_FOLDER = Path(__file__).resolve().parents[2]  # where configs/ lies
 LOOKED_FOR = "beside the file that names it, then in the working folder, then in the program's"
 
@@ -24,7 +26,9 @@ def read_with_extended(file: Path, chain: tuple[Path, ...] = ()) -> list[tuple[s
     Raises:
         UserError: for a file that cannot be read, is not there, or extends itself by a detour.
     """
-    if file.resolve() in [one.resolve() for one in chain]:
+    if len(chain) > MAX_CHAIN:
+        raise UserError(f"{chain[0]}: {EXTENDS}: a chain of more than {MAX_CHAIN} files")
+    if os.path.realpath(file) in [os.path.realpath(one) for one in chain]:
         circle = " extends ".join(map(str, (*chain, file)))
         raise UserError(f"{chain[-1]}: {EXTENDS}: a circle: {circle}")
     own = read_yaml(file)
@@ -33,6 +37,8 @@ def read_with_extended(file: Path, chain: tuple[Path, ...] = ()) -> list[tuple[s
     layers = []
     for name in read_names(own.pop(EXTENDS), file):
         layers += read_with_extended(find_extended(name, file), (*chain, file))
+        if len(layers) > MAX_LAYERS:  # files that each name the next twice would be read without end
+            raise UserError(f"{file}: {EXTENDS}: it extends more than {MAX_LAYERS} files")
     return [*layers, (str(file), own)]
 
 
@@ -58,13 +64,13 @@ def find_extended(name: str, file: Path) -> Path:
     except UserError as error:
         raise UserError(f"{file}: {EXTENDS}: {error}") from error
     places = list(dict.fromkeys(folder / path for folder in (file.parent, Path(), PROGRAM_FOLDER)))
-    if not (found := [place for place in places if place.is_file()]):
-        if run := next((place for place in places if (place / CONFIG_FILE).is_file()), None):
+    if not (found := [place for place in places if is_file(place)]):
+        if run := next((place for place in places if is_file(place / CONFIG_FILE)), None):
             raise UserError(f"{file}: {EXTENDS}: {name} is a run's folder: {run / CONFIG_FILE}?")
         listed = ", ".join(map(str, places))
         raise UserError(f"{file}: {EXTENDS}: {name} is not there. It was looked for {LOOKED_FOR}: {listed}")
     beside, here = file.parent / path, Path() / path
-    if beside in found and here in found and beside.read_bytes() != here.read_bytes():
+    if beside != here and beside in found and here in found and beside.read_bytes() != here.read_bytes():
         raise UserError(
             f"{file}: {EXTENDS}: {name} may be {beside.resolve()} or {here.resolve()}, which differ: "
             "write the path of one in full"

@@ -5,8 +5,8 @@ and types are compared here first, and all problems are reported together.
 """
 
 import dataclasses
-import math
 import re
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.environment import uses_environment
 from trainer.config.extends import read_with_extended
 from trainer.config.other_names import explain_unknown
 from trainer.config.retired import ONLY_VALUES, carry_over
@@ -30,7 +31,6 @@ KeyPath = tuple[str, ...]
 Layer = dict[str, Any]  # of a config: what one file, or one word, says
 SECTIONS = frozenset(field_types(Config))
 COMMAND_LINE = "the command line"
-REFERENCE = re.compile(r"\$\{\s*(\w+(?:\.\w+)*)\s*\}")  # to another field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ def load_config(
         merged = OmegaConf.merge(*(OmegaConf.create(layer) for _, layer in layers))
         written = cast(Layer, OmegaConf.to_container(merged, resolve=False))
         resolved = wrap_lists(cast(Layer, OmegaConf.to_container(merged, resolve=True)), Config)
-    except OmegaConfBaseException as error:
-        key = error.full_key or "config"
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None) or "config"
         raise UserError(f"{key}: {str(error).splitlines()[0]}{say_where(key, layers)}") from error
     if problems := sorted([*find_config_problems(resolved, preparing), *find_hidden_names(written)], key=str):
         listed = "\n".join(f"  {problem}{say_where(problem.key, layers)}" for problem in problems)
@@ -116,21 +116,6 @@ def find_hidden_names(written: dict[str, Any]) -> Iterator[Problem]:
     for name in ("name", "stage"):
         if isinstance(run, dict) and uses_environment(str(run.get(name)), written):
             yield Problem(f"run.{name}", "must not come from an environment variable, because it is written to files")
-
-
-def uses_environment(text: str, written: dict[str, Any], seen: frozenset[str] = frozenset()) -> bool:
-    """Whether a value, as it is written, takes something from the environment, by way of other fields too."""
-    if "oc.env" in text:
-        return True
-    names = set(REFERENCE.findall(text)) - seen
-    return any(uses_environment(str(find_key(written, name)), written, seen | names) for name in names)
-
-
-def find_key(written: Any, name: str) -> Any:
-    """What is written under a dotted key; None where nothing is."""
-    for part in name.split("."):
-        written = written.get(part) if isinstance(written, dict) else None
-    return written
 
 
 def check_value(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:
@@ -197,7 +182,7 @@ def has_type(value: Any, hint: type) -> bool:
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 

@@ -14,6 +14,7 @@ from trainer.config.precision_rules import precision_rules
 from trainer.config.schema import RATINGS, CaptionsConfig, Config, SourceConfig
 from trainer.config.template_rules import template_rules
 from trainer.config.weight_rules import weight_rules
+from trainer.core.layout import RUN_NAME
 
 Broken = tuple[tuple[str, ...], str]  # the keys concerned, the first of which names the problem; the message
 
@@ -71,7 +72,7 @@ def training_rules(config: Config) -> Iterator[Broken]:
 
 
 def run_and_model_rules(config: Config) -> Iterator[Broken]:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
+    if not RUN_NAME.fullmatch(config.run.name):
         yield ("run.name",), "names a folder: letters, digits, . _ and - only, not beginning with . or -"
     for name in ("time_limit", "step_timeout"):
         if (text := getattr(config.run, name)) is not None and parse_duration(text) is None:

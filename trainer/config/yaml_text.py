@@ -20,6 +20,10 @@ from trainer.core.errors import UserError
 UNIONS = (types.UnionType, typing.Union)  # of int | None, and of Literal[...] | None
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 YAML_ENDINGS = (".yaml", ".yml")  # of config files
+# what PyYAML and OmegaConf raise over texts: of numbers and dates that are none, of tags, of deep nesting
+YAML_ERRORS = (
+    yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, TypeError, RecursionError,
+)  # fmt: skip
 NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to say nothing
 
 
@@ -32,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except YAML_ERRORS as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"config file {path} must hold sections (run:, model:, ...), not a list")
@@ -58,7 +62,7 @@ def read_override(word: str) -> dict[str, Any]:
         for part in reversed(key.split(".")):
             node = yaml.MappingNode("", [(yaml.ScalarNode("", part), node)])
         return wrap_lists(restore_text(OmegaConf.to_container(mapping, resolve=False), node, Config), Config)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except YAML_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{word} is not key=value with a YAML value (text may need quotes): {reason}") from error
 

@@ -1,11 +1,13 @@
 """Write whole or not at all: temporary name, fsync, rename. And hash what was written."""
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,7 @@ from trainer.core.progress import BYTES, Meter
 
 READ_BYTES = 1 << 20  # at a time, of what is hashed or copied
 TEMPORARY_PREFIX = ".tmp-"
+MAX_LIST = 2**30  # bytes of a list of keys or tags
 
 
 def is_file(path: str | Path) -> bool:
@@ -110,6 +113,36 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON under ``path``, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All bytes of a regular file of at most so many; what is a pipe or a device would never open, or never end.
+
+    Raises:
+        OSError: for anything else.
+    """
+    # opening a pipe for reading would wait for ever without O_NONBLOCK
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    wrong = f"it has {status.st_size:,} bytes, more than {most:,}" if status.st_size > most else None
+    if not stat.S_ISREG(status.st_mode):
+        wrong = "it is no regular file"
+    if wrong is not None:
+        os.close(descriptor)  # a folder can be opened, but makes no file object
+        raise OSError(errno.EINVAL, wrong, str(path))
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def read_listed(path: Path) -> list[str]:
+    """The lines of a list, such as one of keys or of tags, without what is empty.
+
+    Raises:
+        OSError: as ``read_regular``.
+        UnicodeDecodeError: for what is not UTF-8.
+    """
+    lines = read_regular(path, MAX_LIST).decode("utf-8-sig").splitlines()
+    return [word for line in lines if (word := line.strip())]
 
 
 def sha256_file(path: Path) -> str:

@@ -6,10 +6,12 @@ deeply. What it gives here can be walked by recursion and written again as JSON.
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError, shorten
+from trainer.core.files import read_regular
 
 MAX_DEPTH = 100  # objects and lists within each other; a lineage of twenty stages has some 50
 MAX_DIGITS = 40  # transformers writes 1e30, as a whole number, for "no limit"
@@ -55,8 +57,7 @@ def one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, each of whose keys is there once."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise BrokenJson(f"an object has the key {shorten(repr(twice), 80)} twice")
     return found
 
@@ -107,9 +108,7 @@ def read_json(path: Path, *, infinity: bool = False) -> dict[str, Any]:
         UserError: when it is none, naming the file.
     """
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise BrokenJson(f"it has {size:,} bytes")
-        value = decode_json(path.read_bytes(), infinity=infinity)
+        value = decode_json(read_regular(path, MAX_JSON_BYTES), infinity=infinity)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     return check_object(value, str(path))

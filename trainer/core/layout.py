@@ -26,6 +26,7 @@ QUERIES_FOLDER = "tmp"  # of DuckDB
 OLD_STORE_FILE = "store.arrow"  # what was encoded, in unfinished folders of version 0.2.0
 
 # a run's folder
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

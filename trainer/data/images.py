@@ -32,6 +32,7 @@ PIXEL_SETTINGS: dict[str, Any] = {
     "range": [-1, 1],
 }
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it merely warns
+MAX_SCANS = 500  # of a JPEG: encoders make some ten
 MAX_BYTES = 2**30  # above what MAX_PIXELS take up uncompressed in 16 bits and four channels
 TRANSPOSES = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -227,6 +228,9 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     with image:
         # Pillow only warns up to twice this size, and its warnings filter is not safe in threads
         refuse_bomb(image.size)
+        # each scan of a progressive file is a pass over all pixels
+        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+            raise BadImage("bomb", f"a JPEG of more than {MAX_SCANS} scans")
         yield image
 
 

@@ -64,7 +64,7 @@ class Index:
     def _open_shard(self) -> Callable[[str], io.FileIO]:
         """A shard by name, the latest ones kept open. One that drops out closes when the last reader is done."""
         folder = self.folder  # not self: a cycle would keep all open
-        return lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: io.FileIO(folder / name))
+        return lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda name: io.FileIO(folder / name, opener=open_at_once))
 
     @cached_property
     def bucket_sizes(self) -> np.ndarray:
@@ -82,6 +82,11 @@ class Index:
             raise IndexError(f"row {number} of {len(self)}")
         # value by value: slicing a table and listing its one row takes four times as long
         return {name: column[int(number)].as_py() for name, column in self._columns.items()}
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open a file; of a pipe the opening would wait for ever, so that reading it is what fails."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def count_fields(table: pa.Table, columns: Iterable[str] = (), beside: bool = False) -> dict[str, int]:

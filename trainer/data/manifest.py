@@ -1,6 +1,7 @@
 """manifest.json, which makes a set of shards whole: what it must hold, and the digest by which it proves itself."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def find_manifest_problems(manifest: dict[str, Any]) -> Iterator[str]:
         yield "shards must be a list of shards"
         return
     yield from filter(None, map(find_shard_entry_problem, shards))
-    names = [shard["name"] for shard in shards]
-    yield from (f"shards lists {name} twice" for name in sorted(set(names)) if names.count(name) > 1)
+    names = Counter(shard["name"] for shard in shards)
+    yield from (f"shards lists {name} twice" for name in sorted(names) if names[name] > 1)
 
 
 def find_count_problems(manifest: dict[str, Any]) -> Iterator[str]:

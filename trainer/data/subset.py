@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from trainer.config.schema import CaptionsConfig, DataConfig
 from trainer.core.errors import UserError, shorten
-from trainer.core.files import write_text
+from trainer.core.files import read_listed, write_text
 from trainer.core.progress import format_count, waiting
 from trainer.data.conditions import find_images_of
 from trainer.data.index import Index, open_index
@@ -100,10 +100,9 @@ def read_keys(path: Path) -> pa.Array:
         UserError: where it cannot be read, or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        keys = read_listed(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.subset: {path} cannot be read: {error}") from error
-    keys = [key for line in lines if (key := line.strip())]
     if not keys:
         raise UserError(f"data.subset: {path} lists no key")
     return pa.array(keys, pa.string())

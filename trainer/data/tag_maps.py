@@ -12,10 +12,11 @@ from typing import Any
 
 from trainer.config.schema import CaptionsConfig
 from trainer.core.errors import UserError
-from trainer.core.files import sha256_json
+from trainer.core.files import read_listed, sha256_json
 from trainer.data.sources.record_files import iterate_records, strip_compression
 from trainer.data.sources.records import BadRecord, parse_record
 
+MAX_IMPLIED = 1000  # tags that one implies: Danbooru has some tens
 PAIR = ("antecedent_name", "consequent_name")
 TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")  # also compressed
 ACTIVE_STATUS = (None, "active")  # a table without a status has active lines alone
@@ -48,7 +49,7 @@ def read_tag_maps(rules: CaptionsConfig) -> TagMaps:
     implications: dict[str, set[str]] = {}
     for tag, implied in read_pairs("captions.tag_implications", rules.tag_implications):
         implications.setdefault(tag, set()).add(implied)
-    ends = {tag: follow_alias(tag, aliases) for tag in aliases}
+    ends = follow_aliases(aliases)
     closed = {tag: close_implications(tag, implications) for tag in implications}
     removed = frozenset(read_removals(rules.tag_removals))
     return TagMaps(ends, closed, removed, frozenset(protected))
@@ -85,7 +86,7 @@ def read_removals(file: str | None) -> list[str]:
 def read_list(key: str, file: str) -> list[str]:
     """A file of one tag a line."""
     try:
-        return [word for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if (word := line.strip())]
+        return read_listed(Path(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {file} cannot be read: {error}") from error
 
@@ -107,14 +108,20 @@ def read_lines(key: str, file: str | None) -> Iterator[dict[str, Any]]:
         raise UserError(f"{key}: {error}") from error
 
 
-def follow_alias(tag: str, aliases: Mapping[str, str]) -> str:
-    """Where a chain of aliases ends."""
-    seen = [tag]
-    while (end := aliases.get(seen[-1])) is not None:
-        if end in seen:
-            raise UserError(f"captions.tag_aliases: a circle: {' -> '.join([*seen, end])}")
-        seen.append(end)
-    return seen[-1]
+def follow_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
+    """Where each tag's chain of aliases ends."""
+    ends: dict[str, str] = {}
+    for tag in aliases:
+        seen = {tag: None}  # in order
+        end = tag
+        while end not in ends and (following := aliases.get(end)) is not None:
+            if following in seen:
+                raise UserError(f"captions.tag_aliases: a circle: {' -> '.join([*seen, following])}")
+            seen[following] = None
+            end = following
+        end = ends.get(end, end)
+        ends |= dict.fromkeys((each for each in seen if each in aliases), end)
+    return ends
 
 
 def close_implications(tag: str, implications: Mapping[str, set[str]]) -> frozenset[str]:
@@ -125,6 +132,8 @@ def close_implications(tag: str, implications: Mapping[str, set[str]]) -> frozen
         new = implications.get(waiting.pop(), set()) - found
         found |= new
         waiting += new
+        if len(found) > MAX_IMPLIED:
+            raise UserError(f"captions.tag_implications: {tag} implies more than {MAX_IMPLIED:,} tags")
     if tag in found:  # both would be left out
         raise UserError(f"captions.tag_implications: {tag} implies itself by a detour")
     return frozenset(found)

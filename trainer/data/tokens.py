@@ -107,6 +107,8 @@ def load_tokenizer(folder: Path, vocab_size: int, padding_token: str) -> TextTok
     vocab, merges = read_bpe(folder)
     if len(vocab) != vocab_size:
         raise UserError(f"tokenizer {folder} has {len(vocab)} tokens, but its text encoder knows {vocab_size}")
+    if (largest := max(vocab.values())) >= vocab_size:
+        raise UserError(f"tokenizer {folder} has the id {largest}, but its text encoder knows {vocab_size}")
     expected = {BOS_TOKEN: vocab_size - 2, EOS_TOKEN: vocab_size - 1, "!": 0}
     for token, number in expected.items():
         if vocab.get(token) != number:
@@ -140,8 +142,9 @@ def read_bpe(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if fast_file.exists():
         model = check_object(read_json(fast_file).get("model"), f"{fast_file}: model")
         merges = model.get("merges")
-        split = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges] if merges else []
-        return check_vocabulary(model.get("vocab"), fast_file), check_merges(split, fast_file)
+        if isinstance(merges, list):
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        return check_vocabulary(model.get("vocab"), fast_file), check_merges(merges or [], fast_file)
     raise UserError(f"tokenizer {folder} has neither vocab.json with merges.txt nor tokenizer.json")
 
 

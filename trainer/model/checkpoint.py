@@ -11,7 +11,7 @@ Version 0.2.0 wrote ``model.safetensors``, ``optimizer.safetensors`` and ``train
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from trainer.core.layout import (
     NEWEST,
     OPTIMIZER_FILE,
     PIECE_NAME,
+    RUN_NAME,
     STATE_FILE,
     checkpoint_name,
     find_record,
@@ -198,6 +199,34 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def check_fit_to_use(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a record that cannot be continued or exported, whatever its digest says.
+
+    Raises:
+        DamagedCheckpoint: naming the entry.
+    """
+    if what := find_wrong_entry(state):
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: {what} is not what a run writes there; {REMEDY_DAMAGED}")
+
+
+def find_wrong_entry(state: Mapping[str, Any]) -> str | None:
+    """What of a record is not of its kind: others' have right digests too. The run's name becomes a file's."""
+    base, config, lineage = (state.get(name) for name in ("base", "config", "lineage"))
+    if not isinstance(name := state.get("run"), str) or not RUN_NAME.fullmatch(name):
+        return "run"
+    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        return "config"
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("reference", "sha256")):
+        return "base"
+    if not isinstance(lineage, dict) or not isinstance(lineage.get("base"), dict):
+        return "lineage"
+    if not isinstance(lineage["base"].get("reference"), str) or not isinstance(lineage.get("written_at"), str):
+        return "lineage"
+    if not isinstance(state.get("vae_sha256"), str):
+        return "vae_sha256"
+    return None
+
+
 def unseal(file: Path, content: bytes) -> dict[str, Any]:
     """The JSON object in a record's bytes, which agree with their digest if the record has one."""
     digest = DIGEST.search(content)
@@ -226,6 +255,11 @@ def check_listed(file: Path, state: dict[str, Any]) -> None:
         missing, strange = sorted(expected - names), sorted(names - expected)
         says = [f"without {name}" for name in missing[:1]] + [f"with {name}" for name in strange[:1]]
         raise DamagedCheckpoint(f"{file} is damaged: it lists the files {' and '.join(says)}; {REMEDY_DAMAGED}")
+    for name, entry in state["files"].items():
+        said = {"sha256": entry, "size": 0} if state["format_version"] == OLD_FORMAT else entry
+        shape = {key: type(value) for key, value in said.items()} if isinstance(said, dict) else None
+        if shape != {"sha256": str, "size": int}:
+            raise DamagedCheckpoint(f"{file} is damaged: it says no hash and size of {name}; {REMEDY_DAMAGED}")
 
 
 def list_sums(state: dict[str, Any]) -> dict[str, FileSum]:

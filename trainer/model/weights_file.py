@@ -42,6 +42,8 @@ class LazyFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, meter: Meter | None = None) -> None:  # which counts the bytes that are read
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise UserError(f"{path} is not a readable .safetensors file: it is no regular file")
         try:
             self.file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:

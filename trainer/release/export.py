@@ -16,6 +16,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
+from trainer.config.environment import hide_environment
 from trainer.config.load import load_config
 from trainer.config.schema import Config, DiffusionConfig, Dtype, Format
 from trainer.core.errors import UserError
@@ -36,7 +37,7 @@ from trainer.model.base import (
     read_state,
     read_vae,
 )
-from trainer.model.checkpoint import find_checkpoint, read_train_state, verify_checkpoint
+from trainer.model.checkpoint import check_fit_to_use, find_checkpoint, read_train_state, verify_checkpoint
 from trainer.model.diffusion import (
     Prediction,
     marker_names,
@@ -96,6 +97,7 @@ def export(source: Path, out: Path | None = None, dtype: Dtype | None = None) ->
     folder = out or Path(str(run_folder)) / EXPORT_FOLDER
     verify_checkpoint(checkpoint)
     state = read_train_state(checkpoint)
+    check_fit_to_use(checkpoint, state)  # before its config is read
     file = run_folder / CONFIG_FILE if run_folder is not None else None
     config = load_config([file]) if file and file.is_file() else load_config([], values=state["config"])
     made = build_export(checkpoint, state, config, dtype or config.publish.dtype, run_folder)
@@ -134,6 +136,7 @@ def build_export(
 
     Relative paths of the config are looked for here and where ``run_folder`` says that training ran.
     """
+    check_fit_to_use(checkpoint, state)
     base = find_named_base(state["base"], config, run_folder)
     check_diffusion(checkpoint, state, config)
     vae = read_vae(config.model.vae and locate_from_run(run_folder, config.model.vae), base, config.model.vae_revision)
@@ -306,7 +309,9 @@ def build_metadata(
 def publish_entries(config: Config) -> dict[str, str | None]:
     """The entries that publish.* may change after the training; None stands for no entry."""
     said = {"title": config.publish.title or config.run.name, "author": config.publish.author, "license": FAIPL}
-    return {f"modelspec.{name}": value for name, value in said.items()}
+    # a checkpoint's own config may ask for anything of the environment
+    hidden = {name: value and hide_environment(value, config.written) for name, value in said.items()}
+    return {f"modelspec.{name}": value for name, value in hidden.items()}
 
 
 def single_file_tensors(made: Export) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, snapshot_download
 
+from trainer.config.yaml_text import YAML_ERRORS
 from trainer.core.errors import UserError, shorten
-from trainer.core.files import sha256_bytes
+from trainer.core.files import read_regular, sha256_bytes
 from trainer.model.base import find_base, hash_base
 from trainer.model.exports import find_run
 from trainer.model.hub import HUB_ERRORS
@@ -43,6 +44,7 @@ KNOWN_NAMES = {  # in lower case, as cards and the headers of single files state
 FORBIDDING = re.compile(r"\bnon ?commercial|\bcc by (\w+ )*n[cd]\b")  # words of names that state it themselves
 LICENCE_FILE = re.compile(r"(?i)(un)?licen[cs]e([-_.][\w+.-]*)?|copying(\.\w+)?")
 LICENCE_PATTERNS = ["LICENSE*", "LICENCE*", "License*", "Licence*", "license*", "licence*", "COPYING*", "README.md"]
+MAX_LICENCE = 2**20  # bytes of a licence
 ACKNOWLEDGE = '--acknowledge-base-terms "what they are, and why you may publish"'
 
 
@@ -228,7 +230,7 @@ def read_terms(path: Path, where: str) -> Terms:
         named = None if LINEAGE_KEY in metadata else metadata.get("modelspec.license")
         return Terms(where, known_name(named) if named else None)
     files = sorted(file for file in path.iterdir() if file.is_file() and LICENCE_FILE.fullmatch(file.name))
-    texts = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
+    texts = {file.name: read_own_text(file) for file in files}
     header = read_card_header(path / "README.md")
     named = header.get("license_name") if header.get("license") in (None, "other") else header["license"]
     if not isinstance(named, str | None):  # of references to references text could be made without end
@@ -247,6 +249,23 @@ def read_terms(path: Path, where: str) -> Terms:
     return Terms(where, known_name(named), texts, tuple(extra))
 
 
+def read_own_text(file: Path) -> str:
+    """A text of the model, which is published with what is made of it.
+
+    Raises:
+        UserError: where it is a link that leads elsewhere, as to a private file; the hub's cache has links to ``blobs``
+            beside ``snapshots``. And where it is too long for a licence.
+    """
+    folder, real = file.parent.resolve(), file.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if real.parent not in (folder, blobs):
+        raise UserError(f"{file} is a link to {real}, which is not the model's: put the licence's text in its place")
+    try:
+        return read_regular(real, MAX_LICENCE).decode("utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{file} is no licence's text: {error.strerror}") from error
+
+
 def read_card_header(card: Path) -> dict[str, Any]:
     """The YAML header of a model card; empty where there is none.
 
@@ -257,7 +276,7 @@ def read_card_header(card: Path) -> dict[str, Any]:
     match = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, flags=re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates that are none, and of deep nesting
+    except YAML_ERRORS as error:  # of dates that are none, and of deep nesting
         raise UserError(
             f"{card}: the header is not YAML, so that it does not say which licence: {shorten(str(error))}"
         ) from error

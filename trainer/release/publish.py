@@ -15,7 +15,15 @@ import yaml
 from trainer.config.schema import Config
 from trainer.core.errors import UserError
 from trainer.core.files import copy_rest, write_json, write_text
-from trainer.core.layout import EXPORT_FOLDER, LINEAGE_FILE, PUBLISHED_FOLDER, SAMPLES_FOLDER, SUMS_FILE, export_name
+from trainer.core.layout import (
+    EXPORT_FOLDER,
+    LINEAGE_FILE,
+    PUBLISHED_FOLDER,
+    RUN_NAME,
+    SAMPLES_FOLDER,
+    SUMS_FILE,
+    export_name,
+)
 from trainer.core.progress import format_count
 from trainer.model.base import find_base, read_config
 from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
@@ -32,7 +40,6 @@ from trainer.release.request import Request, read_publish_config
 from trainer.sample.pictures import Sample, read_samples
 from trainer.train.run import locate_from_run
 
-RUN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 LICENCE_NAMES = {FAIPL: "Fair AI Public License 1.0-SD", OPENRAIL: "CreativeML Open RAIL++-M, of the base"}
 
 

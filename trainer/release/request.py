@@ -4,10 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.environment import uses_environment
 from trainer.config.load import load_config
 from trainer.config.schema import Config, PublishConfig
 from trainer.core.errors import UserError
 from trainer.core.layout import CONFIG_FILE, RUN_FILE
+
+# of publish: what others get to read
+WRITTEN_WORDS = ("source_url", "title", "author", "license_link", "notes", "acknowledgements")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,14 @@ def read_publish_config(run: Path, overrides: Sequence[str]) -> Config:
         raise UserError(f"{run} is not a run: it has no config.yaml. {suggest_runs(run)}")
     if strange := [word for word in overrides if not word.startswith("publish.")]:
         raise UserError(f"{strange[0]} has no effect on a run that is made: only publish.key=value can be set here")
-    return load_config([run / CONFIG_FILE], overrides)
+    config = load_config([run / CONFIG_FILE], overrides)
+    said = config.written["publish"]
+    if taken := [name for name in WRITTEN_WORDS if uses_environment(str(said.get(name)), config.written)]:
+        raise UserError(
+            f"publish.{taken[0]} comes from an environment variable, and would be written to files that others get: "
+            f"set it here, as publish.{taken[0]}=..."
+        )
+    return config
 
 
 def remark_on_card(publish: PublishConfig) -> Iterator[str]:

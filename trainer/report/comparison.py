@@ -240,7 +240,8 @@ def list_origins(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
     """From what each run was made: name -> a value for each."""
     rows: dict[str, list[str]] = {}
     for run in runs:
-        base = run.records.get("base") or {}
+        base = run.records.get("base")
+        base = base if isinstance(base, dict) else {}
         newest = (attempts_of(run.records) or [{}])[-1]
         code = newest.get("code") or {}
         commit = f", commit {code['commit'][:12]}" if code.get("commit") else ""

@@ -15,6 +15,7 @@ from trainer.core.files import sha256_file
 from trainer.core.layout import CHECKPOINTS_FOLDER, find_record
 from trainer.model.checkpoint import (
     DamagedCheckpoint,
+    check_fit_to_use,
     check_sizes,
     find_checkpoint,
     find_newest,
@@ -107,6 +108,7 @@ def look_for_resumed(config: Config, damaged: Mapping[Path, str]) -> Resumed | N
 def read_whole(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, whose files are all there, in their length."""
     state = read_train_state(checkpoint)
+    check_fit_to_use(checkpoint, state)
     check_sizes(checkpoint, state)
     return state
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
+from trainer.core.files import read_regular
 from trainer.data.fields import read_text, show_text
 from trainer.data.post import Note, Post, encode_key, read_post
 from trainer.data.sources.image_folders import ImageFolder
 from trainer.data.sources.records import BadRecord, Reject, find_caption, join_captions, parse_record, reject
 
+MAX_METADATA = 2**32  # bytes
 CAPTION_SEPARATOR = ","  # sd-scripts' default
 LATENTS_SUFFIX = ".npz"  # of the latents that sd-scripts writes beside an image
 
@@ -30,7 +32,7 @@ def iterate_kohya(file: Path, images: ImageFolder, source: str, variants: bool =
         UserError: when the file cannot be read or is not an object of JSON.
     """
     try:
-        metadata = parse_record(file.read_bytes())
+        metadata = parse_record(read_regular(file, MAX_METADATA))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except BadRecord as error:

@@ -67,7 +67,8 @@ def iterate_records(file: Path, column: str | None = None, others: Sequence[str]
     Raises:
         UserError: when it cannot be read, is of another kind, or is damaged, so that the rest of it is lost.
     """
-    if file.suffix.lower() == ".parquet" or read_start(file).startswith(b"PAR1"):
+    start = read_start(file)  # first: it refuses pipes
+    if file.suffix.lower() == ".parquet" or start.startswith(b"PAR1"):
         yield from iterate_parquet(file, column, others)
         return
     where = "its beginning"
@@ -187,24 +188,30 @@ def iterate_table_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
         Damaged: when the first line is no line of names.
     """
     csv.field_size_limit(MAX_SIDECAR)
-    rows = csv.reader(bounded_lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline="")), delimiter=delimiter)
+    of_row = [0]  # characters of the lines of the row that is read: quoted cells hold line ends
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = csv.reader(bounded_lines(text, of_row), delimiter=delimiter)
     names = [name.strip() for name in next(rows, [])]
     if not all(names) or len(set(names)) != len(names):
         raise Damaged(f"the first line of a table names its columns, each once, not {', '.join(names)!r}")
+    of_row[0] = 0
     for number, row in enumerate(rows, start=1):
+        of_row[0] = 0
         if row:
             yield f"row {number}", name_cells(names, row)
 
 
-def bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+def bounded_lines(text: io.TextIOWrapper, of_row: list[int] | None = None) -> Iterator[str]:
     """The lines of a text, of which none is so long that a small compressed file fills the memory.
 
     Raises:
         Damaged: at one that is.
     """
+    of_row = [0] if of_row is None else of_row
     while line := text.readline(MAX_SIDECAR + 1):
-        if len(line) > MAX_SIDECAR:
-            raise Damaged(f"a line is longer than {MAX_SIDECAR} characters")
+        of_row[0] += len(line)
+        if of_row[0] > MAX_SIDECAR:
+            raise Damaged(f"a row is longer than {MAX_SIDECAR} characters")
         yield line
 
 
