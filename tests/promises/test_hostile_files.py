@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from trainer.data.images import BadImage, open_image
 from trainer.data.manifest import find_manifest_problems
 from trainer.data.sources.record_files import iterate_records
 from trainer.data.tag_maps import follow_aliases, read_tag_maps
+from trainer.data.tokens import EOS_TOKEN, load_tokenizer
 from trainer.model.checkpoint import DamagedCheckpoint, read_train_state, seal
 from trainer.model.weights_file import LazyFile
 from trainer.release.licence import read_terms
@@ -136,3 +139,17 @@ def test_no_text_of_others_is_taken_for_a_licence(tmp_path: Path) -> None:
     (blobs / "1").write_text("terms")
     (snapshot / "LICENSE.md").symlink_to("../../blobs/1")
     assert read_terms(snapshot, "x").texts == {"LICENSE.md": "terms"}
+
+
+def test_ids_of_tokens_that_no_embedding_has_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """As many as the encoder knows, but one of them lies beyond: on a GPU that would be an assertion of a kernel."""
+    folder = Path(shutil.copytree(tiny_base / "tokenizer", tmp_path / "tokenizer"))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    word = next(token for token, number in vocab.items() if 10 < number < len(vocab) - 10)
+    (folder / "vocab.json").write_text(json.dumps(vocab | {word: vocab[word] + len(vocab)}))
+    with pytest.raises(UserError, match=r"has the id [0-9]+, but its text encoder knows"):
+        load_tokenizer(folder, len(vocab), EOS_TOKEN)
+    (folder / "vocab.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": 5}}))
+    with pytest.raises(UserError, match="must be pairs of tokens"):
+        load_tokenizer(folder, len(vocab), EOS_TOKEN)

@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from support.checkpoints import change_record
 from support.published_run import parts, run, stages
 from trainer.core.errors import UserError
 from trainer.model.checkpoint import read_train_state
 from trainer.release.export import export
+from trainer.release.request import WRITTEN_WORDS, read_publish_config
 
 __all__ = ["parts", "run", "stages"]  # fixtures
 
@@ -34,3 +36,18 @@ def test_an_environment_variable_gets_into_no_export(
     for path in export(checkpoint, tmp_path / "out"):
         for file in [path, *path.rglob("*")]:
             assert file.is_dir() or b"s3cr3t" not in file.read_bytes()
+
+
+@pytest.mark.parametrize("name", WRITTEN_WORDS)
+def test_words_for_others_are_not_taken_from_the_environment(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What others get to read is set without one."""
+    monkeypatch.setenv("MY_SECRET", "https://example.org/s3cr3t")
+    config = run / "config.yaml"
+    written = yaml.safe_load(config.read_text())
+    written["publish"][name] = "${oc.env:MY_SECRET}"
+    config.write_text(yaml.safe_dump(written))
+    with pytest.raises(UserError, match=f"publish.{name} comes from an environment variable"):
+        read_publish_config(run, [])
+    assert read_publish_config(run, [f"publish.{name}=https://example.org/mine"]).publish is not None
