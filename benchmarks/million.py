@@ -20,10 +20,12 @@ import pyarrow as pa
 from posts import plain_config
 
 from trainer.config.schema import DataConfig, SubsetRule, WeightRule
+from trainer.core.files import sha256_bytes
 from trainer.core.layout import shard_name
 from trainer.data.buckets import list_buckets
 from trainer.data.caption_draws import draw_sample_caption
 from trainer.data.index import open_index
+from trainer.data.index_checks import LATENT_BYTES
 from trainer.data.loader import draw_sample_noise, draw_sample_timestep
 from trainer.data.plan import Plan
 from trainer.data.plan import build_plan as make_plan
@@ -34,6 +36,8 @@ from trainer.data.subset import open_chosen, write_subset
 from trainer.data.tag_counts import find_frequent
 from trainer.data.template import ready_rules
 from trainer.report.survey import count_rules, count_sources, count_tags, find_duplicates
+
+SHARD_SIZE = 2**20  # bytes
 
 
 def make_table(rows: int) -> pa.Table:
@@ -61,6 +65,9 @@ def make_table(rows: int) -> pa.Table:
         "tags_artist": pa.array(words[generator.integers(0, 20000, rows)]),
         "bucket_width": pa.array(size[:, 0]),
         "bucket_height": pa.array(size[:, 1]),
+        "original_width": pa.array(size[:, 0]),
+        "original_height": pa.array(size[:, 1]),
+        "length": pa.array((size.astype(np.int64) // 8).prod(axis=1) * LATENT_BYTES + 128),
     }
     for field in SCHEMA:
         if field.name not in columns:
@@ -213,10 +220,11 @@ def name_shards(numbers: np.ndarray) -> pa.Array:
 
 
 def list_shards(folder: Path, rows: int) -> list[ShardFile]:
-    """Empty files under the shards' names: nothing here reads a latent."""
-    shards = [ShardFile(shard_name(number), 2000, 0, "") for number in range(-(-rows // 2000))]
+    """Files of holes under the shards' names: nothing here reads a latent."""
+    shards = [ShardFile(shard_name(number), 2000, SHARD_SIZE, sha256_bytes(b"")) for number in range(-(-rows // 2000))]
     for shard in shards:
-        (folder / shard.name).touch()
+        with (folder / shard.name).open("wb") as file:
+            file.truncate(SHARD_SIZE)
     return shards
 
 
