@@ -1,11 +1,11 @@
 """How an attempt ended stands in run.json, whoever else changes it; whole runs are in tests/promises."""
 
-import os
 import threading
 from pathlib import Path
 
 import pytest
 
+from support.ranks import fork, wait_for
 from support.run_on_disk import write_run
 from support.watching import wait_until
 from trainer.core.files import write_json
@@ -27,13 +27,11 @@ def save_slowly(folder: Path) -> None:
 
 def test_a_rank_that_fails_while_another_notes_a_save_loses_nothing(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [])
-    if (child := os.fork()) == 0:
-        save_slowly(folder)
-        os._exit(0)
+    child = fork(lambda: save_slowly(folder))
     wait_until(lambda: (folder / "read").exists(), "the save")
     threading.Timer(0.3, (folder / "failed").touch).start()
     note_outcome(folder, "failed", "no disk", 7)
-    os.waitpid(child, 0)
+    wait_for([child])
     attempt = read_run(folder)["attempts"][-1]
     assert attempt["saved_step"] == 7 and attempt["outcome"]["why"] == "no disk"
     note_saved(folder, 8, 1.0)
@@ -46,13 +44,15 @@ def test_who_cannot_have_the_lock_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     """A process that was stopped may hold it."""
     folder = write_run(tmp_path / "run", [])
     monkeypatch.setattr(run, "MOST_SECONDS", 0.1)
-    if (child := os.fork()) == 0:
+
+    def hold() -> None:
         with changing_run(folder):
             (folder / "held").touch()
             wait_until(lambda: (folder / "noted").exists(), "the other one")
-        os._exit(0)
+
+    child = fork(hold)
     wait_until(lambda: (folder / "held").exists(), "the lock")
     note_outcome(folder, "failed", "no disk", 7)
     assert read_run(folder)["attempts"][-1]["outcome"]["why"] == "no disk"
     (folder / "noted").touch()
-    os.waitpid(child, 0)
+    wait_for([child])

@@ -179,8 +179,5 @@ def format_duration(seconds: float) -> str:
 def format_table(rows: Sequence[Sequence[str]], right: bool = False) -> str:
     """Rows as a table of plain text; with ``right`` all columns but the first are aligned there."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [cell.rjust(width) if right and place else cell.ljust(width) for place, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    ]
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    forms = [f"{'>' if right and place else '<'}{width}" for place, width in enumerate(widths)]
+    return "\n".join("  ".join(map(format, row, forms)).rstrip() for row in rows)

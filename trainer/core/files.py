@@ -115,22 +115,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def open_regular(path: Path) -> BinaryIO | None:
+    """A regular file opened for reading; None for anything else: a pipe would never open, and a device never end."""
+    # opening a pipe for reading would wait for ever without O_NONBLOCK
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)  # a folder can be opened, but makes no file object
+        return None
+    return os.fdopen(descriptor, "rb")
+
+
 def read_regular(path: Path, most: int) -> bytes:
-    """All bytes of a regular file of at most so many; what is a pipe or a device would never open, or never end.
+    """All bytes of a regular file of at most so many.
 
     Raises:
         OSError: for anything else.
     """
-    # opening a pipe for reading would wait for ever without O_NONBLOCK
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    wrong = f"it has {status.st_size:,} bytes, more than {most:,}" if status.st_size > most else None
-    if not stat.S_ISREG(status.st_mode):
-        wrong = "it is no regular file"
-    if wrong is not None:
-        os.close(descriptor)  # a folder can be opened, but makes no file object
-        raise OSError(errno.EINVAL, wrong, str(path))
-    with os.fdopen(descriptor, "rb") as file:
+    if (file := open_regular(path)) is None:
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    with file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(errno.EINVAL, f"it has {size:,} bytes, more than {most:,}", str(path))
         return file.read()
 
 

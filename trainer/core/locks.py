@@ -11,6 +11,8 @@ import json
 import os
 import re
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import IO
 
 from trainer.core.console import log
 from trainer.core.errors import UserError
-from trainer.core.processes import describe_process
+from trainer.core.processes import POLL_SECONDS, describe_process
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS without its daemon, FUSE, Lustre
+BETWEEN_THREADS = threading.Lock()  # see take_turns
 MOUNTS = Path("/proc/self/mountinfo")
 # mount options by which locks hold on one machine only, where the others see the files too
 LOCAL_ONLY = re.compile(r"\b(nolock|local_lock=(posix|all)|localflock)\b")
@@ -69,6 +72,20 @@ def hold_lock(path: Path, held: str, shared: bool = False) -> Iterator[None]:
             yield
         finally:
             write_holder(file, "")
+
+
+@contextmanager
+def take_turns(path: Path, seconds: float) -> Iterator[None]:
+    """Hold a file for a moment, among processes and the threads of this one; who has waited so long goes on without."""
+    with BETWEEN_THREADS, path.open("ab") as file:  # a file's lock holds between processes, not threads
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(POLL_SECONDS)
+        yield
 
 
 def write_holder(file: IO[bytes], text: str) -> None:

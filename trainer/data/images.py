@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from trainer.core.files import open_regular
 from trainer.data.buckets import Fit, Size
 from trainer.data.formats import load_formats, suggest_plug_in
 from trainer.data.jxl_header import CODESTREAM, CONTAINER, read_jxl_size
@@ -87,17 +88,14 @@ def stat_image(place: ImagePlace) -> tuple[int, int]:
 def read_stretch(path: Path, offset: int, length: int | None) -> bytes:
     """``length`` bytes of a file from ``offset`` on; None reads to its end."""
     with naming_files(path):
-        # opening a pipe for reading would wait for ever without O_NONBLOCK
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):  # a folder can be opened, but makes no file object
-            os.close(descriptor)
+        if (file := open_regular(path)) is None:
             raise BadImage("not_an_image", f"{path} is not a regular file")
-        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
-            wanted = status.st_size if length is None else length
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            wanted = size if length is None else length
             if wanted > MAX_BYTES:
                 raise BadImage("too_large", f"{wanted} bytes are above {MAX_BYTES}")
-            if offset + wanted > status.st_size:
+            if offset + wanted > size:
                 raise BadImage("unreadable", f"{path} ends before byte {offset + wanted}")
             file.seek(offset)
             return file.read(wanted)
@@ -174,12 +172,15 @@ def read_pixels(data: bytes, fit: Fit) -> np.ndarray:
     ``read_image_header``'s size of the same bytes.
 
     Raises:
-        BadImage: as ``read_image_header``; undecodable where the data ends early or makes no sense; too_narrow where
-            covering the bucket would make a giant of it.
+        BadImage: as ``read_image_header``; bomb for a JPEG of too many scans; undecodable where the data ends early or
+            makes no sense; too_narrow where covering the bucket would make a giant of it.
     """
     if fit.resized[0] * fit.resized[1] > MAX_PIXELS:
         raise BadImage("too_narrow", f"resized it would have {fit.resized[0]}x{fit.resized[1]} pixels")
     with open_image(data) as image:
+        # each scan is a pass over all pixels
+        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+            raise BadImage("bomb", f"a JPEG of more than {MAX_SCANS} scans")
         orientation = read_orientation(image, data)  # before load, as in read_image_header, so that both agree
         with naming_errors("undecodable"):  # palettes and the like are read as late as in the conversion
             image.load()
@@ -228,9 +229,6 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     with image:
         # Pillow only warns up to twice this size, and its warnings filter is not safe in threads
         refuse_bomb(image.size)
-        # each scan of a progressive file is a pass over all pixels
-        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
-            raise BadImage("bomb", f"a JPEG of more than {MAX_SCANS} scans")
         yield image
 
 

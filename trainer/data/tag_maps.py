@@ -152,14 +152,15 @@ def map_tags(own: Mapping[str, list[str]], maps: TagMaps, counts: Counter[str] |
     counts = Counter() if counts is None else counts
     replaced = {category: [maps.aliases.get(tag, tag) for tag in tags] for category, tags in own.items()}
     counts["replaced"] += sum(a != b for name in own for a, b in zip(own[name], replaced[name], strict=True))
-    counts["removed"] += sum(is_removed(tag, maps) for tags in replaced.values() for tag in dict.fromkeys(tags))
-    stay = {name: [tag for tag in tags if not is_removed(tag, maps)] for name, tags in replaced.items()}
+    once = {name: dict.fromkeys(tags) for name, tags in replaced.items()}
+    stay = {name: [tag for tag in tags if not is_removed(tag, maps)] for name, tags in once.items()}
     implied = frozenset().union(*(maps.implied.get(tag, ()) for tags in stay.values() for tag in tags))
-    mapped = {}
-    for category, tags in stay.items():
-        once = dict.fromkeys(tags)
-        mapped[category] = [tag for tag in once if tag not in implied or plain_name(tag) in maps.protected]
-        counts["implied"] += len(once) - len(mapped[category])
+    mapped = {
+        name: [tag for tag in tags if tag not in implied or plain_name(tag) in maps.protected]
+        for name, tags in stay.items()
+    }
+    counts["removed"] += sum(len(once[name]) - len(stay[name]) for name in own)
+    counts["implied"] += sum(len(stay[name]) - len(mapped[name]) for name in own)
     return mapped
 
 

@@ -28,12 +28,12 @@ from trainer.core.layout import (
     NEWEST,
     OPTIMIZER_FILE,
     PIECE_NAME,
-    RUN_NAME,
     STATE_FILE,
     checkpoint_name,
     find_record,
     piece_name,
 )
+from trainer.model.run_records import is_base, is_config, is_run_name
 
 CHECKPOINT_FORMAT, OLD_FORMAT = 2, 1
 OLD_FILES = (MODEL_FILE, OPTIMIZER_FILE)
@@ -212,11 +212,11 @@ def check_fit_to_use(checkpoint: Path, state: Mapping[str, Any]) -> None:
 def find_wrong_entry(state: Mapping[str, Any]) -> str | None:
     """What of a record is not of its kind: others' have right digests too. The run's name becomes a file's."""
     base, config, lineage = (state.get(name) for name in ("base", "config", "lineage"))
-    if not isinstance(name := state.get("run"), str) or not RUN_NAME.fullmatch(name):
+    if not is_run_name(state.get("run")):
         return "run"
-    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+    if not is_config(config):
         return "config"
-    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("reference", "sha256")):
+    if not is_base(base):
         return "base"
     if not isinstance(lineage, dict) or not isinstance(lineage.get("base"), dict):
         return "lineage"

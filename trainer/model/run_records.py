@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.core.layout import RUN_FILE
+from trainer.core.layout import RUN_FILE, RUN_NAME
 
 TAIL = 1 << 16  # bytes at the end of a log
 MAX_COUNT = 2**53  # up to here a float holds every whole number
@@ -75,3 +75,18 @@ def is_time(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 0 on, and none that only a damaged line can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+
+
+def is_run_name(value: Any) -> bool:
+    """Whether a value of a record can name a run, and so a file."""
+    return isinstance(value, str) and RUN_NAME.fullmatch(value) is not None
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value of a record is a config as it was written."""
+    return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
+
+
+def is_base(value: Any) -> bool:
+    """Whether a value of a record says which base it was."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("reference", "sha256"))

@@ -136,7 +136,6 @@ def build_export(
 
     Relative paths of the config are looked for here and where ``run_folder`` says that training ran.
     """
-    check_fit_to_use(checkpoint, state)
     base = find_named_base(state["base"], config, run_folder)
     check_diffusion(checkpoint, state, config)
     vae = read_vae(config.model.vae and locate_from_run(run_folder, config.model.vae), base, config.model.vae_revision)

@@ -19,16 +19,16 @@ from trainer.core.layout import (
     EXPORT_FOLDER,
     LINEAGE_FILE,
     PUBLISHED_FOLDER,
-    RUN_NAME,
     SAMPLES_FOLDER,
     SUMS_FILE,
     export_name,
 )
 from trainer.core.progress import format_count
 from trainer.model.base import find_base, read_config
-from trainer.model.checkpoint import find_newest, read_train_state, step_of, verify_checkpoint
+from trainer.model.checkpoint import check_fit_to_use, find_newest, read_train_state, step_of, verify_checkpoint
 from trainer.model.lineage import Lineage, read_lineage, shorten_paths
 from trainer.model.lineage_rows import list_stages
+from trainer.model.run_records import is_base, is_config, is_run_name
 from trainer.model.sdxl import DTYPES
 from trainer.release.artefacts import check_export, copy_with_metadata, hash_files, put_whole, split_sums, write_sums
 from trainer.release.card import Release, stage_config_file, write_card, write_changes
@@ -177,15 +177,14 @@ def check_lineage(lineage: Lineage) -> None:
     made: Lineage | None = lineage
     while made is not None:
         name, config, base = made.get("run"), made.get("config"), made.get("base")
-        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+        if not is_run_name(name):
             raise UserError(
                 f"the lineage names a run {name!r}, which can name no file (letters, digits, . _ and -): it is "
                 "damaged, or its base's file was not made by this trainer"
             )
-        if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        if not is_config(config):
             raise UserError(f"the lineage of {name} has no config, without which its card cannot be written")
-        known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("reference", "sha256"))
-        if not isinstance(base, dict) or not known or not isinstance(base.get("lineage"), dict | None):
+        if not isinstance(base, dict) or not is_base(base) or not isinstance(base.get("lineage"), dict | None):
             raise UserError(f"the lineage of {name} does not say which base it began with (reference, sha256, lineage)")
         made = base.get("lineage")
 
@@ -240,6 +239,7 @@ def write_weights(folder: Path, release: Release, weights: Weights) -> None:
         return
     verify_checkpoint(checkpoint)
     state, run = read_train_state(checkpoint), checkpoint.parent.parent
+    check_fit_to_use(checkpoint, state)
     if not weights.exported:
         made = list_export(build_export(checkpoint, state, config, config.publish.dtype, run), release)
         write_formats(made, sorted(config.publish.formats), folder / str(release.weights), folder)

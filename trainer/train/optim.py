@@ -77,14 +77,14 @@ def gated_step(optimizer: Optimizer, bad: Tensor) -> None:
     Fused AdamW and NarrowOptimizer read the flag on the device, so the host does not wait. adamw8bit and adafactor have
     no such gate: there the host reads the flag first, as torch's GradScaler does for them under loss scaling.
     """
-    inner: Any = optimizer
-    if getattr(inner, "_step_supports_amp_scaling", False):  # torch's word for it
-        inner.found_inf = bad.float()  # what torch's GradScaler sets
-        inner.grad_scale = None
-        inner.step()
-        del inner.found_inf, inner.grad_scale
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's word for it
+        gated: Any = optimizer
+        gated.found_inf = bad.float()  # what torch's GradScaler sets
+        gated.grad_scale = None
+        gated.step()
+        del gated.found_inf, gated.grad_scale
     elif not bool(bad):
-        inner.step()
+        optimizer.step()
 
 
 def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

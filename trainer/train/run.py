@@ -1,11 +1,7 @@
 """A run's folder: ``output_dir/name`` with config.yaml, run.json, metrics.jsonl, samples, checkpoints, export."""
 
 import datetime
-import fcntl
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,10 @@ from trainer.core.disk import bearing_disk
 from trainer.core.errors import UserError
 from trainer.core.files import set_aside, write_json, write_text
 from trainer.core.layout import CONFIG_FILE, METRICS_FILE, RUN_CHANGE_FILE, RUN_FILE, RUN_LOCK_FILE
-from trainer.core.locks import hold_lock
+from trainer.core.locks import hold_lock, take_turns
 from trainer.model.run_records import last_attempt, read_run
 
-CHANGING = threading.Lock()  # see changing_run
-MOST_SECONDS = 5.0
+MOST_SECONDS = 5.0  # that a change of run.json waits for another one
 
 
 def run_path(config: Config) -> Path:
@@ -98,21 +93,12 @@ def read_or_begin(path: Path) -> dict[str, Any]:
         return read_run(path)
 
 
-@contextmanager
-def changing_run(path: Path) -> Iterator[None]:
+def changing_run(path: Path) -> AbstractContextManager[None]:
     """Around a change of run.json, which a thread that saves and any rank that fails may make at the same time.
 
     Who has waited long goes on: it explains a run, and nothing depends on it.
     """
-    with CHANGING, (path / RUN_CHANGE_FILE).open("ab") as file:  # a file's lock holds between processes, not threads
-        deadline = time.monotonic() + MOST_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.02)
-        yield
+    return take_turns(path / RUN_CHANGE_FILE, MOST_SECONDS)
 
 
 def note_saved(path: Path, step: int, seconds: float) -> None:

@@ -16,7 +16,7 @@ from trainer.data.post import Post
 from trainer.data.sources.folders import iterate_folder
 from trainer.data.sources.image_folders import list_images
 from trainer.data.sources.posts_files import iterate_posts_file
-from trainer.data.sources.record_files import Damaged, bounded_lines, iterate_records
+from trainer.data.sources.record_files import BoundedLines, Damaged, iterate_records
 from trainer.data.sources.records import MAX_SIDECAR, Reject, Remark
 from trainer.data.sources.tars import iterate_tars
 from trainer.prepare.inputs import survey_inputs
@@ -105,7 +105,7 @@ def test_system_folders_and_second_copies_in_a_tar_are_counted(tmp_path: Path) -
 def test_a_long_line_of_a_table_is_not_read_whole(tmp_path: Path) -> None:
     text = io.TextIOWrapper(io.BytesIO(b"x" * (MAX_SIDECAR + 10)), encoding="utf-8")
     with pytest.raises(Damaged, match="longer than"):
-        list(bounded_lines(text))
+        list(BoundedLines(text))
     with gzip.open(tmp_path / "a.csv.gz", "wb") as file:
         file.write(b"id,tags\n1," + b"x" * (MAX_SIDECAR + 10) + b"\n")
     with pytest.raises(Exception, match="longer than"):

@@ -188,31 +188,32 @@ def iterate_table_rows(file: BinaryIO, delimiter: str) -> Iterator[Record]:
         Damaged: when the first line is no line of names.
     """
     csv.field_size_limit(MAX_SIDECAR)
-    of_row = [0]  # characters of the lines of the row that is read: quoted cells hold line ends
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    rows = csv.reader(bounded_lines(text, of_row), delimiter=delimiter)
+    lines = BoundedLines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    rows = csv.reader(lines, delimiter=delimiter)
     names = [name.strip() for name in next(rows, [])]
     if not all(names) or len(set(names)) != len(names):
         raise Damaged(f"the first line of a table names its columns, each once, not {', '.join(names)!r}")
-    of_row[0] = 0
+    lines.of_row = 0
     for number, row in enumerate(rows, start=1):
-        of_row[0] = 0
+        lines.of_row = 0
         if row:
             yield f"row {number}", name_cells(names, row)
 
 
-def bounded_lines(text: io.TextIOWrapper, of_row: list[int] | None = None) -> Iterator[str]:
-    """The lines of a text, of which none is so long that a small compressed file fills the memory.
+class BoundedLines:
+    """The lines of a table, of which no row is so long that a small compressed file fills the memory."""
 
-    Raises:
-        Damaged: at one that is.
-    """
-    of_row = [0] if of_row is None else of_row
-    while line := text.readline(MAX_SIDECAR + 1):
-        of_row[0] += len(line)
-        if of_row[0] > MAX_SIDECAR:
-            raise Damaged(f"a row is longer than {MAX_SIDECAR} characters")
-        yield line
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text = text
+        self.of_row = 0  # characters so far, set to 0 by whoever reads rows: quoted cells hold line ends
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises Damaged at a row that is too long."""
+        while line := self.text.readline(MAX_SIDECAR + 1):
+            self.of_row += len(line)
+            if self.of_row > MAX_SIDECAR:
+                raise Damaged(f"a row is longer than {MAX_SIDECAR} characters")
+            yield line
 
 
 def name_cells(names: list[str], row: list[str]) -> dict[str, Any] | BadRecord:
