@@ -60,7 +60,7 @@ class Watchdog:
         self.run, self.stops, self.pace, self.black_box, self.show_end = run, stops, stops.pace, black_box, show_end
         self.step_timeout = None if step_timeout is None else parse_duration(step_timeout)
         self.peers, self.board, self.own, self.hide = peers, board, peers[black_box.rank], hide
-        self.ended = threading.Event()
+        self.ended, self.ending = threading.Event(), False
         self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -74,6 +74,8 @@ class Watchdog:
         Raises:
             UserError: in place of such an error, where a rank of this machine is gone.
         """
+        if self.ending:  # the thread ends this process and says why; another rank's end came first
+            self.thread.join()
         self.ended.set()
         if error is None or len(self.peers) == 1:
             return
@@ -125,6 +127,7 @@ class Watchdog:
 
     def end_job(self, late: bool) -> None:
         """Write down where all ranks are, and end them; it does not return."""
+        self.ending = True
         report, folder = self.report(), self.black_box.folder
         text = f"{report}\n\n{describe_threads()}"
         within(WRITING, lambda: write_stacks(folder / f"rank-{self.own.rank:05d}.stacks.txt", text))
